@@ -1,0 +1,2 @@
+//! The `r1-serve` binary.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Host-side communicators: ranks as threads of one process.

@@ -1,0 +1,1 @@
+//! The default backend: hand-vectorised CPU kernels and a persistent thread pool.

@@ -1,0 +1,1 @@
+//! Runs the ranks: handle, step loop, batch inputs, statistics.

@@ -1,0 +1,1 @@
+//! Forward passes, written once, generic over the backend.

@@ -1,0 +1,1 @@
+//! The oracle: every backend operation in plain candle, readable, no tricks.

@@ -1,0 +1,1 @@
+//! OpenAI-compatible HTTP: types, routes, SSE, auth, errors, health, drain.

@@ -1,0 +1,1 @@
+//! Checkpoint to weights: config.json, safetensors, FP8 blocks, sharding.
