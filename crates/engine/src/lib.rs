@@ -1,1 +1,9 @@
-//! Runs the ranks: handle, step loop, batch inputs, statistics.
+//! Runs the ranks: a handle to submit requests through, the step loop, the batch's input tensors, statistics.
+//! Non-generic outside, generic over the backend inside. Speaks token ids only; knows nothing of HTTP, text or JSON.
+#![forbid(unsafe_code)]
+
+mod handle;
+
+pub use handle::{
+    Command, EngineError, EngineInfo, Event, Generation, Handle, Inbox, Request, Stats, Status, SubmitError, TokenLogprobs,
+};

@@ -1,0 +1,415 @@
+//! The engine's outside: what a request is, what comes back, and how the two travel between threads.
+//!
+//! [`channel`](Handle::channel) makes both ends. Whoever serves requests holds the [`Handle`]; the engine thread holds
+//! the [`Inbox`].
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc as std_mpsc};
+use std::time::{Duration, Instant};
+
+use r1_core::{FinishReason, SamplingParams, SeqId, TokenConstraint, TokenId};
+use tokio::sync::mpsc;
+
+/// One generation to run.
+pub struct Request {
+    /// The prompt, at least one token.
+    pub prompt: Vec<TokenId>,
+    /// How to draw the tokens that follow.
+    pub params: SamplingParams,
+    /// Lower runs first; equal priorities run in order of arrival.
+    pub priority: i32,
+    /// Restricts which tokens may be drawn.
+    pub constraint: Option<Box<dyn TokenConstraint>>,
+}
+
+/// Log-probabilities of one drawn token, natural logarithm, of the model's own distribution (before penalties,
+/// temperature and truncation).
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprobs {
+    /// Of the drawn token.
+    pub logprob: f32,
+    /// The most likely tokens, best first, as many as the request asked for.
+    pub top: Vec<(TokenId, f32)>,
+}
+
+/// What the engine says about one generation, in order: `Scheduled`, tokens, then exactly one of the other two.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// The prompt's first chunk runs now; the time in the queue is over.
+    Scheduled {
+        /// Prompt tokens whose KV came from the prefix cache.
+        cached_tokens: u32,
+    },
+    /// A token was drawn. A stop token is reported too, before `Finished`.
+    Token {
+        /// The token.
+        token: TokenId,
+        /// Present when the request asked for them.
+        logprobs: Option<TokenLogprobs>,
+    },
+    /// The generation ended by itself.
+    Finished(FinishReason),
+    /// The step that ran this generation failed.
+    Failed(EngineError),
+}
+
+/// Why a generation failed after it was accepted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EngineError {
+    /// The forward pass or the sampler failed; the next request is served.
+    #[error("the step that ran this request failed: {0}")]
+    Step(String),
+    /// The engine thread is gone.
+    #[error("the engine has stopped")]
+    Stopped,
+}
+
+/// Why a request was not accepted.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum SubmitError {
+    /// The model is still being loaded.
+    #[error("the model is still loading")]
+    Loading,
+    /// The engine stopped or could not start.
+    #[error("the engine is not running: {0}")]
+    NotRunning(String),
+    /// As many requests wait as the queue holds.
+    #[error("the queue is full: {max_queued} requests wait already (--max-queued-requests)")]
+    QueueFull {
+        /// Size of the queue.
+        max_queued: usize,
+    },
+    /// No token to continue from.
+    #[error("the prompt is empty; it must hold at least one token")]
+    EmptyPrompt,
+    /// The prompt leaves no room, or less than was asked for.
+    #[error(
+        "this model's context is {max_model_len} tokens, but {prompt_tokens} in the prompt and {max_tokens} to generate \
+         were asked for; shorten the prompt or lower max_tokens"
+    )]
+    TooLong {
+        /// Tokens of the prompt.
+        prompt_tokens: usize,
+        /// Tokens to generate.
+        max_tokens: usize,
+        /// The context's size.
+        max_model_len: usize,
+    },
+    /// A token id that the vocabulary does not have.
+    #[error("token id {token} is outside the vocabulary of {vocab_size}")]
+    UnknownToken {
+        /// The id.
+        token: TokenId,
+        /// Size of the vocabulary.
+        vocab_size: usize,
+    },
+    /// A sampling parameter is out of range.
+    #[error(transparent)]
+    Sampling(#[from] r1_core::InvalidSampling),
+}
+
+/// What the engine is at this moment.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Status {
+    /// Weights are being read.
+    Loading {
+        /// 0 to 1.
+        progress: f32,
+        /// Since loading began.
+        elapsed: Duration,
+    },
+    /// Requests are served.
+    Ready,
+    /// The engine could not start, or its thread died; holds why.
+    Failed(String),
+    /// It was asked to stop.
+    Stopped,
+}
+
+/// Facts that are known before the weights are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EngineInfo {
+    /// Most tokens of prompt and reply together.
+    pub max_model_len: usize,
+    /// Rows of the embedding table.
+    pub vocab_size: usize,
+    /// Most requests that may wait.
+    pub max_queued: usize,
+}
+
+/// Counters and gauges, as of the last step.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Stats {
+    /// Sequences in the running batch.
+    pub running: usize,
+    /// Sequences waiting, those included that the engine thread has not seen yet.
+    pub waiting: usize,
+    /// Blocks of the KV cache.
+    pub kv_blocks_total: usize,
+    /// Of these, held by sequences.
+    pub kv_blocks_used: usize,
+    /// Tokens per block.
+    pub kv_block_size_tokens: usize,
+    /// Prompt tokens computed since start.
+    pub prompt_tokens_total: u64,
+    /// Tokens generated since start.
+    pub generation_tokens_total: u64,
+    /// Steps run since start.
+    pub steps_total: u64,
+    /// Steps that failed since start.
+    pub failed_steps_total: u64,
+    /// Sequences that gave up their blocks and were computed again.
+    pub preemptions_total: u64,
+    /// Generated tokens per second over the last reporting interval.
+    pub gen_throughput_tokens_per_s: f64,
+}
+
+/// A request on its way to the engine thread.
+pub enum Command {
+    /// Run it; events go to `events`.
+    Submit {
+        /// Its id.
+        id: SeqId,
+        /// What to run.
+        request: Request,
+        /// Where its events go.
+        events: mpsc::UnboundedSender<Event>,
+    },
+    /// Its client left.
+    Abort(SeqId),
+    /// End the thread after failing whatever still runs.
+    Stop,
+}
+
+struct Shared {
+    info: EngineInfo,
+    status: Mutex<Status>,
+    started: Instant,
+    stats: Mutex<Stats>,
+    queued: AtomicUsize,
+    next_id: AtomicU64,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // The guarded values are plain data that every holder replaces whole, so a panicking holder leaves them valid.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Submits requests and reads the engine's state; cheap to clone.
+#[derive(Clone)]
+pub struct Handle {
+    shared: Arc<Shared>,
+    commands: std_mpsc::Sender<Command>,
+}
+
+/// A running generation. Dropping it aborts the generation within two steps.
+pub struct Generation {
+    /// The sequence.
+    pub id: SeqId,
+    events: mpsc::UnboundedReceiver<Event>,
+    commands: std_mpsc::Sender<Command>,
+    ended: bool,
+}
+
+impl Generation {
+    /// The next event; `None` after the last one. A dead engine gives `Failed(Stopped)`.
+    pub async fn next(&mut self) -> Option<Event> {
+        if self.ended {
+            return None;
+        }
+        let event = self.events.recv().await.unwrap_or(Event::Failed(EngineError::Stopped));
+        self.ended = matches!(event, Event::Finished(_) | Event::Failed(_));
+        Some(event)
+    }
+
+    /// As [`next`](Self::next), from a thread that may block.
+    pub fn next_blocking(&mut self) -> Option<Event> {
+        if self.ended {
+            return None;
+        }
+        let event = self.events.blocking_recv().unwrap_or(Event::Failed(EngineError::Stopped));
+        self.ended = matches!(event, Event::Finished(_) | Event::Failed(_));
+        Some(event)
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        if !self.ended {
+            // An engine that is gone has nothing left to abort.
+            let _ = self.commands.send(Command::Abort(self.id));
+        }
+    }
+}
+
+impl Handle {
+    /// Both ends of an engine: the handle, and the inbox its thread reads. Status starts as `Loading`.
+    pub fn channel(info: EngineInfo) -> (Self, Inbox) {
+        let (commands, receiver) = std_mpsc::channel();
+        let shared = Arc::new(Shared {
+            info,
+            status: Mutex::new(Status::Loading { progress: 0.0, elapsed: Duration::ZERO }),
+            started: Instant::now(),
+            stats: Mutex::default(),
+            queued: AtomicUsize::new(0),
+            next_id: AtomicU64::new(1),
+        });
+        (Self { shared: shared.clone(), commands }, Inbox { shared, commands: receiver })
+    }
+
+    /// Facts about the served model.
+    pub fn info(&self) -> &EngineInfo {
+        &self.shared.info
+    }
+
+    /// What the engine is at this moment.
+    pub fn status(&self) -> Status {
+        match lock(&self.shared.status).clone() {
+            Status::Loading { progress, .. } => Status::Loading { progress, elapsed: self.shared.started.elapsed() },
+            status => status,
+        }
+    }
+
+    /// Counters and gauges as of the last step.
+    pub fn stats(&self) -> Stats {
+        let mut stats = lock(&self.shared.stats).clone();
+        stats.waiting = self.shared.queued.load(Ordering::Relaxed);
+        stats
+    }
+
+    /// Hands a request to the engine.
+    pub fn submit(&self, request: Request) -> Result<Generation, SubmitError> {
+        match self.status() {
+            Status::Ready => {}
+            Status::Loading { .. } => return Err(SubmitError::Loading),
+            Status::Failed(why) => return Err(SubmitError::NotRunning(why)),
+            Status::Stopped => return Err(SubmitError::NotRunning("it was asked to stop".into())),
+        }
+        let info = &self.shared.info;
+        request.params.validate()?;
+        if request.prompt.is_empty() {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        if let Some(&token) = request.prompt.iter().find(|t| t.0 as usize >= info.vocab_size) {
+            return Err(SubmitError::UnknownToken { token, vocab_size: info.vocab_size });
+        }
+        let (prompt_tokens, max_tokens) = (request.prompt.len(), request.params.max_tokens as usize);
+        if prompt_tokens + max_tokens > info.max_model_len {
+            return Err(SubmitError::TooLong { prompt_tokens, max_tokens, max_model_len: info.max_model_len });
+        }
+        let admitted = self.shared.queued.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |queued| {
+            (queued < info.max_queued).then_some(queued + 1)
+        });
+        if admitted.is_err() {
+            return Err(SubmitError::QueueFull { max_queued: info.max_queued });
+        }
+        let id = SeqId(self.shared.next_id.fetch_add(1, Ordering::Relaxed));
+        let (sender, events) = mpsc::unbounded_channel();
+        if self.commands.send(Command::Submit { id, request, events: sender }).is_err() {
+            return Err(SubmitError::NotRunning("its thread has ended".into()));
+        }
+        Ok(Generation { id, events, commands: self.commands.clone(), ended: false })
+    }
+
+    /// Asks the engine thread to end; whatever still runs gets `Failed(Stopped)`.
+    pub fn stop(&self) {
+        let _ = self.commands.send(Command::Stop);
+    }
+}
+
+/// The engine thread's end of a [`Handle`]. When it is dropped, every handle sees the engine as failed or stopped
+/// and every waiting generation gets `Failed(Stopped)`.
+pub struct Inbox {
+    shared: Arc<Shared>,
+    commands: std_mpsc::Receiver<Command>,
+}
+
+impl Inbox {
+    /// Waits for a command; `None` when every handle and generation is gone.
+    pub fn wait(&self) -> Option<Command> {
+        self.commands.recv().ok()
+    }
+
+    /// A command that is there already.
+    pub fn poll(&self) -> Option<Command> {
+        self.commands.try_recv().ok()
+    }
+
+    /// Publishes the engine's status.
+    pub fn set_status(&self, status: Status) {
+        *lock(&self.shared.status) = status;
+    }
+
+    /// Publishes the statistics of a step (`waiting` is kept by the handle).
+    pub fn set_stats(&self, stats: Stats) {
+        *lock(&self.shared.stats) = stats;
+    }
+
+    /// Says that `count` requests left the queue: they run, ended, or were refused.
+    pub fn dequeued(&self, count: usize) {
+        self.shared.queued.fetch_sub(count, Ordering::Relaxed);
+    }
+
+    /// Facts about the served model.
+    pub fn info(&self) -> &EngineInfo {
+        &self.shared.info
+    }
+}
+
+impl Drop for Inbox {
+    fn drop(&mut self) {
+        let mut status = lock(&self.shared.status);
+        if !matches!(*status, Status::Failed(_) | Status::Stopped) {
+            *status = Status::Failed("the engine thread ended unexpectedly".into());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request() -> Request {
+        Request { prompt: vec![TokenId(1)], params: SamplingParams::default(), priority: 0, constraint: None }
+    }
+
+    fn info() -> EngineInfo {
+        EngineInfo { max_model_len: 32, vocab_size: 8, max_queued: 1 }
+    }
+
+    #[test]
+    fn submit_checks_before_the_engine_sees_anything() {
+        let (handle, inbox) = Handle::channel(info());
+        assert_eq!(handle.submit(request()).err(), Some(SubmitError::Loading));
+        inbox.set_status(Status::Ready);
+        assert_eq!(handle.submit(Request { prompt: vec![], ..request() }).err(), Some(SubmitError::EmptyPrompt));
+        let too_long = Request { prompt: vec![TokenId(1); 17], ..request() };
+        assert!(matches!(handle.submit(too_long).err(), Some(SubmitError::TooLong { prompt_tokens: 17, .. })));
+        let unknown = Request { prompt: vec![TokenId(8)], ..request() };
+        assert!(matches!(handle.submit(unknown).err(), Some(SubmitError::UnknownToken { .. })));
+        assert!(inbox.poll().is_none());
+
+        let _first = handle.submit(request()).unwrap();
+        assert_eq!(handle.submit(request()).err(), Some(SubmitError::QueueFull { max_queued: 1 }));
+        inbox.dequeued(1);
+        handle.submit(request()).unwrap();
+    }
+
+    #[test]
+    fn a_dropped_generation_is_aborted_and_a_dead_engine_fails_it() {
+        let (handle, inbox) = Handle::channel(EngineInfo { max_queued: 9, ..info() });
+        inbox.set_status(Status::Ready);
+        let generation = handle.submit(request()).unwrap();
+        let id = generation.id;
+        drop(generation);
+        assert!(matches!(inbox.poll(), Some(Command::Submit { .. })));
+        assert!(matches!(inbox.poll(), Some(Command::Abort(aborted)) if aborted == id));
+
+        let mut waiting = handle.submit(request()).unwrap();
+        drop(inbox);
+        assert!(matches!(waiting.next_blocking(), Some(Event::Failed(EngineError::Stopped))));
+        assert!(waiting.next_blocking().is_none());
+        assert!(matches!(handle.status(), Status::Failed(_)));
+        assert!(matches!(handle.submit(request()).err(), Some(SubmitError::NotRunning(_))));
+    }
+}
