@@ -39,7 +39,10 @@ pub struct HostTensor {
 
 impl fmt::Debug for HostTensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("HostTensor").field("shape", &self.shape).field("dtype", &self.dtype).finish_non_exhaustive()
+        f.debug_struct("HostTensor")
+            .field("shape", &self.shape)
+            .field("dtype", &self.dtype)
+            .finish_non_exhaustive()
     }
 }
 
@@ -50,8 +53,17 @@ impl HostTensor {
     /// When `range` is not exactly the shape's size in bytes or lies outside the owner.
     pub fn new(owner: Arc<dyn HostBytes>, range: Range<usize>, shape: &[usize], dtype: DType) -> Self {
         let size_bytes = shape.iter().product::<usize>() * dtype.size_bytes();
-        assert_eq!(range.len(), size_bytes, "HostTensor: range has {} bytes, {shape:?} {dtype} takes {size_bytes}", range.len());
-        assert!(range.end <= owner.bytes().len(), "HostTensor: range {range:?} ends past {} bytes", owner.bytes().len());
+        assert_eq!(
+            range.len(),
+            size_bytes,
+            "HostTensor: range has {} bytes, {shape:?} {dtype} takes {size_bytes}",
+            range.len()
+        );
+        assert!(
+            range.end <= owner.bytes().len(),
+            "HostTensor: range {range:?} ends past {} bytes",
+            owner.bytes().len()
+        );
         Self { owner, range, shape: shape.to_vec(), dtype }
     }
 
@@ -109,7 +121,9 @@ impl HostTensor {
     /// # Panics
     /// When this is no matrix or the columns do not exist.
     pub fn columns(&self, start: usize, len: usize) -> Self {
-        let [rows, cols] = self.shape[..] else { panic!("HostTensor::columns: {:?} is no matrix", self.shape) };
+        let [rows, cols] = self.shape[..] else {
+            panic!("HostTensor::columns: {:?} is no matrix", self.shape)
+        };
         assert!(start + len <= cols, "HostTensor::columns: {start}+{len} past {cols}");
         let size = self.dtype.size_bytes();
         let bytes = self.bytes();

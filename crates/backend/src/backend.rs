@@ -1,0 +1,305 @@
+//! The operations a device must offer.
+
+use std::fmt;
+use std::ops::Range;
+
+use r1_core::DType;
+
+use crate::{
+    Activation, BackendError, Batch, Communicator, Experts, HeadWeight, HostTensor, LatentCache, LogprobsOut,
+    MlpScratch, MlpWeights, MoeScratch, MoeWeights, QkvScratch, QkvWeights, RopeTable, Routing,
+    SamplingBatch, Tensor, Weight, composite,
+};
+
+/// Host values to write to a tensor; F32 values are rounded to nearest even when the tensor is narrower.
+#[derive(Clone, Copy, Debug)]
+pub enum HostSlice<'a> {
+    /// For F32, BF16, F16 and F8E4M3 tensors (F8E4M3 saturates at ±448).
+    F32(&'a [f32]),
+    /// For U32 tensors.
+    U32(&'a [u32]),
+}
+
+/// Where a tensor's values go; narrower floats are widened.
+#[derive(Debug)]
+pub enum HostSliceMut<'a> {
+    /// From F32, BF16, F16 and F8E4M3 tensors.
+    F32(&'a mut [f32]),
+    /// From U32 tensors.
+    U32(&'a mut [u32]),
+}
+
+/// Completion of the work enqueued before it was made.
+#[must_use = "a step's failure is known only when its ticket is waited for"]
+pub struct Ticket(State);
+
+enum State {
+    Done(Result<(), BackendError>),
+    Waiting(Box<dyn FnOnce() -> Result<(), BackendError> + Send>),
+}
+
+impl Ticket {
+    /// Work that is complete already.
+    pub fn ready(result: Result<(), BackendError>) -> Self {
+        Self(State::Done(result))
+    }
+
+    /// Work whose end `wait` waits for.
+    pub fn waiting(wait: impl FnOnce() -> Result<(), BackendError> + Send + 'static) -> Self {
+        Self(State::Waiting(Box::new(wait)))
+    }
+
+    /// Waits; gives the first failure of the work.
+    pub fn wait(self) -> Result<(), BackendError> {
+        match self.0 {
+            State::Done(result) => result,
+            State::Waiting(wait) => wait(),
+        }
+    }
+}
+
+impl fmt::Debug for Ticket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Ticket")
+    }
+}
+
+/// What a backend can do beyond the operations themselves.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Element types that activations and caches may have; the first is what `--dtype auto` takes.
+    pub activation_dtypes: Vec<DType>,
+    /// FP8 weights can be applied to FP8 activations (W8A8).
+    pub fp8_activations: bool,
+    /// Work runs behind the caller's back, so that planning a step ahead pays.
+    pub asynchronous: bool,
+}
+
+/// A device and its operations.
+///
+/// Operations are enqueued in order and write into tensors that exist already, so that a step allocates nothing and can be
+/// captured. A failure surfaces from the [`Ticket`] that [`flush`](Backend::flush) gives. Shapes are checked at every call by
+/// [`shape`](crate::shape); a wrong one is a bug of the caller and panics with the operation's and the argument's name.
+/// Unless said otherwise `x` and `out` have one of the activation dtypes (F32 or BF16), accumulation is F32, and `out` must
+/// not overlap an input.
+///
+/// T tokens, S sequences, L rows of logits, D hidden size, V vocabulary, H local heads, C = kv_lora_rank,
+/// R = qk_rope_head_dim, P = qk_nope_head_dim, U = v_head_dim, E experts, k experts per token, I intermediate size.
+pub trait Backend: Sized + Send + Sync + 'static {
+    /// Device memory.
+    type Buffer: Send + Sync;
+    /// A captured step.
+    type Graph: Send;
+
+    /// What the user calls it: `cpu`, `reference`.
+    fn name(&self) -> &'static str;
+
+    /// One line for the log: instruction set, threads, device name.
+    fn describe(&self) -> String;
+
+    /// What it can do.
+    fn capabilities(&self) -> Capabilities;
+
+    // Memory: at start only.
+
+    /// A zeroed tensor.
+    fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor<Self>, BackendError>;
+
+    /// A read-only tensor with the host's values: in place where the device can read them there, else copied.
+    fn import(&self, host: &HostTensor) -> Result<Tensor<Self>, BackendError>;
+
+    /// As [`import`](Backend::import), for the `[N, K]` data of a [`Weight`]. A backend may lay it out as its linears like it;
+    /// nobody but its own `linear`, `per_head` and `experts` reads the result.
+    fn import_matrix(&self, host: &HostTensor) -> Result<Tensor<Self>, BackendError> {
+        self.import(host)
+    }
+
+    // Traffic with the host: a few kilobytes per step.
+
+    /// Writes host values to `dst`.
+    fn upload(&self, src: HostSlice<'_>, dst: &Tensor<Self>);
+
+    /// Reads `src` once everything enqueued before has run.
+    fn download(&self, src: &Tensor<Self>, dst: HostSliceMut<'_>) -> Result<(), BackendError>;
+
+    /// Closes a step: the ticket gives the first failure of what was enqueued since the last flush.
+    fn flush(&self) -> Ticket;
+
+    // Primitives.
+
+    /// `out[t] = table[ids[t] - first_row]`; ids whose row this table does not hold give zeros (a vocabulary shard).
+    /// `ids` `[T]` U32, `table` `[V, D]`, `out` `[T, D]`.
+    fn embed(&self, ids: &Tensor<Self>, table: &Tensor<Self>, first_row: usize, out: &Tensor<Self>);
+
+    /// `out = x * rsqrt(mean(x²) + eps) * weight`, over the last dimension. `x` `[T, D]`, `weight` `[D]`.
+    fn rms_norm(&self, x: &Tensor<Self>, weight: &Tensor<Self>, eps: f32, out: &Activation<Self>);
+
+    /// Writes `x`'s FP8 form from its dense form; nothing to do where it has none.
+    fn quantize(&self, x: &Activation<Self>);
+
+    /// `out = x Wᵀ`. `x` `[T, K]`, `w` `[N, K]`, `out` `[T, N]`, F32 or the activation dtype. FP8 weights meet `x.fp8` where it
+    /// is there (each 128-block of K accumulated in F32, scaled, then added), else `x.dense`.
+    fn linear(&self, x: &Activation<Self>, w: &Weight<Self>, out: &Tensor<Self>);
+
+    /// One matrix per head, see [`HeadWeight`]. `x` `[T, H, a]`, `out` `[T, H, b]`, both may be strided.
+    fn per_head(&self, x: &Tensor<Self>, w: &HeadWeight<Self>, out: &Tensor<Self>);
+
+    /// RoPE and cache write. Rotates `q_rope` `[T, H, R]` (strided) in place; writes `rms_norm(kv_a[:, :C])` and the rotated
+    /// `kv_a[:, C:]` to the cache at the batch's slots. `kv_a` `[T, C + R]`, `norm` `[C]`.
+    fn rope_cache(
+        &self,
+        q_rope: &Tensor<Self>,
+        kv_a: &Tensor<Self>,
+        norm: &Tensor<Self>,
+        eps: f32,
+        rope: &RopeTable<Self>,
+        batch: &Batch<Self>,
+        cache: &LatentCache<Self>,
+    );
+
+    /// Absorbed MLA over the paged latent cache, for the sequences `seqs`, any mix of decode rows and prefill chunks; other
+    /// sequences' rows of `out` are left alone. Row `i` of a sequence with `n` rows sees the first `context_len - n + 1 + i`
+    /// tokens. `q_latent` `[T, H, C]`, `q_rope` `[T, H, R]` (strided), `out` `[T, H, C]`. `scale` holds YaRN's mscale².
+    /// Source: DeepSeek-V2 report, section 2.1.2 (arXiv:2405.04434).
+    fn mla_attention(
+        &self,
+        q_latent: &Tensor<Self>,
+        q_rope: &Tensor<Self>,
+        cache: &LatentCache<Self>,
+        batch: &Batch<Self>,
+        seqs: Range<usize>,
+        scale: f32,
+        out: &Tensor<Self>,
+    );
+
+    /// Copies the cached rows of the sequences `seqs`, one after the other: sequence `s` begins at row
+    /// `context_start[s] - context_start[seqs.start]`. `out` `[N, C + R]`.
+    fn gather_latent(
+        &self,
+        cache: &LatentCache<Self>,
+        batch: &Batch<Self>,
+        seqs: Range<usize>,
+        out: &Tensor<Self>,
+    );
+
+    /// Un-absorbed MLA of the sequences `seqs` over expanded keys and values laid out as by [`gather_latent`](Backend::gather_latent).
+    /// `q` `[T, H, P + R]`, `kv` `[N, H, P + U]` = [k_nope | v], `k_rope` `[N, R]` (strided), `out` `[T, H, U]`.
+    fn mla_attention_expanded(
+        &self,
+        q: &Tensor<Self>,
+        kv: &Tensor<Self>,
+        k_rope: &Tensor<Self>,
+        batch: &Batch<Self>,
+        seqs: Range<usize>,
+        scale: f32,
+        out: &Tensor<Self>,
+    );
+
+    /// Chooses experts, see [`Routing`]. `logits` `[T, E]` F32, `bias` `[E]` F32, `ids` `[T, k]` U32, `weights` `[T, k]` F32,
+    /// best first.
+    fn route(
+        &self,
+        logits: &Tensor<Self>,
+        bias: Option<&Tensor<Self>>,
+        routing: &Routing,
+        ids: &Tensor<Self>,
+        weights: &Tensor<Self>,
+    );
+
+    /// `out[t] += Σ_j weights[t, j] * expert_{ids[t, j]}(x[t])`; ids outside the local range are skipped. The sum is F32 and
+    /// rounded once. Where `x` has an FP8 form, the experts' hidden state is quantised in the same way.
+    fn experts(
+        &self,
+        x: &Activation<Self>,
+        ids: &Tensor<Self>,
+        weights: &Tensor<Self>,
+        experts: &Experts<Self>,
+        out: &Tensor<Self>,
+    );
+
+    /// `out = silu(gate_up[:, :I]) * gate_up[:, I:]`.
+    fn silu_mul(&self, gate_up: &Tensor<Self>, out: &Activation<Self>);
+
+    /// `residual += x`, `[T, D]`.
+    fn add(&self, residual: &Tensor<Self>, x: &Tensor<Self>);
+
+    /// `out[i] = x[rows[i]]`. `x` `[T, D]`, `rows` `[L]` U32, `out` `[L, D]`.
+    fn gather_rows(&self, x: &Tensor<Self>, rows: &Tensor<Self>, out: &Tensor<Self>);
+
+    /// Draws one token per row, see [`SamplingBatch`]. `logits` `[L, V]` F32 is left as it is; `out` `[L]` U32.
+    fn sample(&self, logits: &Tensor<Self>, sampling: &SamplingBatch, out: &Tensor<Self>);
+
+    /// Log-probabilities of `tokens` `[L]` U32 and of the most likely ones under `logits` `[L, V]` F32.
+    fn logprobs(&self, logits: &Tensor<Self>, tokens: &Tensor<Self>, out: &LogprobsOut<Self>);
+
+    // Composites: default bodies are made of the primitives; a backend overrides them fused, and conformance compares both.
+
+    /// `residual += x; out = rms_norm(residual)`.
+    fn add_rms_norm(
+        &self,
+        residual: &Tensor<Self>,
+        x: &Tensor<Self>,
+        weight: &Tensor<Self>,
+        eps: f32,
+        out: &Activation<Self>,
+    ) {
+        composite::add_rms_norm(self, residual, x, weight, eps, out);
+    }
+
+    /// Sums `x` over the ranks, then [`add_rms_norm`](Backend::add_rms_norm).
+    fn all_reduce_add_norm(
+        &self,
+        comm: &dyn Communicator<Self>,
+        residual: &Tensor<Self>,
+        x: &Tensor<Self>,
+        weight: &Tensor<Self>,
+        eps: f32,
+        out: &Activation<Self>,
+    ) {
+        composite::all_reduce_add_norm(self, comm, residual, x, weight, eps, out);
+    }
+
+    /// Queries `q` `[T, H (P + R)]` and `kv_a` `[T, C + R]` of the normed hidden state `x`.
+    fn mla_qkv(
+        &self,
+        x: &Activation<Self>,
+        w: &QkvWeights<Self>,
+        scratch: &QkvScratch<Self>,
+        q: &Tensor<Self>,
+        kv_a: &Tensor<Self>,
+    ) {
+        composite::mla_qkv(self, x, w, scratch, q, kv_a);
+    }
+
+    /// `out = down(silu(gate(x)) * up(x))`.
+    fn mlp(
+        &self,
+        x: &Activation<Self>,
+        w: &MlpWeights<Self>,
+        scratch: &MlpScratch<Self>,
+        out: &Tensor<Self>,
+    ) {
+        composite::mlp(self, x, w, scratch, out);
+    }
+
+    /// Router, shared experts, routed experts.
+    fn moe_layer(
+        &self,
+        x: &Activation<Self>,
+        w: &MoeWeights<Self>,
+        scratch: &MoeScratch<Self>,
+        out: &Tensor<Self>,
+    ) {
+        composite::moe_layer(self, x, w, scratch, out);
+    }
+
+    // Capture.
+
+    /// Records what `step` enqueues. `None`: this backend runs eagerly, and `step` was not called.
+    fn capture(&self, _step: &mut dyn FnMut()) -> Result<Option<Self::Graph>, BackendError> {
+        Ok(None)
+    }
+
+    /// Runs a captured step.
+    fn replay(&self, graph: &Self::Graph) -> Ticket;
+}

@@ -1,0 +1,72 @@
+//! What the attention of one step must know: which tokens, of which sequences, at which places of the paged cache.
+
+use std::ops::Range;
+
+use crate::{Backend, Tensor};
+
+/// One step's metadata on the device; uploaded once per step, read by every layer. S sequences, T tokens.
+///
+/// The tokens of a sequence are consecutive rows, in order of position; sequences that decode come first.
+pub struct Batch<B: Backend> {
+    /// `[T]` U32: absolute position of each token.
+    pub positions: Tensor<B>,
+    /// `[T]` U32: where each token's KV goes, `block * block_size + offset`.
+    pub slots: Tensor<B>,
+    /// `[S + 1]` U32: sequence `s` has the rows `query_start[s]..query_start[s + 1]`.
+    pub query_start: Tensor<B>,
+    /// `[S]` U32: tokens in the cache once this step's are written; the last row of a sequence sees all of them.
+    pub context_len: Tensor<B>,
+    /// `[S + 1]` U32: prefix sums of `context_len`.
+    pub context_start: Tensor<B>,
+    /// `[S, max_blocks]` U32: entries past the context are never read.
+    pub block_table: Tensor<B>,
+    /// T.
+    pub num_tokens: usize,
+    /// S.
+    pub num_seqs: usize,
+    /// Of these, the first ones, with one row each.
+    pub num_decodes: usize,
+    /// Host copy of the sum of `context_len` over the sequences that do not decode.
+    pub prefill_context_tokens: usize,
+    /// Host copy of the largest `context_len`.
+    pub max_context_len: usize,
+}
+
+impl<B: Backend> Batch<B> {
+    /// Sequences that decode.
+    pub fn decodes(&self) -> Range<usize> {
+        0..self.num_decodes
+    }
+
+    /// Sequences that prefill.
+    pub fn prefills(&self) -> Range<usize> {
+        self.num_decodes..self.num_seqs
+    }
+}
+
+/// One layer's paged cache of what MLA keeps: per token `kv_lora_rank` latent values after their norm and
+/// `qk_rope_head_dim` key values after RoPE, shared by all heads.
+pub struct LatentCache<B: Backend> {
+    /// `[num_blocks, block_size, C + R]` F32 or BF16.
+    pub data: Tensor<B>,
+    /// C = kv_lora_rank.
+    pub latent_dim: usize,
+}
+
+impl<B: Backend> LatentCache<B> {
+    /// Tokens per block.
+    pub fn block_size(&self) -> usize {
+        self.data.dim(1)
+    }
+
+    /// R = qk_rope_head_dim.
+    pub fn rope_dim(&self) -> usize {
+        self.data.dim(2) - self.latent_dim
+    }
+}
+
+/// Rotations of every position, YaRN and its attention scaling included.
+pub struct RopeTable<B: Backend> {
+    /// `[max_positions, R]` F32: R / 2 cosines, then R / 2 sines. Pairs are interleaved: (2i, 2i + 1).
+    pub cos_sin: Tensor<B>,
+}

@@ -1,0 +1,282 @@
+//! Weights and activations that carry their format, so that model code never branches on it.
+
+use std::ops::Range;
+
+use r1_core::DType;
+
+use crate::{Backend, BackendError, Tensor};
+
+/// Channels per activation scale of the FP8 path.
+const FP8_ACTIVATION_BLOCK: usize = 128;
+
+/// The weight of a linear layer, `y = x Wᵀ`.
+pub enum Weight<B: Backend> {
+    /// `data` `[N, K]` F32, BF16 or F16.
+    Dense {
+        /// The matrix.
+        data: Tensor<B>,
+    },
+    /// DeepSeek's FP8 block format: element `(n, k)` is `data[n, k] * scales[(n + offset[0]) / block[0], (k + offset[1]) / block[1]]`.
+    Fp8Block {
+        /// `[N, K]` F8E4M3.
+        data: Tensor<B>,
+        /// F32, `[ceil((N + offset[0]) / block[0]), ceil((K + offset[1]) / block[1])]`.
+        scales: Tensor<B>,
+        /// Rows and columns that share a scale: [128, 128] in every published checkpoint.
+        block: [usize; 2],
+        /// Where element (0, 0) lies inside its first block: not zero when a shard begins inside one.
+        offset: [usize; 2],
+    },
+}
+
+impl<B: Backend> Weight<B> {
+    /// Output features, N.
+    pub fn out_features(&self) -> usize {
+        self.data().dim(0)
+    }
+
+    /// Input features, K.
+    pub fn in_features(&self) -> usize {
+        self.data().dim(1)
+    }
+
+    /// The matrix itself, scales aside.
+    pub fn data(&self) -> &Tensor<B> {
+        match self {
+            Self::Dense { data } | Self::Fp8Block { data, .. } => data,
+        }
+    }
+
+    /// Bytes that a pass over the weight reads, scales included.
+    pub fn size_bytes(&self) -> usize {
+        let of = |t: &Tensor<B>| t.num_elements() * t.dtype().size_bytes();
+        match self {
+            Self::Dense { data } => of(data),
+            Self::Fp8Block { data, scales, .. } => of(data) + of(scales),
+        }
+    }
+}
+
+impl<B: Backend> Clone for Weight<B> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Dense { data } => Self::Dense { data: data.clone() },
+            Self::Fp8Block { data, scales, block, offset } => {
+                Self::Fp8Block { data: data.clone(), scales: scales.clone(), block: *block, offset: *offset }
+            }
+        }
+    }
+}
+
+/// The FP8 form of an activation: per token and per 128 channels, `scale = max(amax, 1e-4) / 448`.
+pub struct Fp8Activation<B: Backend> {
+    /// `[T, K]` F8E4M3.
+    pub data: Tensor<B>,
+    /// `[T, ceil(K / 128)]` F32.
+    pub scales: Tensor<B>,
+    /// Scales are rounded up to a power of two (`scale_fmt: ue8m0`).
+    pub power_of_two_scales: bool,
+}
+
+/// What a linear reads. The dense form is always there; where the FP8 form is too, FP8 weights are applied to it (W8A8).
+pub struct Activation<B: Backend> {
+    /// `[T, K]` F32 or BF16.
+    pub dense: Tensor<B>,
+    /// The same values quantised; written by whoever writes `dense`.
+    pub fp8: Option<Fp8Activation<B>>,
+}
+
+impl<B: Backend> Activation<B> {
+    /// An activation without an FP8 form.
+    pub fn dense(dense: Tensor<B>) -> Self {
+        Self { dense, fp8: None }
+    }
+
+    /// Allocates `[rows, cols]`; `fp8` says whether the FP8 form is kept, and whether its scales are powers of two.
+    pub fn alloc(
+        backend: &B,
+        rows: usize,
+        cols: usize,
+        dtype: DType,
+        fp8: Option<bool>,
+    ) -> Result<Self, BackendError> {
+        let fp8 = match fp8 {
+            None => None,
+            Some(power_of_two_scales) => Some(Fp8Activation {
+                data: backend.alloc(&[rows, cols], DType::F8E4M3)?,
+                scales: backend.alloc(&[rows, cols.div_ceil(FP8_ACTIVATION_BLOCK)], DType::F32)?,
+                power_of_two_scales,
+            }),
+        };
+        Ok(Self { dense: backend.alloc(&[rows, cols], dtype)?, fp8 })
+    }
+
+    /// Rows `range`.
+    pub fn rows(&self, range: Range<usize>) -> Self {
+        Self {
+            dense: self.dense.rows(range.clone()),
+            fp8: self.fp8.as_ref().map(|q| Fp8Activation {
+                data: q.data.rows(range.clone()),
+                scales: q.scales.rows(range),
+                power_of_two_scales: q.power_of_two_scales,
+            }),
+        }
+    }
+}
+
+/// Which way a head's rows are applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeadForm {
+    /// `out[t, h, :] = Σ_r x[t, h, r] W_h[r, :]`: `[T, H, rows] -> [T, H, K]`, the absorbed W_uk.
+    RowsIn,
+    /// `out[t, h, r] = W_h[r, :] · x[t, h, :]`: `[T, H, K] -> [T, H, rows]`, the absorbed W_uv.
+    RowsOut,
+}
+
+/// A range of rows of every head of a weight, applied head by head: W_uk and W_uv of absorbed MLA, both read from
+/// `kv_b_proj` `[H * rows_per_head, K]` where it lies, so that the weight is resident once.
+pub struct HeadWeight<B: Backend> {
+    /// `[H * rows_per_head, K]`.
+    pub weight: Weight<B>,
+    /// Rows that belong to one head.
+    pub rows_per_head: usize,
+    /// Of these, the ones that are applied.
+    pub rows: Range<usize>,
+    /// Which way.
+    pub form: HeadForm,
+}
+
+/// A gated MLP: `down(silu(gate(x)) * up(x))`, I = intermediate size.
+pub struct MlpWeights<B: Backend> {
+    /// `[I, D]`.
+    pub gate: Weight<B>,
+    /// `[I, D]`.
+    pub up: Weight<B>,
+    /// `[D, I]`.
+    pub down: Weight<B>,
+}
+
+/// The routed experts that this rank holds.
+pub struct Experts<B: Backend> {
+    /// Experts `first..first + local.len()`.
+    pub local: Vec<MlpWeights<B>>,
+    /// Id of the first local expert.
+    pub first: usize,
+    /// Experts of the whole layer, E.
+    pub total: usize,
+}
+
+/// How router logits become scores, in F32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScoreFunction {
+    /// V2.
+    Softmax,
+    /// V3.
+    Sigmoid,
+}
+
+/// What a group of experts is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupScore {
+    /// Its best expert's score: `group_limited_greedy`.
+    Max,
+    /// The sum of its two best biased scores: `noaux_tc`.
+    TopTwoSum,
+}
+
+/// Restriction of a token's experts to a few groups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Groups {
+    /// Groups of consecutive experts.
+    pub n_group: usize,
+    /// Groups a token may use.
+    pub topk_group: usize,
+    /// How groups are compared.
+    pub score: GroupScore,
+}
+
+/// How a token chooses its experts. Source: DeepSeek-V3 report, section 2.1.2 (arXiv:2412.19437).
+///
+/// Experts are chosen by score plus bias and weighed by the score alone. Groups that lose are masked with -inf.
+/// Equal scores take the lower index.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Routing {
+    /// Logits to scores.
+    pub score: ScoreFunction,
+    /// `None`: all experts compete.
+    pub groups: Option<Groups>,
+    /// Experts per token, k.
+    pub top_k: usize,
+    /// Divide the chosen scores by their sum plus 1e-20.
+    pub norm_topk_prob: bool,
+    /// Multiplies the weights last.
+    pub routed_scaling_factor: f32,
+}
+
+/// Space for a gated MLP: rows for the largest batch, I columns.
+pub struct MlpScratch<B: Backend> {
+    /// `[T, 2 I]`: gate and up.
+    pub gate_up: Tensor<B>,
+    /// `[T, I]`.
+    pub hidden: Activation<B>,
+}
+
+/// A mixture-of-experts layer.
+pub struct MoeWeights<B: Backend> {
+    /// Router, `[E, D]`.
+    pub router: Weight<B>,
+    /// `e_score_correction_bias` `[E]` F32.
+    pub bias: Option<Tensor<B>>,
+    /// How tokens choose.
+    pub routing: Routing,
+    /// The routed experts.
+    pub experts: Experts<B>,
+    /// The shared experts as one MLP of width `n_shared_experts * moe_intermediate_size`.
+    pub shared: MlpWeights<B>,
+}
+
+/// Space for a mixture-of-experts layer.
+pub struct MoeScratch<B: Backend> {
+    /// `[T, E]` F32.
+    pub logits: Tensor<B>,
+    /// `[T, k]` U32.
+    pub ids: Tensor<B>,
+    /// `[T, k]` F32.
+    pub weights: Tensor<B>,
+    /// For the shared experts.
+    pub shared: MlpScratch<B>,
+}
+
+/// How queries are made from the hidden state.
+#[allow(clippy::large_enum_variant)] // one per layer; a box would only add a hop
+pub enum QueryProjection<B: Backend> {
+    /// `q_lora_rank: null`: one matrix `[H * (nope + rope), D]`.
+    Direct(Weight<B>),
+    /// Down to `q_lora_rank`, a norm, and up.
+    LowRank {
+        /// `[q_lora_rank, D]`.
+        a: Weight<B>,
+        /// `[q_lora_rank]`.
+        norm: Tensor<B>,
+        /// `[H * (nope + rope), q_lora_rank]`.
+        b: Weight<B>,
+    },
+}
+
+/// What attention reads of the hidden state.
+pub struct QkvWeights<B: Backend> {
+    /// Queries.
+    pub q: QueryProjection<B>,
+    /// `[kv_lora_rank + rope, D]`.
+    pub kv_a: Weight<B>,
+    /// Epsilon of the low-rank norm.
+    pub eps: f32,
+}
+
+/// Space for the low-rank query.
+pub struct QkvScratch<B: Backend> {
+    /// `[T, q_lora_rank]`.
+    pub q_a: Tensor<B>,
+    /// `[T, q_lora_rank]`.
+    pub q_a_normed: Activation<B>,
+}
