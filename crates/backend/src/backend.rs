@@ -100,6 +100,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// What it can do.
     fn capabilities(&self) -> Capabilities;
 
+    /// Bytes of memory that allocations may still take; `None` where nothing can be said.
+    fn free_bytes(&self) -> Option<usize> {
+        None
+    }
+
     // Memory: at start only.
 
     /// A zeroed tensor.

@@ -265,7 +265,9 @@ impl Handle {
     /// What the engine is at this moment.
     pub fn status(&self) -> Status {
         match lock(&self.shared.status).clone() {
-            Status::Loading { progress, .. } => Status::Loading { progress, elapsed: self.shared.started.elapsed() },
+            Status::Loading { progress, .. } => {
+                Status::Loading { progress, elapsed: self.shared.started.elapsed() }
+            }
             status => status,
         }
     }
@@ -295,7 +297,11 @@ impl Handle {
         }
         let (prompt_tokens, max_tokens) = (request.prompt.len(), request.params.max_tokens as usize);
         if prompt_tokens + max_tokens > info.max_model_len {
-            return Err(SubmitError::TooLong { prompt_tokens, max_tokens, max_model_len: info.max_model_len });
+            return Err(SubmitError::TooLong {
+                prompt_tokens,
+                max_tokens,
+                max_model_len: info.max_model_len,
+            });
         }
         let admitted = self.shared.queued.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |queued| {
             (queued < info.max_queued).then_some(queued + 1)
@@ -382,9 +388,15 @@ mod tests {
         let (handle, inbox) = Handle::channel(info());
         assert_eq!(handle.submit(request()).err(), Some(SubmitError::Loading));
         inbox.set_status(Status::Ready);
-        assert_eq!(handle.submit(Request { prompt: vec![], ..request() }).err(), Some(SubmitError::EmptyPrompt));
+        assert_eq!(
+            handle.submit(Request { prompt: vec![], ..request() }).err(),
+            Some(SubmitError::EmptyPrompt)
+        );
         let too_long = Request { prompt: vec![TokenId(1); 17], ..request() };
-        assert!(matches!(handle.submit(too_long).err(), Some(SubmitError::TooLong { prompt_tokens: 17, .. })));
+        assert!(matches!(
+            handle.submit(too_long).err(),
+            Some(SubmitError::TooLong { prompt_tokens: 17, .. })
+        ));
         let unknown = Request { prompt: vec![TokenId(8)], ..request() };
         assert!(matches!(handle.submit(unknown).err(), Some(SubmitError::UnknownToken { .. })));
         assert!(inbox.poll().is_none());

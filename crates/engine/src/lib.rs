@@ -2,8 +2,18 @@
 //! Non-generic outside, generic over the backend inside. Speaks token ids only; knows nothing of HTTP, text or JSON.
 #![forbid(unsafe_code)]
 
+mod config;
 mod handle;
+mod input;
+mod live;
+mod one_batch;
+mod runner;
+mod serve;
 
+pub use config::{EngineConfig, StartError};
 pub use handle::{
-    Command, EngineError, EngineInfo, Event, Generation, Handle, Inbox, Request, Stats, Status, SubmitError, TokenLogprobs,
+    Command, EngineError, EngineInfo, Event, Generation, Handle, Inbox, Request, Stats, Status, SubmitError,
+    TokenLogprobs,
 };
+pub use one_batch::{OneBatch, OneBatchBench, OneBatchError, OneBatchTimes};
+pub use serve::spawn;

@@ -1,1 +1,15 @@
-//! Forward passes, written once, generic over the backend.
+//! Forward passes, written once, generic over [`Backend`](r1_backend::Backend): MLA, mixture of experts, DeepSeek, and the
+//! registry of known models. Knows nothing of the device it runs on, of scheduling or of text.
+#![forbid(unsafe_code)]
+
+mod deepseek;
+mod error;
+mod load;
+mod mla;
+mod options;
+mod registry;
+
+pub use deepseek::{DeepSeek, StageInput, StageOutput};
+pub use error::ModelError;
+pub use options::{Fp8Compute, MlaForm, ModelOptions, WeightFormat};
+pub use registry::{KnownModel, ModelStatus, Reasoning, Registry};

@@ -1,0 +1,93 @@
+//! How an engine runs: what the model's options do not say.
+
+use r1_backend::{Backend, BackendError};
+use r1_model::{DeepSeek, ModelError};
+use r1_sched::{SchedConfig, SchedError};
+
+/// How an engine runs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct EngineConfig {
+    /// Tokens per block of the KV cache.
+    pub block_size: usize,
+    /// Most sequences in the running batch.
+    pub max_num_seqs: usize,
+    /// Most tokens in one step.
+    pub max_num_batched_tokens: usize,
+    /// Most tokens of prompt and reply together.
+    pub max_model_len: usize,
+    /// Share of the memory still free once the weights are loaded that the KV cache may take, 0 to 1. It never takes more
+    /// than `max_num_seqs` full contexts.
+    pub kv_memory_fraction: f64,
+    /// Steps between two lines in the log.
+    pub log_every_steps: u64,
+}
+
+/// Why an engine could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The model could not be loaded.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The device refused.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// A limit is out of range.
+    #[error(transparent)]
+    Sched(#[from] SchedError),
+    /// One full context does not fit.
+    #[error(
+        "the KV cache has room for {have_tokens} tokens ({have_bytes} bytes of {free_bytes} free), but one context of \
+         --max-model-len {max_model_len} takes {need_bytes} bytes; lower --max-model-len or raise --gpu-memory-utilization"
+    )]
+    KvCacheTooSmall {
+        /// Tokens that fit.
+        have_tokens: usize,
+        /// Bytes the cache may take.
+        have_bytes: usize,
+        /// Bytes free after loading.
+        free_bytes: usize,
+        /// Tokens of one context.
+        max_model_len: usize,
+        /// Bytes of one context.
+        need_bytes: usize,
+    },
+}
+
+impl EngineConfig {
+    /// The scheduler's configuration for a model on its device, with as many KV blocks as are useful and fit.
+    pub fn sched<B: Backend>(&self, model: &DeepSeek<B>) -> Result<SchedConfig, StartError> {
+        let useful = self.max_num_seqs.saturating_mul(self.max_model_len.div_ceil(self.block_size));
+        let block_bytes = model.kv_bytes_per_token() * self.block_size;
+        let num_blocks = match model.backend().free_bytes() {
+            None => useful,
+            Some(free_bytes) => {
+                let have_bytes = (free_bytes as f64 * self.kv_memory_fraction) as usize;
+                let fits = have_bytes / block_bytes;
+                let needed = self.max_model_len.div_ceil(self.block_size);
+                if fits < needed {
+                    return Err(StartError::KvCacheTooSmall {
+                        have_tokens: fits * self.block_size,
+                        have_bytes,
+                        free_bytes,
+                        max_model_len: self.max_model_len,
+                        need_bytes: needed * block_bytes,
+                    });
+                }
+                fits.min(useful)
+            }
+        };
+        let config = SchedConfig {
+            block_size: self.block_size,
+            num_blocks,
+            max_num_seqs: self.max_num_seqs,
+            max_num_batched_tokens: self.max_num_batched_tokens,
+            max_model_len: self.max_model_len,
+            // The handle bounds the queue before a request gets here; preempted sequences come on top.
+            max_queued: usize::MAX,
+            // Tokens are read back before the next step is planned.
+            depth: 1,
+        };
+        config.validate()?;
+        Ok(config)
+    }
+}

@@ -1,0 +1,279 @@
+//! DeepSeek V2/V3/R1: the forward pass of a stage, written once for every backend.
+//!
+//! The residual stream stays in `residual`; every block adds to it through [`Backend::all_reduce_add_norm`], which also
+//! makes the next block's input.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use r1_backend::{
+    Activation, Backend, BackendError, Batch, Communicator, LatentCache, MlpScratch, MlpWeights, MoeScratch,
+    MoeWeights, RopeTable, Tensor, Weight,
+};
+use r1_core::DType;
+use r1_weights::ModelConfig;
+
+use crate::mla::{Mla, MlaScratch};
+use crate::{Fp8Compute, ModelOptions};
+
+/// What a stage starts from.
+pub enum StageInput<'a, B: Backend> {
+    /// The first stage: `[T]` U32 token ids.
+    Tokens(&'a Tensor<B>),
+    /// A later one: the residual stream `[T, D]` of the stage before.
+    Hidden(&'a Tensor<B>),
+}
+
+/// What a stage ends with.
+pub enum StageOutput<'a, B: Backend> {
+    /// The last stage: logits of some rows.
+    Logits {
+        /// `[L]` U32: rows of the batch.
+        rows: &'a Tensor<B>,
+        /// `[L, V]` F32.
+        logits: &'a Tensor<B>,
+    },
+    /// An earlier one: the residual stream `[T, D]`.
+    Hidden(&'a Tensor<B>),
+}
+
+/// The feed-forward half of a layer.
+#[allow(clippy::large_enum_variant)] // one per layer; a box would only add a hop
+pub(crate) enum FeedForward<B: Backend> {
+    Dense(MlpWeights<B>),
+    Moe(MoeWeights<B>),
+}
+
+pub(crate) struct Layer<B: Backend> {
+    pub(crate) input_norm: Tensor<B>,
+    pub(crate) mla: Mla<B>,
+    pub(crate) post_attention_norm: Tensor<B>,
+    pub(crate) feed_forward: FeedForward<B>,
+}
+
+/// Before the first layer of the first stage.
+pub(crate) struct Embedding<B: Backend> {
+    /// `[V, D]`.
+    pub(crate) table: Tensor<B>,
+}
+
+/// After the last layer of the last stage.
+pub(crate) struct Head<B: Backend> {
+    /// `[D]`.
+    pub(crate) norm: Tensor<B>,
+    /// `[V, D]`.
+    pub(crate) lm_head: Weight<B>,
+}
+
+/// Space for the largest step; every step takes the first rows of it.
+pub(crate) struct Workspace<B: Backend> {
+    residual: Tensor<B>,
+    normed: Activation<B>,
+    block_out: Tensor<B>,
+    last: Tensor<B>,
+    mla: MlaScratch<B>,
+    dense: Option<MlpScratch<B>>,
+    moe: Option<MoeScratch<B>>,
+}
+
+/// A stage of a DeepSeek model on one rank.
+pub struct DeepSeek<B: Backend> {
+    pub(crate) backend: Arc<B>,
+    pub(crate) comm: Arc<dyn Communicator<B>>,
+    pub(crate) config: ModelConfig,
+    pub(crate) options: ModelOptions,
+    pub(crate) embedding: Option<Embedding<B>>,
+    pub(crate) layers: Vec<Layer<B>>,
+    pub(crate) head: Option<Head<B>>,
+    pub(crate) rope: RopeTable<B>,
+    pub(crate) workspace: Workspace<B>,
+    pub(crate) weight_bytes: usize,
+}
+
+/// Allocates an MLP's scratch of intermediate size `width`.
+fn mlp_scratch<B: Backend>(
+    backend: &B,
+    options: &ModelOptions,
+    width: usize,
+    fp8: Option<bool>,
+) -> Result<MlpScratch<B>, BackendError> {
+    let rows = options.max_batched_tokens;
+    Ok(MlpScratch {
+        gate_up: backend.alloc(&[rows, 2 * width], options.activation_dtype)?,
+        hidden: Activation::alloc(backend, rows, width, options.activation_dtype, fp8)?,
+    })
+}
+
+fn mlp_rows<B: Backend>(scratch: &MlpScratch<B>, rows: Range<usize>) -> MlpScratch<B> {
+    MlpScratch { gate_up: scratch.gate_up.rows(rows.clone()), hidden: scratch.hidden.rows(rows) }
+}
+
+impl<B: Backend> Workspace<B> {
+    pub(crate) fn alloc(
+        backend: &B,
+        config: &ModelConfig,
+        options: &ModelOptions,
+        layers: &[Layer<B>],
+    ) -> Result<Self, BackendError> {
+        let (rows, dtype, hidden) =
+            (options.max_batched_tokens, options.activation_dtype, config.hidden_size);
+        let fp8 = options.activation_fp8(config);
+        let mut dense = None;
+        let mut moe = None;
+        for layer in layers {
+            match &layer.feed_forward {
+                FeedForward::Dense(mlp) if dense.is_none() => {
+                    dense = Some(mlp_scratch(backend, options, mlp.gate.out_features(), fp8)?);
+                }
+                FeedForward::Moe(w) if moe.is_none() => {
+                    let top_k = w.routing.top_k;
+                    moe = Some(MoeScratch {
+                        logits: backend.alloc(&[rows, w.experts.total], DType::F32)?,
+                        ids: backend.alloc(&[rows, top_k], DType::U32)?,
+                        weights: backend.alloc(&[rows, top_k], DType::F32)?,
+                        shared: mlp_scratch(backend, options, w.shared.gate.out_features(), fp8)?,
+                    });
+                }
+                _ => {}
+            }
+        }
+        Ok(Self {
+            residual: backend.alloc(&[rows, hidden], dtype)?,
+            normed: Activation::alloc(backend, rows, hidden, dtype, fp8)?,
+            block_out: backend.alloc(&[rows, hidden], dtype)?,
+            last: backend.alloc(&[options.max_logit_rows, hidden], dtype)?,
+            mla: MlaScratch::alloc(backend, config, options)?,
+            dense,
+            moe,
+        })
+    }
+}
+
+impl ModelOptions {
+    /// Whether linears' inputs keep an FP8 form, and whether its scales are powers of two.
+    pub(crate) fn activation_fp8(&self, config: &ModelConfig) -> Option<bool> {
+        let quantization = config.quantization.as_ref()?;
+        (self.fp8 == Fp8Compute::WeightsAndActivations)
+            .then(|| quantization.scale_fmt == r1_weights::ScaleFmt::Ue8m0)
+    }
+}
+
+impl<B: Backend> DeepSeek<B> {
+    /// The backend it runs on.
+    pub fn backend(&self) -> &Arc<B> {
+        &self.backend
+    }
+
+    /// What config.json says.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// How it was asked to run.
+    pub fn options(&self) -> &ModelOptions {
+        &self.options
+    }
+
+    /// Bytes of this rank's weights.
+    pub fn weight_bytes(&self) -> usize {
+        self.weight_bytes
+    }
+
+    /// Bytes of KV cache per token on this rank: kv_lora_rank + qk_rope_head_dim values per layer, nothing expanded.
+    pub fn kv_bytes_per_token(&self) -> usize {
+        self.layers.len() * self.config.kv_cache_dim() * self.options.activation_dtype.size_bytes()
+    }
+
+    /// A paged cache for every layer of the stage.
+    pub fn alloc_cache(
+        &self,
+        num_blocks: usize,
+        block_size: usize,
+    ) -> Result<Vec<LatentCache<B>>, BackendError> {
+        let shape = [num_blocks, block_size, self.config.kv_cache_dim()];
+        (self.layers.iter())
+            .map(|_| {
+                let data = self.backend.alloc(&shape, self.options.activation_dtype)?;
+                Ok(LatentCache { data, latent_dim: self.config.kv_lora_rank })
+            })
+            .collect()
+    }
+
+    /// Enqueues one step. `caches` has one entry per layer of the stage.
+    ///
+    /// # Panics
+    /// When input or output do not fit the stage, or the batch is larger than `options` allow.
+    pub fn forward(
+        &self,
+        input: &StageInput<'_, B>,
+        batch: &Batch<B>,
+        caches: &[LatentCache<B>],
+        output: &StageOutput<'_, B>,
+    ) {
+        let (backend, ws) = (&*self.backend, &self.workspace);
+        let rows = 0..batch.num_tokens;
+        assert!(rows.end <= self.options.max_batched_tokens, "a step of {} tokens", rows.end);
+        assert_eq!(caches.len(), self.layers.len(), "one cache per layer");
+        let eps = self.config.rms_norm_eps as f32;
+        let residual = match (input, &self.embedding) {
+            (StageInput::Tokens(ids), Some(embedding)) => {
+                let residual = ws.residual.rows(rows.clone());
+                backend.embed(ids, &embedding.table, 0, &residual);
+                residual
+            }
+            (StageInput::Hidden(hidden), None) => (*hidden).clone(),
+            _ => panic!("token ids go to the first stage, hidden states to the others"),
+        };
+        let normed = ws.normed.rows(rows.clone());
+        let block_out = ws.block_out.rows(rows.clone());
+        let dense = ws.dense.as_ref().map(|scratch| mlp_rows(scratch, rows.clone()));
+        let moe = ws.moe.as_ref().map(|scratch| MoeScratch {
+            logits: scratch.logits.rows(rows.clone()),
+            ids: scratch.ids.rows(rows.clone()),
+            weights: scratch.weights.rows(rows.clone()),
+            shared: mlp_rows(&scratch.shared, rows.clone()),
+        });
+        let mla = ws.mla.rows(batch);
+
+        backend.rms_norm(&residual, &self.layers[0].input_norm, eps, &normed);
+        for (i, (layer, cache)) in self.layers.iter().zip(caches).enumerate() {
+            layer.mla.forward(backend, &normed, &self.rope, batch, cache, &mla, &block_out);
+            let norm = &layer.post_attention_norm;
+            backend.all_reduce_add_norm(&*self.comm, &residual, &block_out, norm, eps, &normed);
+            match &layer.feed_forward {
+                FeedForward::Dense(w) => {
+                    backend.mlp(&normed, w, dense.as_ref().expect("a dense layer has scratch"), &block_out);
+                }
+                FeedForward::Moe(w) => {
+                    backend.moe_layer(
+                        &normed,
+                        w,
+                        moe.as_ref().expect("an MoE layer has scratch"),
+                        &block_out,
+                    );
+                }
+            }
+            let next_norm = self.layers.get(i + 1).map(|next| &next.input_norm);
+            if let Some(norm) = next_norm.or(self.head.as_ref().map(|head| &head.norm)) {
+                backend.all_reduce_add_norm(&*self.comm, &residual, &block_out, norm, eps, &normed);
+            } else {
+                self.comm.all_reduce(backend, &block_out);
+                backend.add(&residual, &block_out);
+            }
+        }
+        match (output, &self.head) {
+            (StageOutput::Logits { rows, logits }, Some(head)) => {
+                let last = ws.last.rows(0..rows.dim(0));
+                backend.gather_rows(&normed.dense, rows, &last);
+                backend.linear(&Activation::dense(last), &head.lm_head, logits);
+            }
+            (StageOutput::Hidden(hidden), None) => {
+                assert!(
+                    residual.shares_buffer(hidden),
+                    "a stage's hidden output is the residual it was given"
+                );
+            }
+            _ => panic!("logits come from the last stage, hidden states from the others"),
+        }
+    }
+}

@@ -1,0 +1,64 @@
+//! How a model is to run: the decisions that config.json does not make.
+
+use std::ops::Range;
+
+use r1_core::{DType, Rank};
+
+/// Which form of MLA a prefill takes. Decode is always absorbed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum MlaForm {
+    /// Whichever does less arithmetic for the chunk, as far as the workspace holds the expanded keys and values.
+    #[default]
+    Auto,
+    /// Absorbed everywhere: a row's result does not depend on how its prompt was cut into chunks.
+    Absorbed,
+    /// Expanded for every prefill; needs a workspace for the whole context.
+    Expanded,
+}
+
+/// How linear weights lie in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WeightFormat {
+    /// As the checkpoint stores them.
+    #[default]
+    AsStored,
+    /// FP8 widened to BF16 once, at load.
+    WidenToBf16,
+}
+
+/// How FP8 weights meet activations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fp8Compute {
+    /// Weights only: activations keep their dtype (W8).
+    #[default]
+    WeightOnly,
+    /// Activations are quantised per token and 128 channels (W8A8).
+    WeightsAndActivations,
+}
+
+/// How a model is to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelOptions {
+    /// Of activations and the KV cache: F32 or BF16.
+    pub activation_dtype: DType,
+    /// How weights are held.
+    pub weights: WeightFormat,
+    /// W8 or W8A8.
+    pub fp8: Fp8Compute,
+    /// Prefill's form of attention.
+    pub mla_form: MlaForm,
+    /// Most tokens in one step.
+    pub max_batched_tokens: usize,
+    /// Most rows of logits in one step.
+    pub max_logit_rows: usize,
+    /// Longest context, for the table of rotations.
+    pub max_model_len: usize,
+    /// Context tokens of one step's prefills that the expanded form has room for.
+    pub max_expanded_tokens: usize,
+    /// Layers of this pipeline stage; `None` is all of them.
+    pub layers: Option<Range<usize>>,
+    /// This tensor-parallel rank.
+    pub rank: Rank,
+    /// Tensor-parallel ranks.
+    pub world_size: usize,
+}
