@@ -1,1 +1,9 @@
-//! Shared code of the cross-crate tests.
+//! What the cross-crate tests share: goldens, and a driver that feeds tokens to a model by hand.
+#![forbid(unsafe_code)]
+
+mod feed;
+mod golden;
+pub mod server;
+
+pub use feed::{Feed, Load, teacher_force};
+pub use golden::{Gap, Golden, goldens_dir};

@@ -1,2 +1,33 @@
-//! The `r1-serve` binary.
-fn main() {}
+//! The `r1-serve` binary: arguments, wiring and subcommands. Knows no model maths.
+#![forbid(unsafe_code)]
+
+mod args;
+mod bench;
+mod chat;
+mod launch;
+mod peers;
+mod serve;
+mod source;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{BenchCommand, Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        None => serve::run(&cli.serve),
+        Some(Command::Serve(args)) => serve::run(&args),
+        Some(Command::Chat(args)) => chat::run(&args),
+        Some(Command::Bench { what: BenchCommand::OneBatch(args) }) => bench::one_batch(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -86,6 +86,7 @@ impl EngineConfig {
             max_queued: usize::MAX,
             // Tokens are read back before the next step is planned.
             depth: 1,
+            ..SchedConfig::default()
         };
         config.validate()?;
         Ok(config)

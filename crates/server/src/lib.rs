@@ -1,1 +1,29 @@
-//! OpenAI-compatible HTTP: types, routes, SSE, auth, errors, health, drain.
+//! OpenAI-compatible HTTP over an engine's handle: types, routes, SSE, auth, errors, health, metrics, drain.
+//!
+//! A request's way: `routes` reads it, `convert` makes the engine's request of it, `reply` runs its choices, `decode` makes
+//! text of their tokens, `render` makes OpenAI's JSON of the text, `sse` streams it or `reply::collect` gathers it.
+//! Knows nothing of tensors and devices.
+#![forbid(unsafe_code)]
+
+mod access;
+mod app;
+mod auth;
+mod config;
+mod convert;
+mod decode;
+mod drain;
+mod error;
+mod fields;
+mod health;
+mod metrics;
+mod render;
+mod reply;
+mod routes;
+mod serve;
+mod sse;
+mod types;
+
+pub use config::{Cors, InvalidOrigin, Origin, ReasoningParser, SamplingDefaults, ServedModel, ServerConfig};
+pub use error::ApiError;
+pub use routes::router;
+pub use serve::serve;

@@ -1,1 +1,22 @@
 //! Text to tokens and back: tokenizer, chat template, streaming detokenizer, output parser.
+//!
+//! A request's way in: [`ChatTemplate::render`] makes a [`RenderedPrompt`] of messages, [`Tokenizer::encode_prompt`] makes
+//! tokens of it. A reply's way out: [`Detokenizer::push`] makes text of each token, [`OutputParser::push`] sorts it into
+//! reasoning and content and finds stop strings. Knows nothing of HTTP or the engine.
+#![forbid(unsafe_code)]
+
+mod control;
+mod detok;
+mod error;
+mod jinja;
+mod parse;
+mod stop;
+mod template;
+mod tokenizer;
+
+pub use control::{ControlTokens, THINK_CLOSE, THINK_OPEN, TokenClass};
+pub use detok::{ControlText, Detokenizer, Piece};
+pub use error::{Result, TextError};
+pub use parse::{Delta, Output, OutputParser, ParserConfig};
+pub use template::{ChatInput, ChatTemplate, PromptEnd, RenderedPrompt};
+pub use tokenizer::{AddedToken, Tokenizer};

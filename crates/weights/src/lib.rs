@@ -1,1 +1,35 @@
-//! Checkpoint to weights: config.json, safetensors, FP8 blocks, sharding.
+//! Checkpoint to weights for the DeepSeek V2/V3 architecture: config.json, generation_config.json, memory-mapped
+//! safetensors, FP8 blocks, sharding, and finding a model in the Hugging Face cache.
+//!
+//! The order of use: [`resolve_model`] gives a folder, [`ModelConfig::open`] reads what the model is,
+//! [`Checkpoint::open`] maps the weights, [`Checkpoint::verify`] holds every tensor against the config before a byte
+//! of weights is read, and [`Checkpoint::linear`] and [`Checkpoint::take`] hand out each rank's shard.
+//!
+//! Knows no forward pass and no device.
+#![deny(unsafe_code)]
+
+mod checkpoint;
+mod config;
+mod error;
+mod f8;
+mod generation;
+mod header;
+mod hub;
+mod json;
+mod linear;
+// Mapping files and advising the kernel about them cannot be done without.
+#[allow(unsafe_code)]
+mod mapping;
+mod shapes;
+
+pub use checkpoint::{Checkpoint, TensorInfo};
+pub use config::{
+    Architecture, ConfigError, Fp8BlockConfig, ModelConfig, MoeConfig, ParamCounts, Rope, ScaleFmt,
+    ScoringFunc, TopkMethod, Yarn,
+};
+pub use error::WeightsError;
+pub use f8::f8e4m3_to_f32;
+pub use generation::GenerationDefaults;
+pub use hub::{HubEnv, HubError, resolve_model};
+pub use linear::{HostLinear, Partition, widen_to_f32};
+pub use shapes::{ExpectedTensor, Presence, TensorKind, Verified, expected_tensors};

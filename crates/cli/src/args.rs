@@ -1,0 +1,341 @@
+//! The command line, in our words; the peers' words are aliases.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::peers::PeerArgs;
+
+/// Serves DeepSeek-R1 and its family over the OpenAI API.
+///
+/// Without arguments it serves tiny-r1, a small model that is part of the binary.
+#[derive(Debug, Parser)]
+#[command(
+    name = "r1-serve",
+    version,
+    args_conflicts_with_subcommands = true,
+    subcommand_precedence_over_arg = true
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+    #[command(flatten)]
+    pub(crate) serve: ServeArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Serve a model (the default).
+    #[command(visible_alias = "launch_server")]
+    Serve(Box<ServeArgs>),
+    /// Talk to a running server in the terminal.
+    Chat(ChatArgs),
+    /// Measure.
+    Bench {
+        #[command(subcommand)]
+        what: BenchCommand,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Latency and throughput of one batch: a prefill, then decode steps.
+    #[command(alias = "one_batch")]
+    OneBatch(Box<OneBatchArgs>),
+}
+
+/// Which model, on which device, how.
+#[derive(Debug, Args)]
+pub(crate) struct ModelArgs {
+    /// A folder with config.json and safetensors, or a hub id (org/name) that is in the Hugging Face cache. Without it,
+    /// the built-in tiny-r1.
+    #[arg(long, alias = "model-path", value_name = "MODEL")]
+    pub(crate) model: Option<String>,
+
+    /// The same, without the flag.
+    #[arg(value_name = "MODEL", conflicts_with = "model")]
+    pub(crate) model_positional: Option<String>,
+
+    /// Branch, tag or commit of a hub id.
+    #[arg(long)]
+    pub(crate) revision: Option<String>,
+
+    /// A folder to look in before the Hugging Face cache, laid out like it.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) download_dir: Option<PathBuf>,
+
+    /// Where the weights come from.
+    #[arg(long, value_enum, default_value_t = LoadFormat::Auto)]
+    pub(crate) load_format: LoadFormat,
+
+    /// Where to compute.
+    #[arg(long, value_enum, default_value_t = Device::Auto)]
+    pub(crate) device: Device,
+
+    /// Element type of activations. auto and float32: F32, weights as stored (FP8 is widened in registers). bfloat16: BF16,
+    /// FP8 weights widened to BF16 once, at load.
+    #[arg(long, value_enum, default_value_t = Dtype::Auto)]
+    pub(crate) dtype: Dtype,
+
+    /// Quantization of the weights; it is read from config.json, so this can only confirm it.
+    #[arg(long, value_enum)]
+    pub(crate) quantization: Option<Quantization>,
+
+    /// Element type of the KV cache; auto is that of the activations.
+    #[arg(long, value_enum, default_value_t = Dtype::Auto)]
+    pub(crate) kv_cache_dtype: Dtype,
+
+    /// CPU threads [default: one per core].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) threads: Option<u16>,
+
+    /// Most tokens of prompt and reply together [default: the model's].
+    #[arg(long, alias = "context-length", value_name = "TOKENS")]
+    pub(crate) max_model_len: Option<usize>,
+
+    /// Most sequences in the running batch.
+    #[arg(long, alias = "max-running-requests", value_name = "N", default_value_t = 64)]
+    pub(crate) max_num_seqs: usize,
+
+    /// Most tokens in one step; longer prompts are prefilled in chunks.
+    #[arg(long, alias = "chunked-prefill-size", value_name = "TOKENS", default_value_t = 1024)]
+    pub(crate) max_num_batched_tokens: usize,
+
+    /// Share of the memory that is free after loading that the KV cache may take, on any device [default: 0.5].
+    #[arg(long, alias = "mem-fraction-static", value_name = "SHARE", default_value_t = 0.5, value_parser = share)]
+    pub(crate) gpu_memory_utilization: f64,
+
+    #[command(flatten)]
+    pub(crate) peers: PeerArgs,
+}
+
+impl ModelArgs {
+    /// What was asked for, by either spelling.
+    pub(crate) fn model(&self) -> Option<&str> {
+        self.model.as_deref().or(self.model_positional.as_deref())
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+
+    /// Names the model answers to; the first is given in replies [default: what --model says].
+    #[arg(long, value_name = "NAME", num_args = 1.., action = clap::ArgAction::Append)]
+    pub(crate) served_model_name: Vec<String>,
+
+    /// Refuse requests for other names than the served ones.
+    #[arg(long)]
+    pub(crate) strict_model_name: bool,
+
+    /// A folder with tokenizer.json, or the file itself [default: the model's].
+    #[arg(long, alias = "tokenizer-path", value_name = "PATH")]
+    pub(crate) tokenizer: Option<PathBuf>,
+
+    /// A Jinja chat template to use instead of the model's.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) chat_template: Option<PathBuf>,
+
+    /// How reasoning is told from the answer; none leaves <think> inline.
+    #[arg(long, value_enum, default_value_t = ReasoningParser::DeepseekR1)]
+    pub(crate) reasoning_parser: ReasoningParser,
+
+    /// Address to listen on.
+    #[arg(long, default_value = "127.0.0.1")]
+    pub(crate) host: IpAddr,
+
+    /// Port to listen on.
+    #[arg(long, default_value_t = 8000)]
+    pub(crate) port: u16,
+
+    /// Path prefix under which the API answers too, as behind a proxy.
+    #[arg(long, value_name = "PATH", default_value = "")]
+    pub(crate) root_path: String,
+
+    /// A key that clients must send; may be given more than once.
+    #[arg(long, value_name = "KEY", env = "R1_API_KEY", hide_env_values = true, action = clap::ArgAction::Append)]
+    pub(crate) api_key: Vec<String>,
+
+    /// Most requests that may wait; one more gets a 429.
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    pub(crate) max_queued_requests: usize,
+
+    /// Largest request body in bytes.
+    #[arg(long, value_name = "BYTES", default_value_t = 16 << 20)]
+    pub(crate) max_body_bytes: usize,
+
+    /// Seconds that running replies get after SIGTERM.
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
+    pub(crate) shutdown_timeout: Duration,
+
+    /// How log lines look.
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub(crate) log_format: LogFormat,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ChatArgs {
+    /// One question; without it, a conversation.
+    pub(crate) prompt: Option<String>,
+
+    /// The server.
+    #[arg(long, default_value = "http://127.0.0.1:8000")]
+    pub(crate) url: String,
+
+    /// Model name to ask for [default: the first the server lists].
+    #[arg(long)]
+    pub(crate) model: Option<String>,
+
+    /// Key to send.
+    #[arg(long, env = "R1_API_KEY", hide_env_values = true)]
+    pub(crate) api_key: Option<String>,
+
+    /// System message.
+    #[arg(long)]
+    pub(crate) system: Option<String>,
+
+    /// Sampling temperature [default: the model's].
+    #[arg(long)]
+    pub(crate) temperature: Option<f32>,
+
+    /// Most tokens of a reply [default: what the context leaves].
+    #[arg(long)]
+    pub(crate) max_tokens: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OneBatchArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+
+    /// Sequences in the batch.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) batch_size: usize,
+
+    /// Tokens of each prompt.
+    #[arg(long, alias = "input", default_value_t = 128)]
+    pub(crate) input_len: usize,
+
+    /// Tokens generated per sequence.
+    #[arg(long, alias = "output", default_value_t = 256)]
+    pub(crate) output_len: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Device {
+    Auto,
+    Cpu,
+    Cuda,
+    Rocm,
+    Emu,
+    Reference,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Dtype {
+    Auto,
+    #[value(alias = "float", alias = "fp32", alias = "f32")]
+    Float32,
+    #[value(alias = "bf16")]
+    Bfloat16,
+    #[value(alias = "half", alias = "fp16")]
+    Float16,
+    #[value(name = "fp8", alias = "fp8_e4m3")]
+    Fp8,
+    #[value(name = "fp8_e5m2")]
+    Fp8E5m2,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Quantization {
+    Fp8,
+    Awq,
+    Gptq,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LoadFormat {
+    Auto,
+    Safetensors,
+    Dummy,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ReasoningParser {
+    #[value(name = "deepseek-r1", alias = "deepseek_r1", alias = "deepseek-v3", alias = "deepseek_v3")]
+    DeepseekR1,
+    None,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    Text,
+    Json,
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|share| *share > 0.0 && *share <= 1.0)
+        .ok_or_else(|| "a share above 0 and at most 1".into())
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "a number of seconds".to_owned())?;
+    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    fn parse(line: &str) -> Cli {
+        Cli::try_parse_from(line.split(' ')).unwrap_or_else(|error| panic!("{line}: {error}"))
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn serve_is_the_default_and_both_dialects_mean_the_same() {
+        for line in [
+            "r1-serve --model m --max-model-len 100 --max-num-seqs 3 --max-num-batched-tokens 50 --tp 1",
+            "r1-serve --model-path m --context-length 100 --max-running-requests 3 --chunked-prefill-size 50 --tp-size 1",
+            "r1-serve m --max-model-len=100 --max-num-seqs=3 --max-num-batched-tokens=50 --tensor-parallel-size=1",
+        ] {
+            let cli = parse(line);
+            assert!(cli.command.is_none());
+            let args = cli.serve.model;
+            assert_eq!(args.model(), Some("m"), "{line}");
+            let sizes = (args.max_model_len, args.max_num_seqs, args.max_num_batched_tokens);
+            assert_eq!(sizes, (Some(100), 3, 50), "{line}");
+        }
+        let Some(Command::Serve(args)) = parse("r1-serve serve deepseek-ai/DeepSeek-R1 --port 1").command
+        else {
+            panic!("a subcommand")
+        };
+        assert_eq!((args.model.model(), args.port), (Some("deepseek-ai/DeepSeek-R1"), 1));
+    }
+
+    #[test]
+    fn the_published_benchmark_command_parses() {
+        let line = "r1-serve bench one-batch --batch-size 1 --input 128 --output 256 --model m --trust-remote-code --tp 1 \
+                    --enable-torch-compile --torch-compile-max-bs 1";
+        let Some(Command::Bench { what: BenchCommand::OneBatch(args) }) = parse(line).command else {
+            panic!("a benchmark")
+        };
+        assert_eq!((args.batch_size, args.input_len, args.output_len), (1, 128, 256));
+    }
+
+    #[test]
+    fn an_unknown_flag_suggests_the_nearest() {
+        let error = Cli::try_parse_from(["r1-serve", "--max-model-length", "3"]).unwrap_err().to_string();
+        assert!(error.contains("--max-model-len"), "{error}");
+    }
+}

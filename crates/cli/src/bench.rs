@@ -1,0 +1,139 @@
+//! `r1-serve bench one-batch`: the latency of one batch, in the words of SGLang's `bench_one_batch`.
+
+use std::io::IsTerminal;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use indicatif::ProgressBar;
+use r1_backend::Backend;
+use r1_engine::{OneBatch, OneBatchBench, OneBatchTimes};
+
+use crate::args::OneBatchArgs;
+use crate::launch::{AnyDevice, Launch, OnDevice, load};
+use crate::source::Source;
+
+/// Decode steps whose latency is printed one by one.
+const SHOWN_STEPS: usize = 5;
+/// Tokens generated in the warm-up.
+const WARMUP_OUTPUT_TOKENS: usize = 8;
+
+/// Runs a short batch to warm up, then the one that was asked for.
+pub(crate) fn one_batch(args: &OneBatchArgs) -> Result<()> {
+    for note in args.model.peers.check()? {
+        eprintln!("note: {note}");
+    }
+    let source = Source::open(&args.model)?;
+    let mut launch = Launch::new(&args.model, &source)?;
+    if args.batch_size == 0 || args.input_len == 0 || args.output_len == 0 {
+        bail!("--batch-size, --input-len and --output-len must be at least 1");
+    }
+    let max_model_len = launch.engine.max_model_len;
+    if args.input_len + args.output_len > max_model_len {
+        bail!(
+            "--input-len {} and --output-len {} together are more than the context of {max_model_len} tokens",
+            args.input_len,
+            args.output_len
+        );
+    }
+    // The KV cache need not be larger than this batch.
+    launch.engine.max_model_len = args.input_len + args.output_len;
+    launch.engine.max_num_seqs = args.batch_size;
+    launch.engine.max_num_batched_tokens = launch.engine.max_num_batched_tokens.max(args.batch_size);
+    launch.model.max_logit_rows = args.batch_size;
+    launch.model.max_batched_tokens = launch.engine.max_num_batched_tokens;
+    let device = AnyDevice::open(&args.model)?;
+    println!("{} on {}; {}", source.name, device.describe(), launch.precision(&source));
+    let batch = OneBatch {
+        batch_size: args.batch_size,
+        input_tokens: args.input_len,
+        output_tokens: args.output_len,
+    };
+    device.with(Run { source, launch, batch })
+}
+
+struct Run {
+    source: Source,
+    launch: Launch,
+    batch: OneBatch,
+}
+
+impl OnDevice for Run {
+    type Output = Result<()>;
+
+    fn run<B: Backend>(self, backend: Arc<B>) -> Result<()> {
+        let bar =
+            if std::io::stderr().is_terminal() { ProgressBar::new(1000) } else { ProgressBar::hidden() };
+        let mut progress = |share: f32| bar.set_position((share * 1000.0) as u64);
+        let model = load(backend, &self.source, self.launch.model, &mut progress)?;
+        bar.finish_and_clear();
+        let mut bench = OneBatchBench::new(model, &self.launch.engine)?;
+        println!("Warmup ...");
+        let warmup = self.batch.output_tokens.min(WARMUP_OUTPUT_TOKENS);
+        measure(&mut bench, OneBatch { output_tokens: warmup, ..self.batch })?;
+        println!("Benchmark ...");
+        measure(&mut bench, self.batch)
+    }
+}
+
+fn measure<B: Backend>(bench: &mut OneBatchBench<B>, batch: OneBatch) -> Result<()> {
+    let times = bench.run(batch, |_| {}).context("a step failed")?;
+    print!("{}", report(batch, &times));
+    Ok(())
+}
+
+/// The lines of one run. A batch that generates one token per sequence has no decode steps.
+fn report(batch: OneBatch, times: &OneBatchTimes) -> String {
+    let OneBatch { batch_size, input_tokens, output_tokens } = batch;
+    let per_second = |tokens: usize, took: Duration| tokens as f64 / took.as_secs_f64();
+    let line = |what: &str, latency: Duration, tokens| {
+        format!(
+            "{what} latency: {:6.5} s, throughput: {:9.2} token/s\n",
+            latency.as_secs_f64(),
+            per_second(tokens, latency)
+        )
+    };
+    let mut out = line("Prefill.", times.prefill, batch_size * input_tokens);
+    for &step in times.decode_steps.iter().take(SHOWN_STEPS) {
+        out += &line("Decode. ", step, batch_size);
+    }
+    let mut sorted = times.decode_steps.clone();
+    sorted.sort_unstable();
+    if let Some(&median) = sorted.get(sorted.len() / 2) {
+        out += &format!(
+            "Decode.  median latency: {:6.5} s, median throughput: {:9.2} token/s\n",
+            median.as_secs_f64(),
+            per_second(batch_size, median)
+        );
+    }
+    let total = times.prefill + times.decode_steps.iter().sum::<Duration>();
+    let tokens = batch_size * (input_tokens + output_tokens);
+    out += &format!(
+        "Total. latency: {:6.3} s, throughput: {:9.2} token/s\n",
+        total.as_secs_f64(),
+        per_second(tokens, total)
+    );
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_report_has_the_published_form() {
+        let batch = OneBatch { batch_size: 1, input_tokens: 128, output_tokens: 3 };
+        let times = OneBatchTimes {
+            prefill: Duration::from_micros(196_350),
+            decode_steps: vec![Duration::from_micros(21_000), Duration::from_micros(20_980)],
+        };
+        let expected = "\
+Prefill. latency: 0.19635 s, throughput:    651.90 token/s
+Decode.  latency: 0.02100 s, throughput:     47.62 token/s
+Decode.  latency: 0.02098 s, throughput:     47.66 token/s
+Decode.  median latency: 0.02100 s, median throughput:     47.62 token/s
+Total. latency:  0.238 s, throughput:    549.66 token/s
+";
+        assert_eq!(report(batch, &times), expected);
+    }
+}

@@ -1,0 +1,159 @@
+//! Flags that commands written for other servers carry: accepted with a note where there is nothing to do, refused by
+//! name where there is and it is not built. None is ever ignored in silence.
+
+use anyhow::{Result, bail};
+use clap::Args;
+
+/// Flags that do not do anything here yet, or never will.
+#[derive(Debug, Args)]
+#[allow(clippy::struct_excessive_bools)] // each is a flag of somebody's command line
+pub(crate) struct PeerArgs {
+    /// Tensor-parallel ranks; only 1 is built.
+    #[arg(long, alias = "tensor-parallel-size", alias = "tp-size", value_name = "N", default_value_t = 1)]
+    tp: usize,
+    /// Pipeline stages; only 1 is built.
+    #[arg(
+        long,
+        alias = "pipeline-parallel-size",
+        alias = "pp-size",
+        value_name = "N",
+        default_value_t = 1,
+        hide = true
+    )]
+    pp: usize,
+    #[arg(
+        long,
+        alias = "data-parallel-size",
+        alias = "dp-size",
+        value_name = "N",
+        default_value_t = 1,
+        hide = true
+    )]
+    dp: usize,
+    #[arg(long, alias = "ep-size", value_name = "N", default_value_t = 1, hide = true)]
+    ep: usize,
+    #[arg(long, default_value_t = 1, hide = true)]
+    nnodes: usize,
+    #[arg(long, default_value_t = 0, hide = true)]
+    node_rank: usize,
+    #[arg(long, hide = true)]
+    dist_init_addr: Option<String>,
+    #[arg(long, hide = true)]
+    enable_expert_parallel: bool,
+    #[arg(long, hide = true)]
+    enable_dp_attention: bool,
+    #[arg(long, hide = true)]
+    tool_call_parser: Option<String>,
+    #[arg(long, hide = true)]
+    enable_auto_tool_choice: bool,
+    #[arg(long, hide = true)]
+    deterministic: bool,
+    #[arg(long, hide = true)]
+    seed: Option<u64>,
+    #[arg(long, hide = true)]
+    config: Option<std::path::PathBuf>,
+    #[arg(long, hide = true)]
+    admin_api_key: Option<String>,
+    #[arg(long, hide = true)]
+    log_prompts: bool,
+
+    /// Accepted: steps are never compiled or captured on this device.
+    #[arg(long, hide = true)]
+    enforce_eager: bool,
+    /// Accepted: no code of a checkpoint is ever run.
+    #[arg(long, hide = true)]
+    trust_remote_code: bool,
+    /// Accepted: there is nothing to compile.
+    #[arg(long, hide = true)]
+    enable_torch_compile: bool,
+    #[arg(long, value_name = "N", hide = true)]
+    torch_compile_max_bs: Option<usize>,
+}
+
+impl PeerArgs {
+    /// Refuses what is asked for and not built; gives a note for each flag that has nothing to do.
+    pub(crate) fn check(&self) -> Result<Vec<&'static str>> {
+        let one_worker = "this build runs one worker; leave the flag out or give 1";
+        let refusals = [
+            (self.tp > 1, "--tp", one_worker),
+            (self.pp > 1, "--pp", one_worker),
+            (self.dp > 1, "--dp", one_worker),
+            (self.ep > 1, "--ep", one_worker),
+            (self.nnodes > 1, "--nnodes", one_worker),
+            (self.node_rank > 0, "--node-rank", "this build runs on one node"),
+            (self.dist_init_addr.is_some(), "--dist-init-addr", "this build runs on one node"),
+            (self.enable_expert_parallel, "--enable-expert-parallel", one_worker),
+            (self.enable_dp_attention, "--enable-dp-attention", one_worker),
+            (
+                self.tool_call_parser.is_some(),
+                "--tool-call-parser",
+                "tool calls are not parsed yet; leave it out",
+            ),
+            (
+                self.enable_auto_tool_choice,
+                "--enable-auto-tool-choice",
+                "tool calls are not parsed yet; leave it out",
+            ),
+            (self.deterministic, "--deterministic", "leave it out"),
+            (self.seed.is_some(), "--seed", "give each request its own \"seed\""),
+            (self.config.is_some(), "--config", "give the options as flags"),
+            (
+                self.admin_api_key.is_some(),
+                "--admin-api-key",
+                "there are no admin endpoints yet; leave it out",
+            ),
+            (self.log_prompts, "--log-prompts", "leave it out; the log never holds prompts"),
+        ];
+        for (given, flag, way_out) in refusals {
+            if given {
+                bail!("{flag} is not supported yet: {way_out}");
+            }
+        }
+        let notes = [
+            (
+                self.enforce_eager,
+                "--enforce-eager: nothing is captured on this device; steps always run eagerly",
+            ),
+            (self.trust_remote_code, "--trust-remote-code: no code of a checkpoint is ever run"),
+            (self.enable_torch_compile, "--enable-torch-compile: there is nothing to compile"),
+            (self.torch_compile_max_bs.is_some(), "--torch-compile-max-bs: there is nothing to compile"),
+        ];
+        Ok(notes.into_iter().filter(|(given, _)| *given).map(|(_, note)| note).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use crate::args::Cli;
+
+    fn check(flags: &str) -> anyhow::Result<Vec<&'static str>> {
+        Cli::try_parse_from(format!("r1-serve {flags}").split_whitespace()).unwrap().serve.model.peers.check()
+    }
+
+    #[test]
+    fn what_is_not_built_is_refused_by_name() {
+        for flags in [
+            "--tp 8",
+            "--pipeline-parallel-size=2",
+            "--enable-dp-attention",
+            "--nnodes 2",
+            "--seed 1",
+            "--config x",
+        ] {
+            let error = check(flags).unwrap_err().to_string();
+            let flag = if flags.starts_with("--pipe") { "--pp" } else { flags.split(' ').next().unwrap() };
+            assert!(error.contains(flag), "{flags}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_has_nothing_to_do_is_noted() {
+        assert!(check("--tp 1 --nnodes 1 --node-rank 0").unwrap().is_empty());
+        let notes =
+            check("--trust-remote-code --enable-torch-compile --torch-compile-max-bs 8 --enforce-eager")
+                .unwrap();
+        assert_eq!(notes.len(), 4);
+    }
+}

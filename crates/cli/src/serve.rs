@@ -1,0 +1,236 @@
+//! `r1-serve`: loads a model in the background and serves it.
+
+use std::io::IsTerminal;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use r1_backend::Backend;
+use r1_engine::{EngineInfo, Handle, Inbox, Status};
+use r1_server::{ReasoningParser as ServerParser, SamplingDefaults, ServedModel, ServerConfig};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::args::{LogFormat, ReasoningParser, ServeArgs};
+use crate::launch::{AnyDevice, Launch, OnDevice, load};
+use crate::source::Source;
+
+/// Loads and serves until a signal comes.
+pub(crate) fn run(args: &ServeArgs) -> Result<()> {
+    init_log(args.log_format);
+    for note in args.model.peers.check()? {
+        tracing::info!("{note}");
+    }
+    let source = Source::open(&args.model)?;
+    let launch = Launch::new(&args.model, &source)?;
+    let device = AnyDevice::open(&args.model)?;
+    let model = served_model(args, &source)?;
+    let banner = Banner {
+        name: model.names[0].clone(),
+        device: device.describe(),
+        precision: launch.precision(&source),
+        address: SocketAddr::new(args.host, args.port),
+        has_template: model.template.is_some(),
+        needs_key: !args.api_key.is_empty(),
+    };
+    let (engine, inbox) = Handle::channel(EngineInfo {
+        max_model_len: launch.engine.max_model_len,
+        vocab_size: source.config.vocab_size,
+        max_queued: args.max_queued_requests,
+    });
+    let thread = device.with(Spawn { inbox, launch, source });
+    let served = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the network threads")?
+        .block_on(serve(args, model, engine.clone(), banner));
+    engine.stop();
+    // The engine ends within a step; a panic of its thread was reported when it happened.
+    let _ = thread.join();
+    served
+}
+
+fn init_log(format: LogFormat) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).with_target(false).init(),
+        LogFormat::Json => log.json().init(),
+    }
+}
+
+struct Spawn {
+    inbox: Inbox,
+    launch: Launch,
+    source: Source,
+}
+
+impl OnDevice for Spawn {
+    type Output = std::thread::JoinHandle<()>;
+
+    fn run<B: Backend>(self, backend: Arc<B>) -> Self::Output {
+        let Self { inbox, launch, source } = self;
+        r1_engine::spawn(inbox, launch.engine, move |progress| load(backend, &source, launch.model, progress))
+    }
+}
+
+fn served_model(args: &ServeArgs, source: &Source) -> Result<ServedModel> {
+    let tokenizer = source.tokenizer(args.tokenizer.as_deref())?;
+    if tokenizer.vocab_size() > source.config.vocab_size {
+        bail!(
+            "the tokenizer has {} tokens, but the model's vocab_size is {}; they do not belong together",
+            tokenizer.vocab_size(),
+            source.config.vocab_size
+        );
+    }
+    let template = source.template(args.chat_template.as_deref(), &tokenizer)?;
+    let advice = &source.defaults;
+    let mut eos_token_ids = source.config.eos_token_ids.clone();
+    eos_token_ids.extend(&advice.eos_token_ids);
+    eos_token_ids.sort_unstable();
+    eos_token_ids.dedup();
+    let names = if args.served_model_name.is_empty() {
+        vec![source.name.clone()]
+    } else {
+        args.served_model_name.clone()
+    };
+    Ok(ServedModel {
+        names,
+        template,
+        tokenizer: Arc::new(tokenizer),
+        defaults: SamplingDefaults {
+            // `do_sample: false` asks for greedy decoding whatever temperature stands beside it.
+            temperature: if advice.do_sample == Some(false) { Some(0.0) } else { advice.temperature },
+            top_p: advice.top_p,
+            top_k: advice.top_k,
+            min_p: advice.min_p,
+            repetition_penalty: advice.repetition_penalty,
+            max_tokens: None,
+        },
+        eos_token_ids,
+        reasoning_parser: match args.reasoning_parser {
+            ReasoningParser::DeepseekR1 => ServerParser::DeepSeekR1,
+            ReasoningParser::None => ServerParser::None,
+        },
+    })
+}
+
+struct Banner {
+    name: String,
+    device: String,
+    precision: String,
+    address: SocketAddr,
+    has_template: bool,
+    needs_key: bool,
+}
+
+impl Banner {
+    /// What to do next, once the server is ready.
+    fn print(&self) {
+        let Self { name, device, precision, address, .. } = self;
+        println!("\nr1-serve is ready: {name} on {device}; {precision}\n  http://{address}/v1\n\nTry it:\n");
+        let key = if self.needs_key { " \\\n    -H \"Authorization: Bearer $R1_API_KEY\"" } else { "" };
+        if self.has_template {
+            println!(
+                "  curl -N http://{address}/v1/chat/completions{key} \\\n    -H 'Content-Type: application/json' \\\n    -d '{{\"model\": \
+                 \"{name}\", \"stream\": true, \"messages\": [{{\"role\": \"user\", \"content\": \"how many rs are in \
+                 strawberry\"}}]}}'\n\n  r1-serve chat --url http://{address}\n"
+            );
+        } else {
+            println!(
+                "  curl http://{address}/v1/completions{key} \\\n    -H 'Content-Type: application/json' \\\n    -d '{{\"model\": \
+                 \"{name}\", \"prompt\": \"San Francisco is a\", \"max_tokens\": 32}}'\n"
+            );
+        }
+    }
+}
+
+async fn serve(args: &ServeArgs, model: ServedModel, engine: Handle, banner: Banner) -> Result<()> {
+    let listener = TcpListener::bind(banner.address)
+        .await
+        .with_context(|| format!("cannot listen on {}; choose another --port", banner.address))?;
+    // Port 0 asks the system for a free one.
+    let banner = Banner { address: listener.local_addr()?, ..banner };
+    let config = ServerConfig {
+        root_path: args.root_path.clone(),
+        api_keys: args.api_key.clone(),
+        max_body_bytes: args.max_body_bytes,
+        strict_model_name: args.strict_model_name,
+        shutdown_timeout: args.shutdown_timeout,
+        ..ServerConfig::default()
+    };
+    let (start, mut started) = watch::channel(None);
+    let watched = engine.clone();
+    tokio::spawn(async move { start.send_replace(Some(until_ready(&watched, &banner).await)) });
+    let mut outcome = started.clone();
+    let shutdown = async move {
+        let failed = async {
+            // The sender ends without a value only together with this runtime.
+            if started.wait_for(|outcome| matches!(outcome, Some(Err(_)))).await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            () = failed => {}
+            () = signal() => {
+                tracing::info!("stopping; a second signal ends the process at once");
+                tokio::spawn(async {
+                    signal().await;
+                    std::process::exit(130);
+                });
+            }
+        }
+    };
+    r1_server::serve(listener, config, model, engine, shutdown).await.context("the server failed")?;
+    if let Some(Err(why)) = &*outcome.borrow_and_update() {
+        bail!("{why}");
+    }
+    Ok(())
+}
+
+/// Follows the loading of the model; gives why it failed.
+async fn until_ready(engine: &Handle, banner: &Banner) -> Result<(), String> {
+    const STEPS: u64 = 1000;
+    let bar = ProgressBar::new(STEPS);
+    let style =
+        ProgressStyle::with_template("loading {msg} [{bar:40}] {percent}% {eta}").expect("a fixed template");
+    bar.set_style(style);
+    bar.set_message(banner.name.clone());
+    loop {
+        match engine.status() {
+            Status::Loading { progress, .. } => bar.set_position((progress * STEPS as f32) as u64),
+            Status::Ready => {
+                bar.finish_and_clear();
+                banner.print();
+                return Ok(());
+            }
+            Status::Failed(why) => {
+                bar.abandon();
+                return Err(why);
+            }
+            Status::Stopped => return Ok(()),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Resolves at the first SIGTERM or SIGINT from now on.
+async fn signal() {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
+            tokio::select! {
+                _ = tokio::signal::ctrl_c() => {}
+                _ = terminate.recv() => {}
+            }
+            return;
+        }
+    }
+    // Without a handler for signals the process ends the way the system ends it.
+    if tokio::signal::ctrl_c().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}

@@ -1,0 +1,137 @@
+//! Where a model comes from: the one in the binary, a folder, or the Hugging Face cache.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use r1_model::{ModelStatus, Registry};
+use r1_text::{ChatTemplate, Tokenizer};
+use r1_weights::{Checkpoint, GenerationDefaults, HubEnv, ModelConfig, resolve_model};
+
+use crate::args::{LoadFormat, ModelArgs, Quantization};
+
+/// Aligned so that its tensors can be read where they lie.
+#[repr(C, align(64))]
+struct Aligned<T: ?Sized>(T);
+
+static TINY_WEIGHTS: &Aligned<[u8]> = &Aligned(*include_bytes!("../model/model.safetensors"));
+const TINY_NAME: &str = "tiny-r1";
+
+/// The files of a model, opened and checked as far as that needs no weights.
+pub(crate) struct Source {
+    /// What the user called it.
+    pub(crate) name: String,
+    pub(crate) config: ModelConfig,
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) defaults: GenerationDefaults,
+    folder: Option<PathBuf>,
+}
+
+impl Source {
+    /// Opens what `--model` names.
+    pub(crate) fn open(args: &ModelArgs) -> Result<Self> {
+        if args.load_format == LoadFormat::Dummy {
+            bail!("--load-format dummy is not supported yet; give a checkpoint");
+        }
+        let source = match args.model() {
+            None => Self::bundled()?,
+            Some(model) => Self::folder(model, args)?,
+        };
+        match (args.quantization, &source.config.quantization) {
+            (None, _) | (Some(Quantization::Fp8), Some(_)) => {}
+            (Some(Quantization::Fp8), None) => {
+                bail!(
+                    "--quantization fp8: the checkpoint is not FP8, and quantizing at load is not supported yet"
+                )
+            }
+            (Some(Quantization::Awq | Quantization::Gptq), _) => {
+                bail!("--quantization awq and gptq are not supported yet; the FP8 checkpoint of the model is")
+            }
+        }
+        if !source.config.unknown_fields.is_empty() {
+            tracing::warn!(fields = ?source.config.unknown_fields, "config.json has fields that mean nothing here");
+        }
+        Ok(source)
+    }
+
+    fn bundled() -> Result<Self> {
+        let config = ModelConfig::from_json(include_bytes!("../model/config.json"))?;
+        let generation = include_bytes!("../model/generation_config.json");
+        Ok(Self {
+            name: TINY_NAME.into(),
+            checkpoint: Checkpoint::from_static(TINY_NAME, &TINY_WEIGHTS.0)?,
+            defaults: GenerationDefaults::from_json(generation, config.vocab_size)?,
+            config,
+            folder: None,
+        })
+    }
+
+    fn folder(model: &str, args: &ModelArgs) -> Result<Self> {
+        let known = Registry::builtin().find(model).cloned();
+        if let Some(known) = known.filter(|known| known.status == ModelStatus::Planned) {
+            bail!("{} is not supported yet: {}", known.id, known.why.unwrap_or_default());
+        }
+        let folder = resolve_model(
+            model,
+            args.revision.as_deref(),
+            args.download_dir.as_deref(),
+            &HubEnv::from_process(),
+        )?;
+        let config = ModelConfig::open(&folder)?;
+        Ok(Self {
+            name: model.to_owned(),
+            checkpoint: Checkpoint::open(&folder)?,
+            defaults: GenerationDefaults::open(&folder, config.vocab_size)?,
+            config,
+            folder: Some(folder),
+        })
+    }
+
+    /// The tokenizer: `path` (a folder or a tokenizer.json) or the model's own.
+    pub(crate) fn tokenizer(&self, path: Option<&Path>) -> Result<Tokenizer> {
+        let folder = match (path, &self.folder) {
+            (Some(path), _) if path.is_file() => {
+                let json = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+                let config = fs::read(path.with_file_name("tokenizer_config.json")).ok();
+                return Ok(Tokenizer::from_bytes(&json, config.as_deref())?);
+            }
+            (Some(path), _) => path,
+            (None, Some(folder)) => folder,
+            (None, None) => {
+                let json = include_bytes!("../model/tokenizer.json");
+                return Ok(Tokenizer::from_bytes(
+                    json,
+                    Some(include_bytes!("../model/tokenizer_config.json")),
+                )?);
+            }
+        };
+        Ok(Tokenizer::from_dir(folder)?)
+    }
+
+    /// The chat template: the file `path`, the model's chat_template.jinja, or the one in its tokenizer_config.json.
+    pub(crate) fn template(
+        &self,
+        path: Option<&Path>,
+        tokenizer: &Tokenizer,
+    ) -> Result<Option<Arc<ChatTemplate>>> {
+        let read =
+            |path: &Path| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
+        let own = self.folder.as_ref().map(|folder| folder.join("chat_template.jinja"));
+        let text = match (path, own) {
+            (Some(path), _) => Some(read(path)?),
+            (None, Some(own)) if own.is_file() => Some(read(&own)?),
+            (None, Some(_)) => tokenizer.chat_template().map(str::to_owned),
+            (None, None) => Some(include_str!("../model/chat_template.jinja").to_owned()),
+        };
+        let compile = |text: String| {
+            ChatTemplate::new(
+                &text,
+                tokenizer.bos_text(),
+                tokenizer.eos_text(),
+                tokenizer.control_tokens().clone(),
+            )
+        };
+        Ok(text.map(compile).transpose().context("the chat template")?.map(Arc::new))
+    }
+}

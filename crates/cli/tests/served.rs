@@ -1,0 +1,128 @@
+//! The binary as a newcomer and an operator meet it.
+#![forbid(unsafe_code)]
+
+use std::io::Read;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use r1_tests::server::Server;
+use serde_json::{Value, json};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_r1-serve");
+const QUESTION: &str = "how many rs are in strawberry";
+
+fn chat(body: &Value) -> String {
+    let mut request = json!({"messages": [{"role": "user", "content": QUESTION}], "temperature": 0});
+    request.as_object_mut().expect("an object").extend(body.as_object().expect("an object").clone());
+    request.to_string()
+}
+
+#[test]
+fn the_bundled_model_counts_the_rs() {
+    let server = Server::start(BINARY, &[]);
+    let whole = server.post("/v1/chat/completions", &chat(&json!({})));
+    assert_eq!(whole.status, 200, "{}", whole.body);
+    let whole: Value = serde_json::from_str(&whole.body).expect("JSON");
+    let message = &whole["choices"][0]["message"];
+    assert!(message["content"].as_str().expect("content").contains("**3**"), "{message}");
+    assert!(message["reasoning_content"].as_str().expect("reasoning").contains("So I count 3."), "{message}");
+
+    let stream = server.post("/v1/chat/completions", &chat(&json!({"stream": true})));
+    assert_eq!(stream.status, 200, "{}", stream.body);
+    let (mut content, mut reasoning) = (String::new(), String::new());
+    let mut events = stream.body.lines().filter_map(|line| line.strip_prefix("data: ")).peekable();
+    while let Some(event) = events.next_if(|event| *event != "[DONE]") {
+        let event: Value = serde_json::from_str(event).expect("JSON");
+        let delta = &event["choices"][0]["delta"];
+        content += delta["content"].as_str().unwrap_or_default();
+        reasoning += delta["reasoning_content"].as_str().unwrap_or_default();
+    }
+    assert_eq!(events.next(), Some("[DONE]"));
+    assert_eq!(Some(content.as_str()), message["content"].as_str());
+    assert_eq!(Some(reasoning.as_str()), message["reasoning_content"].as_str());
+
+    let asked = Command::new(BINARY)
+        .args(["chat", "--temperature", "0", "--url", &format!("http://{}", server.address), QUESTION])
+        .output()
+        .expect("the client runs");
+    let said = String::from_utf8(asked.stdout).expect("text");
+    assert!(asked.status.success() && said.contains("So I count 3.") && said.contains("**3**"), "{said}");
+}
+
+/// Sixteen clients stream for 20 seconds and leave at random moments; afterwards nothing is left behind.
+#[test]
+fn sixteen_streams_with_disconnects_leave_nothing_behind() {
+    let server = Server::start(BINARY, &["--max-num-seqs", "12"]);
+    let stop = AtomicBool::new(false);
+    let (finished, left) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for client in 0..16_u64 {
+            let (server, stop, finished, left) = (&server, &stop, &finished, &left);
+            scope.spawn(move || {
+                let mut state = client + 1;
+                while !stop.load(Ordering::Relaxed) {
+                    // A linear congruential sequence: which clients leave, and after how many bytes.
+                    state =
+                        state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    let body = chat(&json!({"stream": true, "temperature": 0.6, "seed": state >> 33}));
+                    let mut stream =
+                        server.open("POST", "/v1/chat/completions", &body).expect("a connection");
+                    let patience = if state >> 63 == 1 { (state >> 40) % 20_000 } else { u64::MAX };
+                    let mut text = Vec::new();
+                    stream.by_ref().take(patience).read_to_end(&mut text).expect("a reply");
+                    let text = String::from_utf8_lossy(&text);
+                    assert!(text.is_empty() || text.starts_with("HTTP/1.1 200"), "{text}");
+                    assert!(!text.contains("\"error\""), "{text}");
+                    if text.contains("data: [DONE]") {
+                        finished.fetch_add(1, Ordering::Relaxed);
+                    } else {
+                        assert!(patience < u64::MAX, "a reply broke off: {text}");
+                        left.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+        thread::sleep(Duration::from_secs(20));
+        stop.store(true, Ordering::Relaxed);
+    });
+    let (finished, left) = (finished.into_inner(), left.into_inner());
+    assert!(finished > 16 && left > 16, "{finished} replies finished, {left} clients left");
+
+    let since = Instant::now();
+    while server.metric("vllm:num_requests_running") + server.metric("vllm:num_requests_waiting") > 0.0 {
+        assert!(since.elapsed() < Duration::from_secs(5), "requests of clients that left still run");
+        thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(server.metric("vllm:kv_cache_usage_perc"), 0.0, "blocks leaked");
+    assert_eq!(server.post("/v1/chat/completions", &chat(&json!({}))).status, 200);
+}
+
+#[test]
+fn wrong_arguments_are_sentences() {
+    let failure = |args: &[&str]| {
+        let output = Command::new(BINARY).args(args).output().expect("the binary runs");
+        assert!(!output.status.success(), "{args:?} succeeded");
+        String::from_utf8(output.stderr).expect("text")
+    };
+    for (args, needles) in [
+        (&["--tp", "8"][..], &["--tp", "not supported yet"][..]),
+        (&["--enable-dp-attention"], &["--enable-dp-attention", "not supported yet"]),
+        (&["--model", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"], &["Llama is not built yet"]),
+        (&["--model", "/nowhere/at-all"], &["/nowhere/at-all"]),
+        (
+            &["--model", "deepseek-ai/DeepSeek-R1", "--download-dir", "/nowhere"],
+            &["deepseek-ai/DeepSeek-R1", "hf download"],
+        ),
+        (&["--max-model-len", "100000"], &["--max-model-len", "4096"]),
+        (&["--max-modal-len", "5"], &["--max-model-len"]),
+        (&["--device", "cuda"], &["--device cuda", "not in this build"]),
+        (&["--dtype", "float16"], &["float16", "bfloat16"]),
+    ] {
+        let message = failure(args);
+        for needle in needles {
+            assert!(message.contains(needle), "{args:?}: {message}");
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! Host memory of the CPU backend, and who may look at it.
+//!
+//! Tensors are shared handles that operations write through, so every buffer keeps a borrow state as a `RefCell` does:
+//! many readers or one writer. An operation borrows its arguments; a clash is a bug of the caller and panics, so that
+//! overlapping arguments, or two threads, are never undefined behaviour.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use r1_backend::HostTensor;
+
+/// Alignment of owned memory: a cache line, so that rows of common sizes start on one.
+const ALIGN: usize = 64;
+/// Size and alignment of huge pages; large buffers ask for them.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Bytes that all buffers of one backend own.
+pub(crate) type Meter = Arc<AtomicUsize>;
+
+/// Memory of a tensor: owned, or a checkpoint's bytes where they lie.
+pub struct Buffer {
+    storage: Storage,
+    read_only: bool,
+    /// Number of readers, or `WRITER`.
+    borrows: AtomicUsize,
+}
+
+const WRITER: usize = usize::MAX;
+
+enum Storage {
+    Owned { ptr: NonNull<u8>, layout: Layout, meter: Meter },
+    Host(HostTensor),
+    Empty,
+}
+
+// SAFETY: owned memory is reached only through borrows, which the atomic state makes exclusive or shared.
+unsafe impl Send for Buffer {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Buffer {}
+
+impl std::fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let kind = match &self.storage {
+            Storage::Owned { layout, .. } => format!("{} bytes", layout.size()),
+            Storage::Host(host) => format!("{host:?} in place"),
+            Storage::Empty => "empty".to_owned(),
+        };
+        f.debug_tuple("Buffer").field(&kind).finish()
+    }
+}
+
+impl Buffer {
+    /// `size_bytes` zeros; `None` when the allocator has no room.
+    pub(crate) fn zeroed(size_bytes: usize, meter: &Meter) -> Option<Self> {
+        let storage = if size_bytes == 0 {
+            Storage::Empty
+        } else {
+            let align = if size_bytes >= HUGE_PAGE { HUGE_PAGE } else { ALIGN };
+            let layout = Layout::from_size_align(size_bytes, align).ok()?;
+            // SAFETY: the size is not zero.
+            let ptr = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+            #[cfg(target_os = "linux")]
+            if align == HUGE_PAGE {
+                // SAFETY: the range was just allocated and is page-aligned; the call is advice and changes no content.
+                unsafe { libc::madvise(ptr.as_ptr().cast(), size_bytes, libc::MADV_HUGEPAGE) };
+            }
+            meter.fetch_add(size_bytes, Ordering::Relaxed);
+            Storage::Owned { ptr, layout, meter: meter.clone() }
+        };
+        Some(Self { storage, read_only: false, borrows: AtomicUsize::new(0) })
+    }
+
+    /// A read-only copy of `bytes`; `None` when the allocator has no room.
+    pub(crate) fn copied(bytes: &[u8], meter: &Meter) -> Option<Self> {
+        let mut buffer = Self::zeroed(bytes.len(), meter)?;
+        if let Storage::Owned { ptr, .. } = &buffer.storage {
+            // SAFETY: the new allocation has room for `bytes` and nobody else knows it.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), ptr.as_ptr(), bytes.len()) };
+        }
+        buffer.read_only = true;
+        Some(buffer)
+    }
+
+    /// The host's bytes in place, read-only.
+    pub(crate) fn host(host: HostTensor) -> Self {
+        Self { storage: Storage::Host(host), read_only: true, borrows: AtomicUsize::new(0) }
+    }
+
+    /// Start and length in bytes. Asked for anew at each borrow, since a host owner's word holds only for the slice it gives.
+    fn memory(&self) -> (*mut u8, usize) {
+        match &self.storage {
+            Storage::Owned { ptr, layout, .. } => (ptr.as_ptr(), layout.size()),
+            Storage::Host(host) => (host.bytes().as_ptr().cast_mut(), host.bytes().len()),
+            Storage::Empty => (std::ptr::without_provenance_mut(HUGE_PAGE), 0),
+        }
+    }
+
+    /// Borrows for reading; `None` while somebody writes.
+    pub(crate) fn read(&self) -> Option<ReadGuard<'_>> {
+        let free = |count: usize| (count < WRITER - 1).then(|| count + 1);
+        self.borrows.fetch_update(Ordering::Acquire, Ordering::Relaxed, free).ok()?;
+        let (ptr, len) = self.memory();
+        Some(ReadGuard { buffer: self, ptr, len })
+    }
+
+    /// Borrows for writing.
+    pub(crate) fn write(&self) -> Result<WriteGuard<'_>, WriteRefused> {
+        if self.read_only {
+            return Err(WriteRefused::ReadOnly);
+        }
+        self.borrows
+            .compare_exchange(0, WRITER, Ordering::Acquire, Ordering::Relaxed)
+            .map_err(|_| WriteRefused::Borrowed)?;
+        let (ptr, len) = self.memory();
+        Ok(WriteGuard { buffer: self, ptr, len })
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Storage::Owned { ptr, layout, meter } = &self.storage {
+            meter.fetch_sub(layout.size(), Ordering::Relaxed);
+            // SAFETY: allocated with this layout, and no borrow outlives the buffer.
+            unsafe { dealloc(ptr.as_ptr(), *layout) };
+        }
+    }
+}
+
+/// Why a buffer cannot be written now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WriteRefused {
+    ReadOnly,
+    Borrowed,
+}
+
+/// Bytes that nobody writes while this lives.
+pub(crate) struct ReadGuard<'a> {
+    buffer: &'a Buffer,
+    pub(crate) ptr: *const u8,
+    pub(crate) len: usize,
+}
+
+impl Drop for ReadGuard<'_> {
+    fn drop(&mut self) {
+        self.buffer.borrows.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// Bytes that nobody else touches while this lives.
+pub(crate) struct WriteGuard<'a> {
+    buffer: &'a Buffer,
+    pub(crate) ptr: *mut u8,
+    pub(crate) len: usize,
+}
+
+impl Drop for WriteGuard<'_> {
+    fn drop(&mut self) {
+        self.buffer.borrows.store(0, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn many_readers_or_one_writer() {
+        let buffer = Buffer::zeroed(100, &Meter::default()).expect("room");
+        let readers = (buffer.read(), buffer.read());
+        assert!(readers.0.is_some() && readers.1.is_some());
+        assert_eq!(buffer.write().err(), Some(WriteRefused::Borrowed));
+        drop(readers);
+        let writer = buffer.write().expect("free again");
+        assert!(buffer.read().is_none());
+        assert_eq!(buffer.write().err(), Some(WriteRefused::Borrowed));
+        drop(writer);
+        assert!(buffer.read().is_some());
+    }
+
+    #[test]
+    fn memory_is_zeroed_aligned_and_metered() {
+        let meter = Meter::default();
+        for size in [0, 1, 100, 3 * HUGE_PAGE + 5] {
+            let buffer = Buffer::zeroed(size, &meter).expect("room");
+            assert_eq!(meter.load(Ordering::Relaxed), size);
+            let guard = buffer.read().expect("free");
+            assert!(guard.ptr.addr().is_multiple_of(ALIGN) && guard.len == size);
+            // SAFETY: the guard allows reading `len` bytes.
+            assert!(unsafe { std::slice::from_raw_parts(guard.ptr, size) }.iter().all(|&b| b == 0));
+        }
+        assert_eq!(meter.load(Ordering::Relaxed), 0);
+        assert!(Buffer::zeroed(usize::MAX / 2, &meter).is_none());
+    }
+
+    #[test]
+    fn imported_memory_cannot_be_written() {
+        let host = HostTensor::from_f32(&[1.0, 2.0], &[2]);
+        assert_eq!(Buffer::host(host).write().err(), Some(WriteRefused::ReadOnly));
+        let copied = Buffer::copied(&[1, 2, 3], &Meter::default()).expect("room");
+        assert_eq!(copied.write().err(), Some(WriteRefused::ReadOnly));
+        assert_eq!(copied.read().expect("free").len, 3);
+    }
+}

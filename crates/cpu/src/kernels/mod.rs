@@ -1,0 +1,113 @@
+//! The two products that everything heavy is made of: rows with rows (`dot`) and sums of rows (`combine`).
+//! Know neither tensors nor threads.
+
+mod combine;
+mod dot;
+
+use r1_backend::Weight;
+use r1_core::DType;
+
+use crate::Cpu;
+use crate::view::{In, Mat};
+
+pub(crate) use combine::Combine;
+pub(crate) use dot::{MatMul, TileSize, XRows};
+
+/// Runs `$body` with `$E` bound to the element type of `$dtype`.
+macro_rules! with_elem {
+    ($dtype:expr, $E:ident => $body:expr) => {
+        match $dtype {
+            r1_core::DType::F32 => {
+                type $E = f32;
+                $body
+            }
+            r1_core::DType::BF16 => {
+                type $E = half::bf16;
+                $body
+            }
+            r1_core::DType::F16 => {
+                type $E = half::f16;
+                $body
+            }
+            r1_core::DType::F8E4M3 => {
+                type $E = crate::simd::F8;
+                $body
+            }
+            r1_core::DType::U32 => panic!("a U32 tensor where a weight is expected"),
+        }
+    };
+}
+pub(crate) use with_elem;
+
+/// A weight's tensors, borrowed.
+pub(crate) struct WeightIn<'a> {
+    data: In<'a>,
+    scales: Option<(In<'a>, [usize; 2], [usize; 2])>,
+}
+
+impl<'a> WeightIn<'a> {
+    #[track_caller]
+    pub(crate) fn new(op: &str, arg: &str, w: &'a Weight<Cpu>) -> Self {
+        match w {
+            Weight::Dense { data } => Self { data: In::new(op, arg, data), scales: None },
+            Weight::Fp8Block { data, scales, block, offset } => Self {
+                data: In::new(op, arg, data),
+                scales: Some((In::new(op, arg, scales), *block, *offset)),
+            },
+        }
+    }
+
+    pub(crate) fn rows(&self) -> WeightRows<'_> {
+        let scales = self.scales.as_ref().map(|(scales, block, offset)| Scales {
+            values: scales.mat(),
+            block: *block,
+            offset: *offset,
+        });
+        WeightRows { data: self.data.mat(), scales }
+    }
+}
+
+/// A weight matrix `[N, K]` where it lies.
+#[derive(Clone, Copy)]
+pub(crate) struct WeightRows<'a> {
+    pub(crate) data: Mat<'a>,
+    pub(crate) scales: Option<Scales<'a>>,
+}
+
+impl<'a> WeightRows<'a> {
+    /// F32 rows that were widened already.
+    pub(crate) fn from_f32(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
+        Self { data: Mat::from_f32(values, rows, cols, stride), scales: None }
+    }
+
+    pub(crate) fn bytes_per_row(&self) -> usize {
+        self.data.cols * self.data.dtype.size_bytes()
+    }
+}
+
+/// Scales of blocks of an FP8 weight.
+#[derive(Clone, Copy)]
+pub(crate) struct Scales<'a> {
+    values: Mat<'a>,
+    block: [usize; 2],
+    offset: [usize; 2],
+}
+
+impl Scales<'_> {
+    /// The scales of weight row `row` from column `col` on.
+    fn row_from(&self, row: usize, col: usize) -> *const f32 {
+        let block_row = (row + self.offset[0]) / self.block[0];
+        let block_col = (col + self.offset[1]) / self.block[1];
+        assert!(block_col < self.values.cols && self.values.dtype == DType::F32, "column {col} has no scale");
+        self.values.row(block_row).cast::<f32>().wrapping_add(block_col)
+    }
+
+    fn at(&self, row: usize, col: usize) -> f32 {
+        self.values.f32_row((row + self.offset[0]) / self.block[0])[(col + self.offset[1]) / self.block[1]]
+    }
+
+    /// End of the block that index `i` of dimension `dim` lies in.
+    fn block_end(&self, dim: usize, i: usize) -> usize {
+        ((i + self.offset[dim]) / self.block[dim] + 1) * self.block[dim] - self.offset[dim]
+    }
+}

@@ -1,0 +1,384 @@
+//! Borrowed tensors as kernels see them: typed, strided, checked once against their memory.
+
+use std::marker::PhantomData;
+
+use r1_backend::Tensor;
+use r1_core::DType;
+
+use crate::Cpu;
+use crate::buffer::{ReadGuard, WriteGuard, WriteRefused};
+use crate::simd::{Simd, slice};
+
+/// Panics unless the tensor lies inside its memory and is aligned: kernels rely on it.
+fn check(op: &str, arg: &str, tensor: &Tensor<Cpu>, start: *const u8, len_bytes: usize) {
+    let size = tensor.dtype().size_bytes();
+    let last = tensor.shape().iter().zip(tensor.strides()).map(|(n, stride)| n.saturating_sub(1) * stride);
+    let end = tensor.offset() + last.sum::<usize>() + 1;
+    assert!(
+        tensor.num_elements() == 0 || end * size <= len_bytes,
+        "{op}: {arg} {tensor:?} reaches past its {len_bytes} bytes"
+    );
+    assert!(start.addr().is_multiple_of(size), "{op}: {arg} is not aligned for {}", tensor.dtype());
+    let dense = tensor.shape().last().is_none_or(|&n| n <= 1 || tensor.strides().last() == Some(&1));
+    assert!(dense, "{op}: {arg} {tensor:?} has gaps in its last dimension");
+}
+
+/// A tensor borrowed for reading.
+pub(crate) struct In<'a> {
+    guard: ReadGuard<'a>,
+    tensor: &'a Tensor<Cpu>,
+}
+
+impl<'a> In<'a> {
+    /// # Panics
+    /// When the tensor is being written: by another thread, or as another argument.
+    #[track_caller]
+    pub(crate) fn new(op: &str, arg: &str, tensor: &'a Tensor<Cpu>) -> Self {
+        let guard = tensor.buffer().read().unwrap_or_else(|| {
+            panic!("{op}: {arg} is being written: it shares its buffer with the output, or another thread writes it")
+        });
+        check(op, arg, tensor, guard.ptr, guard.len);
+        Self { guard, tensor }
+    }
+
+    fn start(&self) -> *const u8 {
+        // `wrapping`: an empty view may begin at the very end.
+        self.guard.ptr.wrapping_add(self.tensor.offset() * self.tensor.dtype().size_bytes())
+    }
+
+    /// Rows of the last dimension; earlier ones must be one dimension at most.
+    pub(crate) fn mat(&self) -> Mat<'_> {
+        self.cube().flat()
+    }
+
+    /// Up to three dimensions, missing ones in front.
+    pub(crate) fn cube(&self) -> Cube<'_> {
+        let (shape, strides) = three(self.tensor);
+        Cube { ptr: self.start(), dtype: self.tensor.dtype(), shape, strides, life: PhantomData }
+    }
+
+    /// The elements of a U32 vector.
+    pub(crate) fn u32s(&self) -> &[u32] {
+        assert!(self.tensor.dtype() == DType::U32 && self.tensor.is_contiguous(), "{:?} is no U32 run", self.tensor);
+        // SAFETY: checked against its memory at the borrow, aligned, and nobody writes while the guard lives.
+        unsafe { std::slice::from_raw_parts(self.start().cast(), self.tensor.num_elements()) }
+    }
+
+    /// Row `i` of a U32 matrix.
+    pub(crate) fn u32_row(&self, i: usize) -> &[u32] {
+        assert!(
+            self.tensor.dtype() == DType::U32 && self.tensor.shape().len() == 2 && i < self.tensor.dim(0),
+            "row {i} of {:?}",
+            self.tensor
+        );
+        // SAFETY: row `i` exists, see `u32s`.
+        unsafe {
+            let row = self.start().cast::<u32>().add(i * self.tensor.strides()[0]);
+            std::slice::from_raw_parts(row, self.tensor.dim(1))
+        }
+    }
+}
+
+fn three(tensor: &Tensor<Cpu>) -> ([usize; 3], [usize; 3]) {
+    let rank = tensor.shape().len();
+    assert!(rank <= 3, "{tensor:?} has more than three dimensions");
+    let (mut shape, mut strides) = ([1; 3], [0; 3]);
+    shape[3 - rank..].copy_from_slice(tensor.shape());
+    strides[3 - rank..].copy_from_slice(tensor.strides());
+    (shape, strides)
+}
+
+/// Readable `[A, B, C]` elements; the last dimension is dense.
+#[derive(Clone, Copy)]
+pub(crate) struct Cube<'a> {
+    ptr: *const u8,
+    pub(crate) dtype: DType,
+    pub(crate) shape: [usize; 3],
+    strides: [usize; 3],
+    life: PhantomData<&'a [u8]>,
+}
+
+// SAFETY: a view of memory that nobody writes while the borrow it comes from lives.
+unsafe impl Send for Cube<'_> {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Cube<'_> {}
+
+impl<'a> Cube<'a> {
+    fn at(&self, dim: usize, index: usize) -> *const u8 {
+        assert!(index < self.shape[dim], "index {index} of {:?}", self.shape);
+        self.ptr.wrapping_add(index * self.strides[dim] * self.dtype.size_bytes())
+    }
+
+    /// `[B, C]` at index `i` of the first dimension.
+    pub(crate) fn outer(&self, i: usize) -> Mat<'a> {
+        Mat {
+            ptr: self.at(0, i),
+            dtype: self.dtype,
+            rows: self.shape[1],
+            cols: self.shape[2],
+            stride: self.strides[1],
+            life: PhantomData,
+        }
+    }
+
+    /// `[A, C]` at index `i` of the middle dimension.
+    pub(crate) fn middle(&self, i: usize) -> Mat<'a> {
+        Mat {
+            ptr: self.at(1, i),
+            dtype: self.dtype,
+            rows: self.shape[0],
+            cols: self.shape[2],
+            stride: self.strides[0],
+            life: PhantomData,
+        }
+    }
+
+    fn flat(&self) -> Mat<'a> {
+        assert_eq!(self.shape[0], 1, "a matrix is expected, not {:?}", self.shape);
+        self.outer(0)
+    }
+}
+
+/// Readable rows of floats.
+#[derive(Clone, Copy)]
+pub(crate) struct Mat<'a> {
+    ptr: *const u8,
+    pub(crate) dtype: DType,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) stride: usize,
+    life: PhantomData<&'a [u8]>,
+}
+
+// SAFETY: a view of memory that nobody writes while the borrow it comes from lives.
+unsafe impl Send for Mat<'_> {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Mat<'_> {}
+
+impl<'a> Mat<'a> {
+    /// Dense F32 rows `stride` apart.
+    pub(crate) fn from_f32(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
+        assert!(rows == 0 || (rows - 1) * stride + cols <= values.len(), "{rows} rows of {cols} past the slice");
+        Self { ptr: values.as_ptr().cast(), dtype: DType::F32, rows, cols, stride, life: PhantomData }
+    }
+
+    /// Where row `i` begins.
+    pub(crate) fn row(&self, i: usize) -> *const u8 {
+        assert!(i < self.rows, "row {i} of {}", self.rows);
+        self.ptr.wrapping_add(i * self.stride * self.dtype.size_bytes())
+    }
+
+    /// Row `i` of an F32 matrix, in place.
+    pub(crate) fn f32_row(&self, i: usize) -> &'a [f32] {
+        assert_eq!(self.dtype, DType::F32, "rows are not F32");
+        // SAFETY: the row exists, is aligned, and nobody writes it during 'a.
+        unsafe { std::slice::from_raw_parts(self.row(i).cast(), self.cols) }
+    }
+
+    /// Columns `col..col + dst.len()` of row `i`, widened.
+    #[inline(always)]
+    pub(crate) fn read<S: Simd>(&self, s: S, i: usize, col: usize, dst: &mut [f32]) {
+        assert!(col + dst.len() <= self.cols, "columns {col}+{} of {}", dst.len(), self.cols);
+        // SAFETY: the row exists and the columns lie inside it.
+        unsafe { slice::read(s, self.row(i).add(col * self.dtype.size_bytes()), self.dtype, dst) }
+    }
+
+    /// Row `i` widened: in place when it is F32 already, else in `buf`.
+    #[inline(always)]
+    pub(crate) fn widened<'b, S: Simd>(&self, s: S, i: usize, buf: &'b mut [f32]) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        if self.dtype == DType::F32 {
+            return self.f32_row(i);
+        }
+        let buf = &mut buf[..self.cols];
+        self.read(s, i, 0, buf);
+        buf
+    }
+}
+
+/// A tensor borrowed for writing.
+pub(crate) struct Out<'a> {
+    guard: WriteGuard<'a>,
+    tensor: &'a Tensor<Cpu>,
+}
+
+impl<'a> Out<'a> {
+    /// # Panics
+    /// When the tensor is read-only or in use: by another thread, or as another argument.
+    #[track_caller]
+    pub(crate) fn new(op: &str, arg: &str, tensor: &'a Tensor<Cpu>) -> Self {
+        let guard = tensor.buffer().write().unwrap_or_else(|why| match why {
+            WriteRefused::ReadOnly => panic!("{op}: {arg} is read-only: it was imported"),
+            WriteRefused::Borrowed => {
+                panic!("{op}: {arg} is in use: it shares its buffer with another argument, or another thread uses it")
+            }
+        });
+        check(op, arg, tensor, guard.ptr, guard.len);
+        let (shape, strides) = (tensor.shape(), tensor.strides());
+        // Rows that overlap could not be given to different tasks.
+        let disjoint = tensor.num_elements() == 0
+            || (1..shape.len()).all(|dim| shape[dim - 1] == 1 || strides[dim - 1] >= shape[dim] * strides[dim]);
+        assert!(disjoint, "{op}: {arg} {tensor:?} overlaps itself");
+        Self { guard, tensor }
+    }
+
+    fn start(&self) -> *mut u8 {
+        self.guard.ptr.wrapping_add(self.tensor.offset() * self.tensor.dtype().size_bytes())
+    }
+
+    pub(crate) fn mat(&mut self) -> MatMut<'_> {
+        self.cube().flat()
+    }
+
+    /// Up to three dimensions, missing ones in front.
+    pub(crate) fn cube(&mut self) -> CubeMut<'_> {
+        let (shape, strides) = three(self.tensor);
+        CubeMut { ptr: self.start(), dtype: self.tensor.dtype(), shape, strides, life: PhantomData }
+    }
+
+    /// The elements of a U32 run.
+    pub(crate) fn u32s(&mut self) -> &mut [u32] {
+        assert!(self.tensor.dtype() == DType::U32 && self.tensor.is_contiguous(), "{:?} is no U32 run", self.tensor);
+        // SAFETY: checked against its memory at the borrow, aligned, and exclusive while the guard lives.
+        unsafe { std::slice::from_raw_parts_mut(self.start().cast(), self.tensor.num_elements()) }
+    }
+}
+
+/// Writable `[A, B, C]` elements; the last dimension is dense.
+#[derive(Clone, Copy)]
+pub(crate) struct CubeMut<'a> {
+    ptr: *mut u8,
+    pub(crate) dtype: DType,
+    pub(crate) shape: [usize; 3],
+    strides: [usize; 3],
+    life: PhantomData<&'a mut [u8]>,
+}
+
+// SAFETY: memory that only this operation reaches; its tasks promise disjoint rows where they write.
+unsafe impl Send for CubeMut<'_> {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for CubeMut<'_> {}
+
+impl<'a> CubeMut<'a> {
+    fn at(&self, dim: usize, index: usize) -> *mut u8 {
+        assert!(index < self.shape[dim], "index {index} of {:?}", self.shape);
+        self.ptr.wrapping_add(index * self.strides[dim] * self.dtype.size_bytes())
+    }
+
+    /// `[B, C]` at index `i` of the first dimension.
+    pub(crate) fn outer(&self, i: usize) -> MatMut<'a> {
+        MatMut {
+            ptr: self.at(0, i),
+            dtype: self.dtype,
+            rows: self.shape[1],
+            cols: self.shape[2],
+            stride: self.strides[1],
+            life: PhantomData,
+        }
+    }
+
+    /// `[A, C]` at index `i` of the middle dimension.
+    pub(crate) fn middle(&self, i: usize) -> MatMut<'a> {
+        MatMut {
+            ptr: self.at(1, i),
+            dtype: self.dtype,
+            rows: self.shape[0],
+            cols: self.shape[2],
+            stride: self.strides[0],
+            life: PhantomData,
+        }
+    }
+
+    fn flat(&self) -> MatMut<'a> {
+        assert_eq!(self.shape[0], 1, "a matrix is expected, not {:?}", self.shape);
+        self.outer(0)
+    }
+}
+
+/// Writable rows.
+#[derive(Clone, Copy)]
+pub(crate) struct MatMut<'a> {
+    ptr: *mut u8,
+    pub(crate) dtype: DType,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    stride: usize,
+    life: PhantomData<&'a mut [u8]>,
+}
+
+// SAFETY: memory that only this operation reaches; its tasks promise disjoint elements where they write.
+unsafe impl Send for MatMut<'_> {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for MatMut<'_> {}
+
+impl MatMut<'_> {
+    fn place(&self, i: usize, col: usize, len: usize) -> *mut u8 {
+        assert!(i < self.rows && col + len <= self.cols, "[{i}, {col}+{len}] of [{}, {}]", self.rows, self.cols);
+        self.ptr.wrapping_add((i * self.stride + col) * self.dtype.size_bytes())
+    }
+
+    /// Writes columns `col..` of row `i`, rounded to nearest even.
+    ///
+    /// # Safety
+    /// No other task touches them at the same time.
+    #[inline(always)]
+    pub(crate) unsafe fn write<S: Simd>(&self, s: S, i: usize, col: usize, values: &[f32]) {
+        // SAFETY: the place lies inside the tensor, and the caller has it alone.
+        unsafe { slice::write(s, values, self.place(i, col, values.len()), self.dtype) }
+    }
+
+    /// Reads columns `col..` of row `i`, widened.
+    ///
+    /// # Safety
+    /// No other task writes them at the same time.
+    #[inline(always)]
+    pub(crate) unsafe fn read<S: Simd>(&self, s: S, i: usize, col: usize, dst: &mut [f32]) {
+        // SAFETY: the place lies inside the tensor, and nobody writes it now.
+        unsafe { slice::read(s, self.place(i, col, dst.len()), self.dtype, dst) }
+    }
+
+    /// Row `i` of a U32 or F32 matrix as 32-bit elements.
+    ///
+    /// # Safety
+    /// `T` is the element type; no other task touches the row while the slice lives.
+    pub(crate) unsafe fn row_mut<'b, T: Copy>(&self, i: usize) -> &'b mut [T]
+    where
+        Self: 'b,
+    {
+        assert_eq!(self.dtype.size_bytes(), size_of::<T>(), "elements are {}", self.dtype);
+        // SAFETY: the row exists, is aligned, and the caller has it alone.
+        unsafe { std::slice::from_raw_parts_mut(self.place(i, 0, self.cols).cast(), self.cols) }
+    }
+}
+
+/// A slice whose elements tasks write, each its own.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<'a> {
+    ptr: *mut f32,
+    len: usize,
+    life: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: the slice is borrowed exclusively; its tasks promise disjoint ranges.
+unsafe impl Send for Shared<'_> {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Shared<'_> {}
+
+impl<'a> Shared<'a> {
+    pub(crate) fn new(values: &'a mut [f32]) -> Self {
+        Self { ptr: values.as_mut_ptr(), len: values.len(), life: PhantomData }
+    }
+
+    /// `start..start + len`.
+    ///
+    /// # Safety
+    /// No other task touches them while the slice lives.
+    #[allow(clippy::mut_from_ref)] // what the contract is for
+    pub(crate) unsafe fn part(&self, start: usize, len: usize) -> &'a mut [f32] {
+        assert!(start + len <= self.len, "{start}+{len} of {}", self.len);
+        // SAFETY: inside the slice, and the caller has it alone.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(start), len) }
+    }
+}

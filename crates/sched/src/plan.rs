@@ -1,0 +1,524 @@
+//! Chooses the next step. Pure: reads the state, changes nothing; [`begin`](crate::begin) carries the plan out.
+
+use r1_core::SeqId;
+
+use crate::{Limits, Sequence, State};
+
+/// One step: which rows, and who loses their blocks for it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Sequences that run their last token, in order of service.
+    pub decode: Vec<Decode>,
+    /// Pieces of known tokens, in order of service. At most one per sequence, and none for one that decodes.
+    pub prefill: Vec<PrefillChunk>,
+    /// Sequences that give up their blocks before the step and wait to be computed anew.
+    pub preempt: Vec<SeqId>,
+}
+
+/// A row that runs a sequence's last token and its drafts, and samples after each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decode {
+    /// Whose.
+    pub seq: SeqId,
+    /// Position of the last token. When `start >= tokens(seq).len()`, that token is still in flight and only the
+    /// device knows it. With drafts in flight this is an upper bound: the true position is lower by as many drafts
+    /// as the steps in flight reject. Slots are reserved up to the bound, so the device may subtract.
+    pub start: usize,
+    /// Draft tokens run after the last token, at `start + 1..=start + num_drafts`.
+    pub num_drafts: usize,
+}
+
+/// A row that runs known tokens `start..start + len` of a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PrefillChunk {
+    /// Whose.
+    pub seq: SeqId,
+    /// Position of the first token; exact.
+    pub start: usize,
+    /// Number of tokens, at least 1.
+    pub len: usize,
+    /// Whether the chunk ends with the last known token, after which the next one is drawn.
+    pub samples: bool,
+}
+
+impl Plan {
+    /// Nothing can run now: commit the oldest step in flight, or wait for a sequence. Never empty while a sequence is
+    /// live and nothing is in flight, unless the limits of the step are 0.
+    pub fn is_empty(&self) -> bool {
+        self.decode.is_empty() && self.prefill.is_empty()
+    }
+
+    /// Tokens that the step runs, drafts included.
+    pub fn num_tokens(&self) -> usize {
+        self.decode.iter().map(|row| 1 + row.num_drafts).sum::<usize>()
+            + self.prefill.iter().map(|chunk| chunk.len).sum::<usize>()
+    }
+
+    /// Rows of the step.
+    pub fn num_seqs(&self) -> usize {
+        self.decode.len() + self.prefill.len()
+    }
+}
+
+/// Chooses the next step: decode first, which bounds inter-token latency; then drafts; then prefill chunks. Empty when
+/// `depth` steps are in flight.
+pub fn plan(state: &State, limits: &Limits) -> Plan {
+    if state.steps_in_flight() >= state.config.depth {
+        return Plan::default();
+    }
+    let mut room = Room::new(state, limits);
+    room.decode();
+    room.drafts(limits.num_drafts);
+    room.prefill();
+    assert!(room.plan.preempt.is_empty() || !room.plan.decode.is_empty());
+    room.plan
+}
+
+/// What is left of the step's budget and of the cache while a plan is being made.
+struct Room<'a> {
+    state: &'a State,
+    /// In order of service. Those that lose their blocks, now or in the next plan, are cut off its end.
+    running: Vec<&'a Sequence>,
+    /// Sequences that hold blocks once the plan is begun, draining ones included.
+    num_holding: usize,
+    num_tokens: usize,
+    num_seqs: usize,
+    free: usize,
+    /// Blocks that come free without further preemption when the steps in flight are committed.
+    soon_free: usize,
+    /// A running sequence lacks a block: nobody is admitted.
+    short: bool,
+    /// Tokens by which running and admitted sequences should be able to grow.
+    headroom: usize,
+    plan: Plan,
+}
+
+impl<'a> Room<'a> {
+    fn new(state: &'a State, limits: &Limits) -> Self {
+        let running: Vec<_> = state.running().collect();
+        let held: usize = running.iter().map(|seq| seq.blocks.len()).sum();
+        let free = state.pool.num_free();
+        Self {
+            state,
+            num_holding: running.len() + state.num_draining(),
+            running,
+            num_tokens: limits.max_num_batched_tokens.min(state.config.max_num_batched_tokens),
+            num_seqs: limits.max_num_seqs.min(state.config.max_num_seqs),
+            free,
+            soon_free: state.pool.total() - free - held,
+            short: false,
+            headroom: 0,
+            plan: Plan::default(),
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.num_tokens == 0 || self.num_seqs == 0
+    }
+
+    /// One token for every running sequence that may decode and can have the block for it.
+    fn decode(&mut self) {
+        let mut next = 0;
+        while next < self.running.len() && !self.is_full() {
+            let seq = self.running[next];
+            next += 1;
+            if seq.may_decode() && self.take_block_for(seq, next) {
+                self.num_tokens -= 1;
+                self.num_seqs -= 1;
+                self.plan.decode.push(Decode { seq: seq.id, start: seq.placed, num_drafts: 0 });
+            }
+        }
+    }
+
+    /// Takes the block that the next position of `seq` needs, if it needs one; from `behind` on, running sequences may
+    /// lose theirs for it. `false`: not in this step.
+    fn take_block_for(&mut self, seq: &Sequence, behind: usize) -> bool {
+        if seq.placed < seq.blocks.len() * self.state.config.block_size {
+            return true;
+        }
+        if self.free == 0 {
+            self.short = true;
+            if self.soon_free > 0 {
+                self.soon_free -= 1;
+                return false;
+            }
+            if behind == self.running.len() {
+                // Last in service: keeps its blocks and waits, which costs nothing unless somebody needs them.
+                return false;
+            }
+            let victim = self.running.pop().expect("at least one is behind");
+            if victim.is_in_flight() {
+                // Left out of this step, it is not in flight when the next one is planned.
+                self.soon_free = victim.blocks.len() - 1;
+                return false;
+            }
+            self.plan.preempt.push(victim.id);
+            self.num_holding -= 1;
+            self.free = victim.blocks.len();
+        }
+        self.free -= 1;
+        true
+    }
+
+    /// Up to `num_drafts` more tokens per decode row, from what no decode row and no prefill in progress needs.
+    fn drafts(&mut self, num_drafts: usize) {
+        let prefilling = self.running.iter().filter(|seq| seq.is_prefilling()).count();
+        let mut spare = self.num_tokens.saturating_sub(prefilling);
+        let config = &self.state.config;
+        for row in &mut self.plan.decode {
+            let seq = &self.state.sequences[&row.seq];
+            let held = seq.blocks.len().max(config.blocks_for(row.start + 1));
+            let slots = (held + self.free) * config.block_size - (row.start + 1);
+            let to_limit = seq.max_len - seq.len_upper_bound() - 1;
+            row.num_drafts = num_drafts.min(to_limit).min(slots).min(spare);
+            self.free -= config.blocks_for(row.start + 1 + row.num_drafts).saturating_sub(held);
+            self.num_tokens -= row.num_drafts;
+            spare -= row.num_drafts;
+        }
+    }
+
+    /// Chunks of running and of waiting sequences, in one order of service.
+    fn prefill(&mut self) {
+        let running = std::mem::take(&mut self.running);
+        self.headroom = running.iter().map(|seq| self.growth(seq)).sum();
+        let mut running = running.into_iter().filter(|seq| seq.is_prefilling()).peekable();
+        let mut waiting = self.state.waiting().peekable();
+        let mut admitting = !self.short;
+        while !self.is_full() {
+            let turn = |seq: Option<&&Sequence>| seq.map(|seq| seq.turn);
+            let admit = match (turn(running.peek()), turn(waiting.peek()).filter(|_| admitting)) {
+                (None, None) => return,
+                (Some(_), None) => false,
+                (None, Some(_)) => true,
+                (Some(runs), Some(waits)) => waits < runs,
+            };
+            if admit {
+                let seq = waiting.next().expect("peeked");
+                admitting = self.admit(seq);
+                if admitting {
+                    self.chunk(seq, seq.tokens.len());
+                }
+            } else {
+                let seq = running.next().expect("peeked");
+                self.chunk(seq, seq.prefill_len);
+            }
+        }
+    }
+
+    /// Takes blocks for all known tokens of a waiting sequence, or leaves it waiting and everybody behind it.
+    fn admit(&mut self, seq: &Sequence) -> bool {
+        let config = &self.state.config;
+        let need = config.blocks_for(seq.tokens.len());
+        if self.num_holding == config.max_num_seqs || need + config.blocks_for(self.headroom) > self.free {
+            return false;
+        }
+        self.num_holding += 1;
+        self.free -= need;
+        self.headroom += self.growth(seq);
+        true
+    }
+
+    /// Tokens by which a sequence should be able to grow before it lacks a block.
+    fn growth(&self, seq: &Sequence) -> usize {
+        self.state.config.headroom_tokens.min(seq.max_len - seq.len_upper_bound())
+    }
+
+    /// As much of the prefill of `seq` as the budget allows.
+    fn chunk(&mut self, seq: &Sequence, prefill_len: usize) {
+        let left = prefill_len - seq.placed;
+        let len = left.min(self.num_tokens);
+        self.num_tokens -= len;
+        self.num_seqs -= 1;
+        self.plan.prefill.push(PrefillChunk { seq: seq.id, start: seq.placed, len, samples: len == left });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{config, drawn, finish, sequence, shape, start, start_with, state, step};
+    use crate::{NewSequence, SchedConfig, begin, commit};
+    use proptest::prelude::*;
+
+    #[test]
+    fn prompts_are_cut_into_chunks_and_only_the_last_one_samples() {
+        let mut state = state(config(20));
+        state.add(sequence(1, 40, 3)).unwrap();
+        let chunks: Vec<_> = (0..4).map(|_| shape(&step(&mut state, 9).0)).collect();
+        assert_eq!(chunks[0], (vec![], vec![(1, 0, 16, false)], vec![]));
+        assert_eq!(chunks[1], (vec![], vec![(1, 16, 16, false)], vec![]));
+        assert_eq!(chunks[2], (vec![], vec![(1, 32, 8, true)], vec![]));
+        assert_eq!(chunks[3], (vec![1], vec![], vec![]));
+    }
+
+    #[test]
+    fn decode_comes_first_and_prefill_fills_the_budget() {
+        let mut state = state(config(20));
+        state.add(sequence(1, 6, 9)).unwrap();
+        state.add(sequence(2, 6, 9)).unwrap();
+        step(&mut state, 9);
+        state.add(sequence(3, 20, 9)).unwrap();
+        let (chosen, _) = step(&mut state, 9);
+        assert_eq!(shape(&chosen), (vec![1, 2], vec![(3, 0, 14, false)], vec![]));
+        assert_eq!((chosen.num_tokens(), chosen.num_seqs()), (16, 3));
+    }
+
+    #[test]
+    fn priority_then_arrival_orders_running_and_waiting_prefills_alike() {
+        let mut state = state(config(30));
+        let with = |id, len, priority| NewSequence { priority, ..sequence(id, len, 2) };
+        state.add(with(1, 20, 1)).unwrap();
+        assert_eq!(shape(&step(&mut state, 9).0).1, [(1, 0, 16, false)]);
+        state.add(with(2, 3, 1)).unwrap();
+        state.add(with(3, 3, 0)).unwrap();
+        state.add(with(4, 3, -1)).unwrap();
+        let expect = [(4, 0, 3, true), (3, 0, 3, true), (1, 16, 4, true), (2, 0, 3, true)];
+        assert_eq!(shape(&step(&mut state, 9).0).1, expect);
+    }
+
+    #[test]
+    fn nobody_passes_a_sequence_that_does_not_fit_yet() {
+        let mut state = state(config(6));
+        state.add(sequence(1, 12, 4)).unwrap();
+        state.add(sequence(2, 16, 4)).unwrap();
+        state.add(sequence(3, 1, 1)).unwrap();
+        assert_eq!(shape(&step(&mut state, 9).0).1, [(1, 0, 12, true)]);
+        assert_eq!(
+            shape(&step(&mut state, 9).0),
+            (vec![1], vec![], vec![]),
+            "3 would fit, but waits behind 2"
+        );
+    }
+
+    #[test]
+    fn at_most_max_num_seqs_hold_blocks_even_while_some_drain() {
+        let mut state = state(SchedConfig { depth: 2, ..config(20) });
+        for id in 1..=5 {
+            state.add(sequence(id, 2, 9)).unwrap();
+        }
+        let first = start(&mut state);
+        assert_eq!(first.1.num_seqs(), 4);
+        state.abort(SeqId(1)).unwrap();
+        let second = start(&mut state);
+        assert_eq!(shape(&second.1), (vec![2, 3, 4], vec![], vec![]));
+        finish(&mut state, &first, 9);
+        assert_eq!(shape(&plan(&state, &state.limits())), (vec![2, 3, 4], vec![(5, 0, 2, true)], vec![]));
+    }
+
+    #[test]
+    fn headroom_holds_back_a_newcomer_but_never_a_lone_sequence() {
+        let admitted = |headroom_tokens| {
+            let mut state = state(SchedConfig { headroom_tokens, ..config(5) });
+            state.add(sequence(1, 8, 12)).unwrap();
+            state.add(sequence(2, 8, 12)).unwrap();
+            plan(&state, &state.limits()).prefill.len()
+        };
+        assert_eq!((admitted(0), admitted(4), admitted(5), admitted(1000)), (2, 2, 1, 1));
+    }
+
+    #[test]
+    fn headroom_is_no_more_than_a_sequence_can_grow() {
+        let mut state = state(SchedConfig { headroom_tokens: 1000, ..config(5) });
+        state.add(sequence(1, 8, 4)).unwrap();
+        state.add(sequence(2, 8, 12)).unwrap();
+        assert_eq!(plan(&state, &state.limits()).prefill.len(), 2);
+    }
+
+    /// Two sequences of two full blocks each, and nothing free.
+    fn full(depth: usize) -> State {
+        let mut state = state(SchedConfig { depth, ..config(4) });
+        state.add(sequence(1, 8, 8)).unwrap();
+        state.add(sequence(2, 8, 8)).unwrap();
+        state
+    }
+
+    #[test]
+    fn the_last_running_sequence_gives_its_blocks_to_the_first_that_lacks_one() {
+        let mut state = full(1);
+        step(&mut state, 9);
+        let (chosen, _) = step(&mut state, 10);
+        assert_eq!(shape(&chosen), (vec![1], vec![], vec![2]));
+        let seq = state.sequence(SeqId(2)).unwrap();
+        assert_eq!((seq.tokens().len(), seq.block_table().len()), (9, 0), "what it has drawn stays");
+        assert_eq!(state.stats().preemptions, 1);
+        state.add(sequence(3, 1, 1)).unwrap();
+        let order: Vec<_> = state.waiting().map(|seq| seq.id().0).collect();
+        assert_eq!(order, [2, 3], "back in front");
+        let mut last = Vec::new();
+        while last.is_empty() {
+            last = step(&mut state, 11).1;
+        }
+        assert_eq!((last[0].seq, last[0].output().len()), (SeqId(1), 8));
+        let (chosen, _) = step(&mut state, 12);
+        assert_eq!(
+            shape(&chosen).1,
+            [(2, 0, 9, true), (3, 0, 1, true)],
+            "prompt and output are computed anew"
+        );
+    }
+
+    #[test]
+    fn a_better_priority_arriving_later_takes_the_blocks_of_a_worse_one() {
+        let mut state = state(config(4));
+        state.add(NewSequence { priority: 5, ..sequence(1, 8, 8) }).unwrap();
+        state.add(NewSequence { priority: 0, ..sequence(2, 8, 8) }).unwrap();
+        step(&mut state, 9);
+        assert_eq!(shape(&step(&mut state, 9).0), (vec![2], vec![], vec![1]));
+    }
+
+    #[test]
+    fn the_last_sequence_waits_with_its_blocks() {
+        let mut state = state(config(5));
+        state.add(sequence(1, 10, 3)).unwrap();
+        state.add(sequence(2, 8, 8)).unwrap();
+        // 1 fills its third block and ends; 2 lacks a block meanwhile and takes none from anybody.
+        assert_eq!(shape(&step(&mut state, 9).0).1.len(), 2);
+        assert_eq!(shape(&step(&mut state, 9).0).0, [1]);
+        assert_eq!(step(&mut state, 9).1[0].seq, SeqId(1));
+        assert_eq!(shape(&step(&mut state, 9).0), (vec![2], vec![], vec![]));
+        assert_eq!(state.stats().preemptions, 0);
+    }
+
+    #[test]
+    fn a_victim_in_flight_sits_out_a_step_and_gives_up_its_blocks_in_the_next() {
+        let mut state = full(2);
+        let first = start(&mut state);
+        assert!(
+            plan(&state, &state.limits()).is_empty(),
+            "1 lacks a block, 2 is in flight and may not go on"
+        );
+        finish(&mut state, &first, 9);
+        assert_eq!(shape(&plan(&state, &state.limits())), (vec![1], vec![], vec![2]));
+    }
+
+    #[test]
+    fn blocks_about_to_come_free_spare_a_preemption() {
+        let mut state = state(SchedConfig { depth: 2, ..config(5) });
+        state.add(sequence(1, 4, 12)).unwrap();
+        state.add(sequence(2, 4, 12)).unwrap();
+        state.add(sequence(3, 8, 4)).unwrap();
+        let first = start(&mut state);
+        let second = start(&mut state);
+        assert_eq!(shape(&second.1), (vec![1], vec![], vec![]), "2 lacks a block, and 3 sits out for it");
+        state.abort(SeqId(3)).unwrap();
+        finish(&mut state, &first, 9);
+        let third = start(&mut state);
+        assert_eq!(shape(&third.1), (vec![1, 2], vec![], vec![]));
+        assert_eq!(state.stats().preemptions, 0);
+    }
+
+    #[test]
+    fn a_draining_sequence_spares_a_preemption() {
+        let mut state = state(SchedConfig { depth: 2, ..config(5) });
+        state.add(sequence(1, 6, 10)).unwrap();
+        state.add(sequence(2, 6, 10)).unwrap();
+        state.add(sequence(3, 3, 4)).unwrap();
+        let first = start(&mut state);
+        let second = start(&mut state);
+        assert_eq!(shape(&second.1).0, [1, 2, 3]);
+        state.abort(SeqId(3)).unwrap();
+        finish(&mut state, &first, 9);
+        let third = start(&mut state);
+        // 1 and 2 have filled their blocks with the step before: nothing is free, one block drains.
+        assert_eq!(shape(&third.1), (vec![1, 2], vec![], vec![]));
+        finish(&mut state, &second, 9);
+        assert_eq!(state.stats().blocks_free, 1);
+    }
+
+    #[test]
+    fn run_ahead_plans_a_token_that_is_still_in_flight_but_none_past_the_limit() {
+        let mut state = state(SchedConfig { depth: 2, ..config(8) });
+        state.add(sequence(1, 4, 2)).unwrap();
+        let first = start(&mut state);
+        let second = start(&mut state);
+        assert_eq!(second.1.decode, [Decode { seq: SeqId(1), start: 4, num_drafts: 0 }]);
+        assert_eq!(state.tokens(SeqId(1)).len(), 4, "the token at position 4 is not known yet");
+        assert!(plan(&state, &state.limits()).is_empty(), "depth is reached");
+        finish(&mut state, &first, 9);
+        assert!(plan(&state, &state.limits()).is_empty(), "both tokens are in flight");
+        assert_eq!(finish(&mut state, &second, 9).len(), 1);
+    }
+
+    #[test]
+    fn drafts_stay_within_limit_budget_and_cache() {
+        let drafts = |new, budget, num_blocks| {
+            let mut state = state(config(num_blocks));
+            state.add(sequence(1, 5, new)).unwrap();
+            step(&mut state, 9);
+            let limits = Limits { num_drafts: 6, max_num_batched_tokens: budget, ..state.limits() };
+            start_with(&mut state, &limits).1.decode[0].num_drafts
+        };
+        assert_eq!(drafts(20, 16, 8), 6);
+        assert_eq!(drafts(4, 16, 8), 2, "6 tokens known, 9 at most: the row may draw 3");
+        assert_eq!(drafts(20, 4, 8), 3);
+        assert_eq!(drafts(4, 16, 2), 2);
+        let mut state = state(config(4));
+        state.add(sequence(1, 5, 8)).unwrap();
+        state.add(sequence(2, 5, 8)).unwrap();
+        step(&mut state, 9);
+        let limits = Limits { num_drafts: 6, ..state.limits() };
+        let rows: Vec<_> =
+            start_with(&mut state, &limits).1.decode.iter().map(|row| row.num_drafts).collect();
+        assert_eq!(rows, [2, 2], "no free block, so up to the end of the last one");
+    }
+
+    #[test]
+    fn drafts_leave_a_token_for_each_prefill() {
+        let mut state = state(SchedConfig { max_num_batched_tokens: 4, ..config(20) });
+        state.add(sequence(1, 2, 20)).unwrap();
+        state.add(sequence(2, 10, 2)).unwrap();
+        step(&mut state, 9);
+        let chosen = plan(&state, &Limits { num_drafts: 9, ..state.limits() });
+        assert_eq!((chosen.decode[0].num_drafts, chosen.prefill[0].len), (2, 1));
+    }
+
+    #[test]
+    fn drafts_in_flight_count_as_accepted() {
+        let mut state = state(SchedConfig { depth: 2, ..config(20) });
+        state.add(sequence(1, 4, 9)).unwrap();
+        let first = start(&mut state);
+        let limits = Limits { num_drafts: 3, ..state.limits() };
+        let second = start_with(&mut state, &limits);
+        finish(&mut state, &first, 9);
+        let third = start_with(&mut state, &limits);
+        assert_eq!(third.1.decode, [Decode { seq: SeqId(1), start: 8, num_drafts: 3 }]);
+        commit(&mut state, second.0, &[drawn(SeqId(1), &[10, 11])]);
+        // Two of four were drawn: what was planned at 8 ran at 6.
+        commit(&mut state, third.0, &[drawn(SeqId(1), &[12])]);
+        assert_eq!(plan(&state, &limits).decode, [Decode { seq: SeqId(1), start: 7, num_drafts: 3 }]);
+        state.audit();
+    }
+
+    proptest! {
+        /// Whatever waits: a plan is within its limits, begins cleanly, and is the same for the same state.
+        #[test]
+        fn plans_respect_limits(
+            prompts in prop::collection::vec((1_usize..40, 1_u32..20, -2..3_i32), 1..8),
+            num_blocks in 10_usize..40,
+            depth in 1_usize..=2,
+            budgets in prop::collection::vec((1_usize..20, 1_usize..6, 0_usize..4), 1..30),
+        ) {
+            let mut state = state(SchedConfig { depth, ..config(num_blocks) });
+            for (id, (len, new, priority)) in prompts.into_iter().enumerate() {
+                // Those too large for the cache are refused, which is another test.
+                let _ = state.add(NewSequence { priority, ..sequence(id as u64, len, new) });
+            }
+            let mut in_flight = std::collections::VecDeque::new();
+            for (max_num_batched_tokens, max_num_seqs, num_drafts) in budgets {
+                let limits = Limits { max_num_batched_tokens, max_num_seqs, num_drafts };
+                let chosen = plan(&state, &limits);
+                prop_assert_eq!(&chosen, &plan(&state.clone(), &limits));
+                prop_assert!(chosen.num_tokens() <= max_num_batched_tokens.min(16));
+                prop_assert!(chosen.num_seqs() <= max_num_seqs.min(4));
+                if !chosen.is_empty() {
+                    let id = begin(&mut state, &chosen);
+                    state.audit();
+                    in_flight.push_back((id, chosen));
+                }
+                if in_flight.len() == depth {
+                    finish(&mut state, &in_flight.pop_front().unwrap(), 9);
+                }
+            }
+        }
+    }
+}

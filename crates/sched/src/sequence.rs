@@ -1,0 +1,159 @@
+//! One sequence as the scheduler sees it, what enters and what leaves. Knows nothing of other sequences.
+
+use r1_core::{BlockId, FinishReason, SeqId, TokenId};
+
+/// A sequence to be generated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewSequence {
+    /// Its name from now on.
+    pub id: SeqId,
+    /// At least one token.
+    pub prompt: Vec<TokenId>,
+    /// At least 1; `max_model_len` may end the sequence earlier.
+    pub max_new_tokens: u32,
+    /// Lower goes first; arrival decides among equals.
+    pub priority: i32,
+}
+
+/// What a step did to one sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// Whose.
+    pub seq: SeqId,
+    /// Tokens drawn. A row that samples draws between 1 and `num_drafts + 1`, a prefill chunk that does not sample
+    /// none. With a stop token the tokens end there: what was drawn after it is cut off by the caller.
+    pub tokens: Vec<TokenId>,
+    /// The caller's reason to end the sequence here. Length is decided by the scheduler.
+    pub finish: Option<FinishReason>,
+}
+
+/// A sequence that has ended, reported once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finished {
+    /// Which.
+    pub seq: SeqId,
+    /// Why.
+    pub reason: FinishReason,
+    /// Prompt and output.
+    pub tokens: Vec<TokenId>,
+    /// Where the output begins in `tokens`.
+    pub prompt_len: usize,
+    /// How often it lost its blocks and was computed anew.
+    pub num_preemptions: u32,
+}
+
+impl Finished {
+    /// The tokens generated.
+    pub fn output(&self) -> &[TokenId] {
+        &self.tokens[self.prompt_len..]
+    }
+}
+
+/// Where a sequence stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Holds no blocks: new, or preempted.
+    Waiting,
+    /// Holds blocks and is planned.
+    Running,
+    /// Ended, but a step in flight still writes to its blocks; gone with that step's commit.
+    Draining,
+}
+
+/// Place in the order of service, running and waiting alike; lower first. Unique, because arrivals are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Turn {
+    pub(crate) priority: i32,
+    pub(crate) arrival: u64,
+}
+
+/// A sequence inside the scheduler.
+#[derive(Clone, Debug)]
+pub struct Sequence {
+    pub(crate) id: SeqId,
+    pub(crate) turn: Turn,
+    pub(crate) phase: Phase,
+    /// Prompt and committed output; empty once draining.
+    pub(crate) tokens: Vec<TokenId>,
+    pub(crate) prompt_len: usize,
+    /// Most tokens it may ever have: `min(prompt + max_new_tokens, max_model_len)`.
+    pub(crate) max_len: usize,
+    pub(crate) blocks: Vec<BlockId>,
+    /// Positions whose KV is written or will be by a step in flight, at the upper bound.
+    pub(crate) placed: usize,
+    /// Tokens that steps in flight will draw, at the upper bound.
+    pub(crate) pending: usize,
+    /// `placed` below this is prefill: the number of tokens known at admission.
+    pub(crate) prefill_len: usize,
+    /// Steps in flight that hold a row of it.
+    pub(crate) steps_in_flight: usize,
+    pub(crate) num_preemptions: u32,
+}
+
+impl Sequence {
+    /// Its name.
+    pub fn id(&self) -> SeqId {
+        self.id
+    }
+
+    /// Lower goes first.
+    pub fn priority(&self) -> i32 {
+        self.turn.priority
+    }
+
+    /// Where it stands.
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// Prompt and committed output. Empty once draining: [`Finished`] took them.
+    pub fn tokens(&self) -> &[TokenId] {
+        &self.tokens
+    }
+
+    /// Length of the prompt in tokens.
+    pub fn prompt_len(&self) -> usize {
+        self.prompt_len
+    }
+
+    /// Most tokens it may ever have, prompt and output together.
+    pub fn max_len(&self) -> usize {
+        self.max_len
+    }
+
+    /// Committed and in flight, counting every draft in flight as accepted.
+    pub fn len_upper_bound(&self) -> usize {
+        self.tokens.len() + self.pending
+    }
+
+    /// Its blocks of the KV cache: position `p` lies in block `p / block_size`. Only grows while the sequence runs.
+    pub fn block_table(&self) -> &[BlockId] {
+        &self.blocks
+    }
+
+    /// Whether a step in flight holds a row of it.
+    pub fn is_in_flight(&self) -> bool {
+        self.steps_in_flight > 0
+    }
+
+    /// Whether known tokens are still to be placed, rather than drawn ones.
+    pub fn is_prefilling(&self) -> bool {
+        self.placed < self.prefill_len
+    }
+
+    /// Whether a decode row may be added without any chance of drawing past the limit.
+    pub(crate) fn may_decode(&self) -> bool {
+        !self.is_prefilling() && self.len_upper_bound() < self.max_len
+    }
+
+    /// Ends it: takes its tokens, leaves its blocks to whoever removes it.
+    pub(crate) fn finish(&mut self, reason: FinishReason) -> Finished {
+        Finished {
+            seq: self.id,
+            reason,
+            tokens: std::mem::take(&mut self.tokens),
+            prompt_len: self.prompt_len,
+            num_preemptions: self.num_preemptions,
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! What a simulated run looks like: the scheduler's configuration and the load on it, all drawn from the seed.
+
+use super::rng::Rng;
+use crate::SchedConfig;
+
+/// The load and the machine of one simulated run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scenario {
+    /// Draws everything that happens during the run.
+    pub seed: u64,
+    /// Steps committed before arrivals cease and the rest is drained.
+    pub num_steps: u64,
+    /// Tiny on purpose: caches that fill up, batches that do not fit.
+    pub config: SchedConfig,
+    /// Most drafts per decode row; each step draws its own number.
+    pub max_drafts: usize,
+    /// Chance of a new sequence before each turn of the loop, percent. Bursts come from several in a row.
+    pub arrival_percent: usize,
+    /// Chance that some live sequence is aborted before each turn of the loop, percent.
+    pub abort_percent: usize,
+    /// Chance that a step's limits are tighter than the configuration's, percent.
+    pub tight_percent: usize,
+    /// Longest prompt, tokens.
+    pub max_prompt: usize,
+    /// Most `max_new_tokens`.
+    pub max_new_tokens: usize,
+    /// Priorities are drawn from `0..num_priorities`.
+    pub num_priorities: usize,
+}
+
+impl Scenario {
+    /// The scenario that belongs to `seed`.
+    pub fn from_seed(seed: u64, num_steps: u64) -> Self {
+        let mut rng = Rng::new(seed ^ 0x5ced_0000_0000_0000);
+        let max_num_seqs = rng.range(1, 8);
+        let max_num_batched_tokens =
+            max_num_seqs + if rng.percent(50) { rng.range(0, 4) } else { rng.range(8, 64) };
+        let block_size = rng.range(1, 8);
+        let max_model_len = rng.range(4, 64);
+        // From a cache that holds one sequence at the most to one that holds all.
+        let one = (max_model_len - 1).div_ceil(block_size);
+        let most = one * rng.range(1, max_num_seqs);
+        let num_blocks = rng.range(one.div_ceil(2), most);
+        let config = SchedConfig {
+            block_size,
+            num_blocks,
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_model_len,
+            max_queued: rng.range(1, 12),
+            headroom_tokens: if rng.percent(60) { 0 } else { rng.range(1, 8) },
+            depth: rng.range(1, 2),
+        };
+        Self {
+            seed,
+            num_steps,
+            config,
+            max_drafts: if rng.percent(50) { 0 } else { rng.range(1, 4) },
+            arrival_percent: rng.range(2, 40),
+            abort_percent: if rng.percent(30) { 0 } else { rng.range(1, 6) },
+            tight_percent: if rng.percent(70) { 0 } else { rng.range(1, 30) },
+            max_prompt: rng.range(1, max_model_len),
+            max_new_tokens: rng.range(2, max_model_len),
+            num_priorities: rng.range(1, 3),
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! Request ids and the access log: one line per request, written when the last byte of its reply is handed over or its
+//! client is gone. Must not see prompts or replies.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
+
+use axum::body::{Body, HttpBody};
+use axum::extract::Request;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use http_body_util::BodyExt;
+
+use crate::error::ApiError;
+
+pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const MAX_REQUEST_ID_LEN: usize = 128;
+/// Largest request headers, names and values together.
+const MAX_HEADER_BYTES: usize = 32 << 10;
+/// What nginx logs for a client that left before its reply was whole.
+const CLIENT_CLOSED_REQUEST: u16 = 499;
+
+/// What handlers tell the log about their request.
+#[derive(Debug)]
+pub(crate) struct RequestLog {
+    /// The client's `x-request-id`, or one made here.
+    pub(crate) id: String,
+    /// When its headers were read.
+    pub(crate) received: Instant,
+    pub(crate) prompt_tokens: AtomicU64,
+    pub(crate) completion_tokens: AtomicU64,
+    /// Set by a stream that has handed over its last event.
+    pub(crate) stream_ended: AtomicBool,
+}
+
+/// Writes the line when dropped.
+struct Line {
+    log: Arc<RequestLog>,
+    method: Method,
+    path: String,
+    /// What the client was told; `None` while there is no reply.
+    status: Option<StatusCode>,
+    /// The reply is a stream, whole once `RequestLog::stream_ended` is set.
+    stream: bool,
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        let whole = !self.stream || self.log.stream_ended.load(Ordering::Relaxed);
+        let status = self.status.filter(|_| whole).map_or(CLIENT_CLOSED_REQUEST, |status| status.as_u16());
+        tracing::info!(
+            request_id = %self.log.id,
+            method = %self.method,
+            path = %self.path,
+            status,
+            ms = self.log.received.elapsed().as_millis() as u64,
+            prompt_tokens = self.log.prompt_tokens.load(Ordering::Relaxed),
+            completion_tokens = self.log.completion_tokens.load(Ordering::Relaxed),
+            "request"
+        );
+    }
+}
+
+/// Gives the request its id, refuses oversized headers, and logs how it ended.
+pub(crate) async fn log_request(mut request: Request, next: Next) -> Response {
+    let log = Arc::new(RequestLog {
+        id: request_id(request.headers()),
+        received: Instant::now(),
+        prompt_tokens: AtomicU64::new(0),
+        completion_tokens: AtomicU64::new(0),
+        stream_ended: AtomicBool::new(false),
+    });
+    // A client that leaves drops this future, and the line with it.
+    let mut line = Line {
+        log: log.clone(),
+        method: request.method().clone(),
+        path: request.uri().path().to_owned(),
+        status: None,
+        stream: false,
+    };
+    let header_bytes: usize = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+    let mut response = if header_bytes > MAX_HEADER_BYTES {
+        ApiError::headers_too_large(MAX_HEADER_BYTES).into_response()
+    } else {
+        request.extensions_mut().insert(log.clone());
+        next.run(request).await
+    };
+    if let Ok(id) = HeaderValue::from_str(&log.id) {
+        response.headers_mut().insert(REQUEST_ID, id);
+    }
+    line.status = Some(response.status());
+    if response.body().size_hint().exact().is_some() {
+        return response;
+    }
+    line.stream = true;
+    response.map(|body| {
+        Body::new(body.map_frame(move |frame| {
+            // The closure lives as long as the body and takes the line with it.
+            let _ = &line;
+            frame
+        }))
+    })
+}
+
+/// The client's id where it is fit to be logged and sent back, a fresh one otherwise.
+fn request_id(headers: &HeaderMap) -> String {
+    headers
+        .get(REQUEST_ID)
+        .and_then(|id| id.to_str().ok())
+        .filter(|id| (1..=MAX_REQUEST_ID_LEN).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic()))
+        .map_or_else(|| format!("{:016x}{:016x}", random_u64(), random_u64()), str::to_owned)
+}
+
+/// Entropy for ids and seeds; not for secrets.
+pub(crate) fn random_u64() -> u64 {
+    // A thread's first state is keyed from the system's randomness and every further one differently, so the hash
+    // of nothing is a fresh random number.
+    RandomState::new().build_hasher().finish()
+}

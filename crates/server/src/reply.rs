@@ -1,0 +1,214 @@
+//! One request's running choices, merged into one sequence of updates. Streams forward the updates and plain replies
+//! collect them, so both say the same. Must not know OpenAI's JSON.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use futures_util::stream::{self, SelectAll, Stream, StreamExt};
+use r1_engine::{Event, Generation};
+
+use crate::access::RequestLog;
+use crate::app::App;
+use crate::convert::Job;
+use crate::decode::{Decoder, Delta, End};
+use crate::drain::Active;
+use crate::error::ApiError;
+use crate::metrics::Ended;
+use crate::render::{self, Header};
+use crate::types::common::Usage;
+
+/// What one choice gained.
+#[derive(Debug)]
+pub(crate) enum Update {
+    /// More text.
+    Delta(Delta),
+    /// Nothing follows.
+    End(End),
+}
+
+type Updates = Pin<Box<dyn Stream<Item = Result<(usize, Update), ApiError>> + Send>>;
+
+/// A running reply. Dropping it aborts what still runs.
+pub(crate) struct Reply {
+    pub(crate) header: Header,
+    pub(crate) log: Arc<RequestLog>,
+    updates: SelectAll<Updates>,
+    /// Which prompt each choice continues.
+    prompt_of: Vec<usize>,
+    /// Per prompt: its tokens and how many of them its first choice found in the prefix cache.
+    prompts: Vec<(u64, u64)>,
+    completion_tokens: u64,
+    reasoning_tokens: u64,
+    active: Active,
+}
+
+impl Reply {
+    /// Submits every choice; when one is refused, those before it are aborted.
+    pub(crate) fn start(app: Arc<App>, log: Arc<RequestLog>, job: Job, active: Active) -> Result<Self, ApiError> {
+        let header = job.header.with_id(&log.id);
+        let prompts: Vec<(u64, u64)> = job.prompt_tokens.iter().map(|&tokens| (tokens as u64, 0)).collect();
+        log.prompt_tokens.store(prompts.iter().map(|p| p.0).sum(), Ordering::Relaxed);
+        let mut prompt_of = Vec::with_capacity(job.choices.len());
+        let mut updates = SelectAll::new();
+        for (index, choice) in job.choices.into_iter().enumerate() {
+            prompt_of.push(choice.prompt);
+            let generation = app.engine.submit(choice.request)?;
+            let running = Choice {
+                app: app.clone(),
+                log: log.clone(),
+                generation: Some(generation),
+                decoder: Some(choice.decoder),
+                prompt_tokens: prompts[choice.prompt].0,
+                submitted: Instant::now(),
+                last_token: None,
+                ended: None,
+            };
+            updates.push(running.updates(index, choice.echo));
+        }
+        Ok(Self { header, log, updates, prompt_of, prompts, completion_tokens: 0, reasoning_tokens: 0, active })
+    }
+
+    pub(crate) fn choices(&self) -> usize {
+        self.prompt_of.len()
+    }
+
+    /// The next update of any choice; `None` when all have ended. After an error nothing follows.
+    pub(crate) async fn next(&mut self) -> Option<Result<(usize, Update), ApiError>> {
+        let next = tokio::select! {
+            biased;
+            next = self.updates.next() => next?,
+            () = self.active.cut() => Err(ApiError::draining()),
+        };
+        match &next {
+            Ok((index, Update::End(end))) => {
+                let prompt = self.prompt_of[*index];
+                // A prompt's further choices find its first one's blocks, which says nothing about the request.
+                if self.prompt_of.iter().position(|p| *p == prompt) == Some(*index) {
+                    self.prompts[prompt].1 = end.cached_tokens;
+                }
+                self.completion_tokens += end.completion_tokens;
+                self.reasoning_tokens += end.reasoning_tokens;
+            }
+            Ok((_, Update::Delta(_))) => {}
+            Err(_) => self.updates.clear(),
+        }
+        Some(next)
+    }
+
+    /// Tokens read and written so far.
+    pub(crate) fn usage(&self) -> Usage {
+        let (prompt, cached) = self.prompts.iter().fold((0, 0), |sum, p| (sum.0 + p.0, sum.1 + p.1));
+        Usage::new(prompt, cached, self.completion_tokens, self.reasoning_tokens)
+    }
+}
+
+/// Waits for the whole reply.
+pub(crate) async fn collect(mut reply: Reply) -> Result<Response, ApiError> {
+    let mut choices: Vec<(Delta, Option<End>)> = (0..reply.choices()).map(|_| (Delta::default(), None)).collect();
+    while let Some(next) = reply.next().await {
+        let (index, update) = next?;
+        match update {
+            Update::Delta(delta) => choices[index].0.append(delta),
+            Update::End(end) => choices[index].1 = Some(end),
+        }
+    }
+    let usage = reply.usage();
+    let choices = choices.into_iter().map(|(text, end)| (text, end.expect("every choice ends or fails")));
+    Ok(Json(render::whole(&reply.header, choices.collect(), usage)).into_response())
+}
+
+/// One running choice.
+struct Choice {
+    app: Arc<App>,
+    log: Arc<RequestLog>,
+    /// Dropped as soon as the choice has ended, which aborts it where the engine does not know that yet.
+    generation: Option<Generation>,
+    decoder: Option<Decoder>,
+    prompt_tokens: u64,
+    submitted: Instant,
+    last_token: Option<Instant>,
+    ended: Option<Ended>,
+}
+
+impl Choice {
+    fn updates(self, index: usize, echo: String) -> Updates {
+        let echo = (!echo.is_empty()).then(|| Ok((index, Update::Delta(Delta::of_content(echo)))));
+        let tokens = stream::unfold(self, |mut choice| async move {
+            let updates = choice.next().await?;
+            Some((stream::iter(updates), choice))
+        });
+        let numbered = tokens.flatten().map(move |update| update.map(|update| (index, update)));
+        Box::pin(stream::iter(echo).chain(numbered))
+    }
+
+    /// What the next event brings, at least one update; `None` after the end.
+    async fn next(&mut self) -> Option<Vec<Result<Update, ApiError>>> {
+        loop {
+            let event = self.generation.as_mut()?.next().await?;
+            let updates = self.take(event);
+            if !updates.is_empty() {
+                return Some(updates);
+            }
+        }
+    }
+
+    fn take(&mut self, event: Event) -> Vec<Result<Update, ApiError>> {
+        let Some(decoder) = &mut self.decoder else { return Vec::new() };
+        match event {
+            Event::Scheduled { cached_tokens } => {
+                decoder.scheduled(u64::from(cached_tokens));
+                self.app.metrics.scheduled(
+                    self.submitted.elapsed(),
+                    self.prompt_tokens,
+                    u64::from(cached_tokens),
+                );
+                Vec::new()
+            }
+            Event::Token { token, logprobs } => {
+                let stopped = decoder.push(token, logprobs);
+                self.count_token();
+                if stopped { self.end(None) } else { self.delta() }
+            }
+            Event::Finished(reason) => self.end(Some(reason)),
+            Event::Failed(error) => {
+                self.ended = Some(Ended::Failed);
+                self.generation = None;
+                vec![Err(error.into())]
+            }
+        }
+    }
+
+    fn count_token(&mut self) {
+        let now = Instant::now();
+        match self.last_token.replace(now) {
+            None => self.app.metrics.first_token(now - self.log.received),
+            Some(last) => self.app.metrics.next_token(now - last),
+        }
+        self.log.completion_tokens.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn delta(&mut self) -> Vec<Result<Update, ApiError>> {
+        let delta = self.decoder.as_mut().and_then(Decoder::take_delta);
+        delta.map(|delta| Ok(Update::Delta(delta))).into_iter().collect()
+    }
+
+    /// The rest of the text and the end; `reason` is the engine's, `None` where the text itself ended the choice.
+    fn end(&mut self, reason: Option<r1_core::FinishReason>) -> Vec<Result<Update, ApiError>> {
+        self.generation = None;
+        let Some(decoder) = self.decoder.take() else { return Vec::new() };
+        let (rest, end) = decoder.finish(reason);
+        self.ended = Some(end.ended());
+        rest.map(Update::Delta).into_iter().chain([Update::End(end)]).map(Ok).collect()
+    }
+}
+
+impl Drop for Choice {
+    fn drop(&mut self) {
+        // A choice that is dropped before its end has lost its client.
+        self.app.metrics.ended(self.ended.unwrap_or(Ended::Abort), self.log.received.elapsed());
+    }
+}

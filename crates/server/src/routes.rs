@@ -1,0 +1,180 @@
+//! Paths and their handlers. Must not know how a reply is made.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use axum::body::HttpBody;
+use axum::extract::{Path, Request, State};
+use axum::http::{HeaderValue, Method, Uri, header};
+use axum::middleware;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Extension, Json, Router};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use r1_engine::Handle;
+use serde_json::json;
+use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
+
+use crate::access::{self, RequestLog};
+use crate::app::App;
+use crate::auth;
+use crate::config::{Cors, ServedModel, ServerConfig};
+use crate::convert;
+use crate::error::ApiError;
+use crate::health;
+use crate::reply::{self, Reply};
+use crate::sse;
+use crate::types::models::{ModelCard, ModelList};
+
+/// The routes without a listener, for tests and for embedding. See [`serve`](crate::serve()) for the server.
+///
+/// # Panics
+/// When `model` has no name.
+pub fn router(config: ServerConfig, model: ServedModel, engine: Handle) -> Router {
+    build(Arc::new(App::new(config, model, engine)))
+}
+
+pub(crate) fn build(app: Arc<App>) -> Router {
+    let mut open = Router::new();
+    let mut keyed = Router::new();
+    for at in prefixes(&app.config.root_path) {
+        open = open
+            .route(&format!("{at}/health"), get(get_health))
+            .route(&format!("{at}/ping"), get(get_health).post(get_health))
+            .route(&format!("{at}/metrics"), get(get_metrics))
+            .route(&format!("{at}/version"), get(get_version));
+        keyed = keyed
+            .route(&format!("{at}/chat/completions"), post(post_chat))
+            .route(&format!("{at}/completions"), post(post_completion))
+            .route(&format!("{at}/models"), get(get_models))
+            .route(&format!("{at}/models/{{*id}}"), get(get_model));
+    }
+    let keyed = keyed.route_layer(middleware::from_fn_with_state(app.clone(), auth::require_key));
+    let cors = cors_layer(&app.config.cors);
+    let mut router =
+        open.merge(keyed).fallback(unknown_path).method_not_allowed_fallback(wrong_method).with_state(app);
+    if let Some(cors) = cors {
+        router = router.layer(cors);
+    }
+    router.layer(middleware::from_fn(access::log_request))
+}
+
+/// Where every route answers. Proxies strip the root path or leave it; clients know the API with `/v1` or without.
+fn prefixes(root_path: &str) -> BTreeSet<String> {
+    // Braces would be parameters to axum.
+    let trimmed = root_path.trim_matches('/').replace('{', "{{").replace('}', "}}");
+    let root = if trimmed.is_empty() { trimmed } else { format!("/{trimmed}") };
+    BTreeSet::from([String::new(), "/v1".to_owned(), root.clone(), format!("{root}/v1")])
+}
+
+fn cors_layer(cors: &Cors) -> Option<CorsLayer> {
+    let origins = match cors {
+        Cors::Off => return None,
+        Cors::AnyOrigin => AllowOrigin::any(),
+        Cors::Origins(origins) => AllowOrigin::list(origins.iter().map(|origin| origin.0.clone())),
+    };
+    // `Authorization` is not covered by `*`, so the headers that a page asks for are mirrored.
+    let layer = CorsLayer::new().allow_origin(origins).allow_methods(AllowMethods::mirror_request());
+    Some(layer.allow_headers(AllowHeaders::mirror_request()).expose_headers([access::REQUEST_ID, header::RETRY_AFTER]))
+}
+
+async fn unknown_path(method: Method, uri: Uri) -> ApiError {
+    ApiError::unknown_path(method.as_str(), uri.path())
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> ApiError {
+    ApiError::wrong_method(method.as_str(), uri.path())
+}
+
+async fn get_health(State(app): State<Arc<App>>) -> Response {
+    health::answer(&app.engine, app.drain.is_draining(), &app.stuck)
+}
+
+async fn get_metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
+    const TEXT_FORMAT: HeaderValue = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    ([(header::CONTENT_TYPE, TEXT_FORMAT)], app.metrics.render(&app.engine.stats()))
+}
+
+async fn get_version() -> impl IntoResponse {
+    Json(json!({ "version": env!("CARGO_PKG_VERSION") }))
+}
+
+fn card<'a>(app: &'a App, id: &'a str) -> ModelCard<'a> {
+    ModelCard {
+        id,
+        object: "model",
+        created: app.started_unix_s,
+        owned_by: "r1-serve",
+        root: &app.model.names[0],
+        parent: None,
+        max_model_len: app.engine.info().max_model_len,
+    }
+}
+
+async fn get_models(State(app): State<Arc<App>>) -> Response {
+    let data = app.model.names.iter().map(|name| card(&app, name)).collect();
+    Json(ModelList { object: "list", data }).into_response()
+}
+
+async fn get_model(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Response, ApiError> {
+    match app.model.names.iter().find(|name| **name == id) {
+        Some(name) => Ok(Json(card(&app, name)).into_response()),
+        None => Err(ApiError::unknown_model(&id, &app.model.names)),
+    }
+}
+
+async fn post_chat(
+    State(app): State<Arc<App>>,
+    Extension(log): Extension<Arc<RequestLog>>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    generate(app, log, request, convert::chat).await
+}
+
+async fn post_completion(
+    State(app): State<Arc<App>>,
+    Extension(log): Extension<Arc<RequestLog>>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    generate(app, log, request, convert::completion).await
+}
+
+/// The way of every generating request: read, convert off the async threads, submit, then stream or collect.
+async fn generate(
+    app: Arc<App>,
+    log: Arc<RequestLog>,
+    request: Request,
+    convert: fn(&App, &[u8]) -> Result<convert::Job, ApiError>,
+) -> Result<Response, ApiError> {
+    let body = read_body(&app.config, request).await?;
+    let active = app.drain.enter().ok_or_else(ApiError::draining)?;
+    app.require_ready()?;
+    let converting = {
+        let app = app.clone();
+        tokio::task::spawn_blocking(move || convert(&app, &body))
+    };
+    let job = converting.await.map_err(|e| ApiError::internal(format!("reading the request failed: {e}")))??;
+    let streaming = job.stream;
+    let ping_interval = app.config.ping_interval;
+    let reply = Reply::start(app, log, job, active)?;
+    if streaming {
+        Ok(sse::stream(reply, ping_interval))
+    } else {
+        reply::collect(reply).await
+    }
+}
+
+async fn read_body(config: &ServerConfig, request: Request) -> Result<axum::body::Bytes, ApiError> {
+    let max = config.max_body_bytes;
+    let body = request.into_body();
+    if body.size_hint().lower() > max as u64 {
+        return Err(ApiError::body_too_large(max));
+    }
+    let read = tokio::time::timeout(config.body_timeout, Limited::new(body, max).collect()).await;
+    match read {
+        Err(_) => Err(ApiError::body_timeout(config.body_timeout)),
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(e)) if e.is::<LengthLimitError>() => Err(ApiError::body_too_large(max)),
+        Ok(Err(e)) => Err(ApiError::bad_request(format!("the request's body could not be read: {e}"))),
+    }
+}

@@ -1,0 +1,173 @@
+//! Fields that chat and completions share, and usage. Must not know the engine or the tokenizer.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::error::ApiError;
+use crate::fields::Fields;
+
+/// Most strings of one request's `stop`.
+pub(crate) const MAX_STOP_STRINGS: usize = 16;
+
+/// One string or several.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expected a string or a list of strings")]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+#[derive(Deserialize)]
+struct StreamOptions {
+    include_usage: Option<bool>,
+}
+
+/// A seed as clients send it: any 64-bit integer, signed or not.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expected an integer of 64 bits")]
+enum Seed {
+    Unsigned(u64),
+    Signed(i64),
+}
+
+/// What both endpoints let a client choose; `None` where the client is silent.
+#[derive(Debug, Default)]
+pub(crate) struct Common {
+    pub(crate) model: Option<String>,
+    pub(crate) max_tokens: Option<u32>,
+    pub(crate) temperature: Option<f32>,
+    pub(crate) top_p: Option<f32>,
+    /// -1 and 0 keep all.
+    pub(crate) top_k: Option<i64>,
+    pub(crate) min_p: Option<f32>,
+    pub(crate) repetition_penalty: Option<f32>,
+    pub(crate) presence_penalty: Option<f32>,
+    pub(crate) frequency_penalty: Option<f32>,
+    pub(crate) logit_bias: Option<Map<String, Value>>,
+    pub(crate) seed: Option<u64>,
+    pub(crate) n: usize,
+    pub(crate) stop: Vec<String>,
+    pub(crate) include_stop_str_in_output: bool,
+    pub(crate) stop_token_ids: Vec<u32>,
+    pub(crate) min_tokens: u32,
+    pub(crate) ignore_eos: bool,
+    pub(crate) skip_special_tokens: bool,
+    pub(crate) stream: bool,
+    pub(crate) include_usage: bool,
+    pub(crate) return_tokens_as_token_ids: bool,
+    pub(crate) priority: i32,
+}
+
+impl Common {
+    /// Takes the shared fields out of a request; `max_tokens_names` are tried in order.
+    pub(crate) fn take(
+        fields: &mut Fields,
+        max_tokens_names: &'static [&'static str],
+    ) -> Result<Self, ApiError> {
+        let mut max_tokens = None;
+        for name in max_tokens_names {
+            let given = fields.take::<u32>(name)?;
+            if given == Some(0) {
+                return Err(ApiError::bad_field(*name, "is 0; it must be at least 1"));
+            }
+            max_tokens = max_tokens.or(given);
+        }
+        let n = fields.take::<usize>("n")?.unwrap_or(1);
+        if n == 0 {
+            return Err(ApiError::bad_field("n", "is 0; it must be at least 1"));
+        }
+        if fields.take::<usize>("best_of")?.is_some_and(|best_of| best_of != n) {
+            return Err(ApiError::not_supported("best_of", "leave it out or set it to `n`"));
+        }
+        let stop = match fields.take::<OneOrMany>("stop")? {
+            None => Vec::new(),
+            Some(OneOrMany::One(stop)) => vec![stop],
+            Some(OneOrMany::Many(stops)) => stops,
+        };
+        if stop.len() > MAX_STOP_STRINGS {
+            let problem = format!("{} strings; at most {MAX_STOP_STRINGS} are allowed", stop.len());
+            return Err(ApiError::bad_field("stop", problem));
+        }
+        if stop.iter().any(String::is_empty) {
+            return Err(ApiError::bad_field("stop", "an empty string would stop at once"));
+        }
+        for ignored in ["user", "metadata"] {
+            fields.take::<Value>(ignored)?;
+        }
+        let include_usage = fields.take::<StreamOptions>("stream_options")?.and_then(|o| o.include_usage);
+        Ok(Self {
+            model: fields.take("model")?,
+            max_tokens,
+            temperature: fields.take("temperature")?,
+            top_p: fields.take("top_p")?,
+            top_k: fields.take("top_k")?,
+            min_p: fields.take("min_p")?,
+            repetition_penalty: fields.take("repetition_penalty")?,
+            presence_penalty: fields.take("presence_penalty")?,
+            frequency_penalty: fields.take("frequency_penalty")?,
+            logit_bias: fields.take("logit_bias")?,
+            seed: fields.take::<Seed>("seed")?.map(|seed| match seed {
+                Seed::Unsigned(seed) => seed,
+                Seed::Signed(seed) => seed as u64,
+            }),
+            n,
+            stop,
+            include_stop_str_in_output: fields.take("include_stop_str_in_output")?.unwrap_or(false),
+            stop_token_ids: fields.take("stop_token_ids")?.unwrap_or_default(),
+            min_tokens: fields.take("min_tokens")?.unwrap_or(0),
+            ignore_eos: fields.take("ignore_eos")?.unwrap_or(false),
+            skip_special_tokens: fields.take("skip_special_tokens")?.unwrap_or(true),
+            stream: fields.take("stream")?.unwrap_or(false),
+            include_usage: include_usage.unwrap_or(false),
+            return_tokens_as_token_ids: fields.take("return_tokens_as_token_ids")?.unwrap_or(false),
+            priority: fields.take("priority")?.unwrap_or(0),
+        })
+    }
+}
+
+/// Tokens read and written, with DeepSeek's names for the prefix cache's share.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct Usage {
+    pub(crate) prompt_tokens: u64,
+    pub(crate) total_tokens: u64,
+    pub(crate) completion_tokens: u64,
+    pub(crate) prompt_tokens_details: PromptTokensDetails,
+    pub(crate) completion_tokens_details: CompletionTokensDetails,
+    pub(crate) prompt_cache_hit_tokens: u64,
+    pub(crate) prompt_cache_miss_tokens: u64,
+}
+
+/// How the prompt's tokens were got.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct PromptTokensDetails {
+    pub(crate) cached_tokens: u64,
+}
+
+/// What the reply's tokens were spent on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct CompletionTokensDetails {
+    pub(crate) reasoning_tokens: u64,
+}
+
+impl Usage {
+    /// From the four counts; the rest follows.
+    pub(crate) fn new(prompt: u64, cached: u64, completion: u64, reasoning: u64) -> Self {
+        Self {
+            prompt_tokens: prompt,
+            total_tokens: prompt + completion,
+            completion_tokens: completion,
+            prompt_tokens_details: PromptTokensDetails { cached_tokens: cached },
+            completion_tokens_details: CompletionTokensDetails { reasoning_tokens: reasoning },
+            prompt_cache_hit_tokens: cached,
+            prompt_cache_miss_tokens: prompt.saturating_sub(cached),
+        }
+    }
+}
+
+/// Which stop ended a choice: a stop string or a token id.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub(crate) enum Matched {
+    Text(String),
+    Token(u32),
+}

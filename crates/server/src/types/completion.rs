@@ -1,0 +1,95 @@
+//! `/v1/completions`: its request and its replies. Must not know the engine or the tokenizer.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::common::{Common, Matched, Usage};
+use crate::error::ApiError;
+use crate::fields::{Fields, NOT_YET, NOT_YET_COMPLETION};
+
+/// A completion request whose fields have the right types.
+pub(crate) struct CompletionRequest {
+    pub(crate) common: Common,
+    pub(crate) prompts: Vec<Prompt>,
+    pub(crate) echo: bool,
+    pub(crate) logprobs: Option<u32>,
+}
+
+/// What to continue.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Prompt {
+    Text(String),
+    Tokens(Vec<u32>),
+}
+
+#[derive(Deserialize)]
+#[serde(
+    untagged,
+    expecting = "expected a string, a list of strings, a list of token ids or a list of such lists"
+)]
+enum Prompts {
+    Text(String),
+    Tokens(Vec<u32>),
+    Texts(Vec<String>),
+    TokenLists(Vec<Vec<u32>>),
+}
+
+impl CompletionRequest {
+    /// Reads a request's fields.
+    pub(crate) fn parse(mut fields: Fields) -> Result<Self, ApiError> {
+        fields.refuse(&[NOT_YET, NOT_YET_COMPLETION])?;
+        let common = Common::take(&mut fields, &["max_tokens"])?;
+        let prompts = match fields.require::<Prompts>("prompt")? {
+            Prompts::Text(text) => vec![Prompt::Text(text)],
+            Prompts::Tokens(tokens) => vec![Prompt::Tokens(tokens)],
+            Prompts::Texts(texts) => texts.into_iter().map(Prompt::Text).collect(),
+            Prompts::TokenLists(lists) => lists.into_iter().map(Prompt::Tokens).collect(),
+        };
+        let request = Self {
+            common,
+            prompts,
+            echo: fields.take("echo")?.unwrap_or(false),
+            logprobs: fields.take("logprobs")?,
+        };
+        if request.echo && request.logprobs.is_some() {
+            return Err(ApiError::not_supported("echo", "with `logprobs` it needs the prompt's log-probabilities"));
+        }
+        fields.ignore_rest();
+        Ok(request)
+    }
+}
+
+/// The whole reply, or one event of a stream: their shapes are the same.
+#[derive(Serialize)]
+pub(crate) struct CompletionReply<'a> {
+    pub(crate) id: &'a str,
+    pub(crate) object: &'static str,
+    pub(crate) created: u64,
+    pub(crate) model: &'a str,
+    pub(crate) choices: Vec<CompletionChoice>,
+    pub(crate) system_fingerprint: Option<&'a str>,
+    /// Absent in streams unless usage was asked for; then null in every chunk but the last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) usage: Option<Option<Usage>>,
+}
+
+/// One continuation, or what it gained.
+#[derive(Serialize)]
+pub(crate) struct CompletionChoice {
+    pub(crate) index: usize,
+    pub(crate) text: String,
+    pub(crate) logprobs: Option<CompletionLogprobs>,
+    pub(crate) finish_reason: Option<&'static str>,
+    pub(crate) stop_reason: Option<Matched>,
+    pub(crate) matched_stop: Option<Matched>,
+}
+
+/// Four lists of one length, one entry per generated token.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub(crate) struct CompletionLogprobs {
+    pub(crate) tokens: Vec<String>,
+    pub(crate) token_logprobs: Vec<f32>,
+    pub(crate) top_logprobs: Vec<Map<String, Value>>,
+    /// Where each token begins in `text`, in characters.
+    pub(crate) text_offset: Vec<usize>,
+}

@@ -1,0 +1,264 @@
+//! A scripted engine behind a real handle, and a client for the router. Shared by the tests; each uses a part of it.
+#![allow(dead_code)]
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::Body;
+use axum::http::{HeaderMap, Method, Request, StatusCode, header};
+use http_body_util::BodyExt;
+use r1_core::{FinishReason, SamplingParams, SeqId, TokenId};
+use r1_engine::{Command, EngineInfo, Event, Handle, Inbox, Status, TokenLogprobs};
+use r1_server::{ReasoningParser, SamplingDefaults, ServedModel, ServerConfig, router};
+use r1_text::{ChatTemplate, Tokenizer};
+use serde_json::Value;
+use tokio::sync::mpsc::UnboundedSender;
+use tower::ServiceExt;
+
+/// End of sequence in the bundled model's vocabulary.
+pub const EOS: TokenId = TokenId(1);
+pub const MAX_MODEL_LEN: usize = 256;
+
+pub fn tokenizer() -> Arc<Tokenizer> {
+    static TOKENIZER: OnceLock<Arc<Tokenizer>> = OnceLock::new();
+    let read = || {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cli/model");
+        Arc::new(Tokenizer::from_dir(&dir).unwrap())
+    };
+    TOKENIZER.get_or_init(read).clone()
+}
+
+pub fn model() -> ServedModel {
+    let tokenizer = tokenizer();
+    let template = ChatTemplate::new(
+        tokenizer.chat_template().unwrap(),
+        tokenizer.bos_text(),
+        tokenizer.eos_text(),
+        tokenizer.control_tokens().clone(),
+    );
+    ServedModel {
+        names: vec!["tiny-r1".into(), "org/alias".into()],
+        tokenizer,
+        template: Some(Arc::new(template.unwrap())),
+        defaults: SamplingDefaults { temperature: Some(0.6), top_p: Some(0.95), ..SamplingDefaults::default() },
+        eos_token_ids: vec![EOS],
+        reasoning_parser: ReasoningParser::DeepSeekR1,
+    }
+}
+
+/// What the engine says to one request.
+#[derive(Clone)]
+pub struct Script {
+    pub events: Vec<Event>,
+    /// Leave the generation running after the events, until it is aborted or `Engine::release` is called.
+    pub hold: bool,
+}
+
+impl Script {
+    /// Tokens, then the end.
+    pub fn tokens(tokens: &[TokenId], reason: FinishReason) -> Self {
+        let mut events = vec![Event::Scheduled { cached_tokens: 3 }];
+        events.extend(tokens.iter().map(|&token| Event::Token { token, logprobs: None }));
+        if let FinishReason::Stop(token) = reason {
+            events.push(Event::Token { token, logprobs: None });
+        }
+        events.push(Event::Finished(reason));
+        Self { events, hold: false }
+    }
+
+    /// This text, control tokens in it as such, then end of sequence.
+    pub fn text(text: &str) -> Self {
+        Self::tokens(&tokenizer().encode(text).unwrap(), FinishReason::Stop(EOS))
+    }
+
+    /// This text, and no end.
+    pub fn endless(text: &str) -> Self {
+        let mut script = Self::text(text);
+        script.events.truncate(script.events.len() - 2);
+        Self { hold: true, ..script }
+    }
+}
+
+/// What the engine was asked.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    pub id: SeqId,
+    pub prompt: Vec<TokenId>,
+    pub params: SamplingParams,
+    pub priority: i32,
+}
+
+#[derive(Default)]
+struct Record {
+    asked: Vec<Asked>,
+    aborted: Vec<SeqId>,
+    held: HashMap<SeqId, UnboundedSender<Event>>,
+}
+
+/// A thread that answers the n-th request by the n-th script, and further ones by the last.
+#[derive(Clone)]
+pub struct Engine {
+    pub handle: Handle,
+    record: Arc<Mutex<Record>>,
+}
+
+pub fn info() -> EngineInfo {
+    EngineInfo { max_model_len: MAX_MODEL_LEN, vocab_size: tokenizer().vocab_size(), max_queued: 64 }
+}
+
+impl Engine {
+    pub fn new(scripts: Vec<Script>) -> Self {
+        let (handle, inbox) = Handle::channel(info());
+        inbox.set_status(Status::Ready);
+        let record = Arc::new(Mutex::new(Record::default()));
+        let engine = Self { handle, record: record.clone() };
+        std::thread::spawn(move || answer(&inbox, &scripts, &record));
+        engine
+    }
+
+    pub fn saying(text: &str) -> Self {
+        Self::new(vec![Script::text(text)])
+    }
+
+    pub fn asked(&self) -> Vec<Asked> {
+        self.record.lock().unwrap().asked.clone()
+    }
+
+    pub fn aborted(&self) -> Vec<SeqId> {
+        self.record.lock().unwrap().aborted.clone()
+    }
+
+    /// Ends every held generation.
+    pub fn release(&self) {
+        for (_, events) in self.record.lock().unwrap().held.drain() {
+            let _ = events.send(Event::Finished(FinishReason::Length));
+        }
+    }
+
+    pub fn router(&self, config: ServerConfig) -> Router {
+        router(config, model(), self.handle.clone())
+    }
+}
+
+fn answer(inbox: &Inbox, scripts: &[Script], record: &Mutex<Record>) {
+    let mut num_asked = 0;
+    while let Some(command) = inbox.wait() {
+        let mut record = record.lock().unwrap();
+        match command {
+            Command::Submit { id, request, events } => {
+                inbox.dequeued(1);
+                let script = scripts[num_asked.min(scripts.len() - 1)].clone();
+                num_asked += 1;
+                let top = request.params.logprobs;
+                record.asked.push(Asked {
+                    id,
+                    prompt: request.prompt,
+                    params: request.params,
+                    priority: request.priority,
+                });
+                for event in script.events {
+                    let event = match (event, top) {
+                        (Event::Token { token, .. }, Some(top)) => {
+                            Event::Token { token, logprobs: Some(logprobs(token, top)) }
+                        }
+                        (event, _) => event,
+                    };
+                    let _ = events.send(event);
+                }
+                if script.hold {
+                    record.held.insert(id, events);
+                }
+            }
+            Command::Abort(id) => {
+                record.held.remove(&id);
+                record.aborted.push(id);
+            }
+            Command::Stop => return,
+        }
+    }
+}
+
+/// Made-up log-probabilities that tell the tokens apart.
+pub fn logprobs(token: TokenId, top: u32) -> TokenLogprobs {
+    let of = |i: u32| (TokenId((token.0 + i) % 512), -0.25 - i as f32);
+    TokenLogprobs { logprob: -0.25, top: (0..top).map(of).collect() }
+}
+
+/// A reply, whole.
+pub struct Answer {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub text: String,
+}
+
+impl Answer {
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|e| panic!("{e}: {}", self.text))
+    }
+
+    /// `error.param` of a refusal with this status.
+    pub fn refused(&self, status: u16) -> Value {
+        assert_eq!(self.status.as_u16(), status, "{}", self.text);
+        let error = self.json()["error"].clone();
+        assert!(error["message"].as_str().is_some_and(|m| !m.is_empty()), "{}", self.text);
+        assert!(error["type"].is_string() && error.get("param").is_some() && error.get("code").is_some());
+        error
+    }
+
+    /// The data of every event of a stream that ended well, `[DONE]` taken off.
+    pub fn events(&self) -> Vec<Value> {
+        assert_eq!(self.headers[header::CONTENT_TYPE], "text/event-stream");
+        let mut data: Vec<&str> = self.text.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
+        assert_eq!(data.pop(), Some("[DONE]"), "{}", self.text);
+        data.iter().map(|event| serde_json::from_str(event).unwrap()).collect()
+    }
+}
+
+pub async fn send(router: &Router, request: Request<Body>) -> Answer {
+    let response = router.clone().oneshot(request).await.unwrap();
+    let (parts, body) = response.into_parts();
+    let text = String::from_utf8(body.collect().await.unwrap().to_bytes().to_vec()).unwrap();
+    Answer { status: parts.status, headers: parts.headers, text }
+}
+
+pub async fn get(router: &Router, path: &str) -> Answer {
+    send(router, Request::get(path).body(Body::empty()).unwrap()).await
+}
+
+pub async fn post(router: &Router, path: &str, body: &Value) -> Answer {
+    send(router, request(Method::POST, path, &body.to_string())).await
+}
+
+pub async fn chat(router: &Router, body: &Value) -> Answer {
+    post(router, "/v1/chat/completions", body).await
+}
+
+pub async fn complete(router: &Router, body: &Value) -> Answer {
+    post(router, "/v1/completions", body).await
+}
+
+pub fn request(method: Method, path: &str, body: &str) -> Request<Body> {
+    let builder = Request::builder().method(method).uri(path).header(header::CONTENT_TYPE, "application/json");
+    builder.body(Body::from(body.to_owned())).unwrap()
+}
+
+/// `base` with the fields of `more`.
+pub fn with(base: &Value, more: &Value) -> Value {
+    let mut merged = base.clone();
+    for (name, value) in more.as_object().unwrap() {
+        merged[name.as_str()] = value.clone();
+    }
+    merged
+}
+
+/// Waits until `condition` holds; fails the test when it does not within ten seconds.
+pub async fn eventually(what: &str, condition: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < Duration::from_secs(10), "not within 10 s: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}

@@ -1,0 +1,86 @@
+//! Stop strings in a stream. Knows nothing of tags or tokens.
+
+/// Finds one string byte by byte (Knuth, Morris, Pratt).
+struct Matcher {
+    pattern: Vec<u8>,
+    /// Per matched length: the longest proper prefix of the pattern that ends there too.
+    fallback: Vec<usize>,
+    /// Bytes of the pattern that the text ends with.
+    matched: usize,
+}
+
+impl Matcher {
+    fn new(pattern: &str) -> Self {
+        let pattern = pattern.as_bytes().to_vec();
+        let mut fallback = vec![0; pattern.len() + 1];
+        for i in 1..pattern.len() {
+            let mut len = fallback[i];
+            while len > 0 && pattern[len] != pattern[i] {
+                len = fallback[len];
+            }
+            fallback[i + 1] = len + usize::from(pattern[len] == pattern[i]);
+        }
+        Self { pattern, fallback, matched: 0 }
+    }
+
+    /// Whether the pattern ends at this byte. Not to be fed again once it does.
+    fn feed(&mut self, byte: u8) -> bool {
+        while self.matched > 0 && self.pattern[self.matched] != byte {
+            self.matched = self.fallback[self.matched];
+        }
+        self.matched += usize::from(self.pattern[self.matched] == byte);
+        self.matched == self.pattern.len()
+    }
+}
+
+/// What came of a piece of text.
+pub(crate) struct Fed {
+    /// Text that no stop string can take back any more.
+    pub(crate) text: String,
+    /// Index of the stop string that ended the text.
+    pub(crate) stopped: Option<usize>,
+}
+
+/// Cuts a stream at the first stop string: the one that ends first, the longest of those that end together.
+pub(crate) struct StopStrings {
+    matchers: Vec<Matcher>,
+    include: bool,
+    /// The beginning of a possible stop string.
+    held: String,
+}
+
+impl StopStrings {
+    /// `stops` are not empty strings; `include` leaves the stop string in the text.
+    pub(crate) fn new(stops: &[String], include: bool) -> Self {
+        Self { matchers: stops.iter().map(|s| Matcher::new(s)).collect(), include, held: String::new() }
+    }
+
+    pub(crate) fn push(&mut self, text: &str) -> Fed {
+        let held_len = self.held.len();
+        self.held.push_str(text);
+        for at in held_len..self.held.len() {
+            let byte = self.held.as_bytes()[at];
+            let mut stop: Option<usize> = None;
+            for i in 0..self.matchers.len() {
+                let ends_here = self.matchers[i].feed(byte);
+                let len = |i: usize| self.matchers[i].pattern.len();
+                if ends_here && stop.is_none_or(|best| len(i) > len(best)) {
+                    stop = Some(i);
+                }
+            }
+            if let Some(stop) = stop {
+                let cut = if self.include { at + 1 } else { at + 1 - self.matchers[stop].pattern.len() };
+                self.held.truncate(cut);
+                return Fed { text: self.finish(), stopped: Some(stop) };
+            }
+        }
+        let keep = if self.include { 0 } else { self.matchers.iter().map(|m| m.matched).max().unwrap_or(0) };
+        let rest = self.held.split_off(self.held.len() - keep);
+        Fed { text: std::mem::replace(&mut self.held, rest), stopped: None }
+    }
+
+    /// What was held back, when no more text comes.
+    pub(crate) fn finish(&mut self) -> String {
+        std::mem::take(&mut self.held)
+    }
+}

@@ -1,0 +1,221 @@
+//! Chat templates against Python's jinja2 (generator: tools/templates/make.py).
+
+use r1_text::{ChatInput, ChatTemplate, ControlTokens, PromptEnd, RenderedPrompt, TextError};
+use serde_json::{Value, json};
+
+fn golden(name: &str) -> Value {
+    let path = format!("{}/testdata/{name}", env!("CARGO_MANIFEST_DIR"));
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+fn template(name: &str) -> ChatTemplate {
+    let path = format!("{}/testdata/templates/{name}.jinja", env!("CARGO_MANIFEST_DIR"));
+    let source = std::fs::read_to_string(path).unwrap();
+    let [bos, eos] = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"];
+    ChatTemplate::new(&source, Some(bos), Some(eos), ControlTokens::default()).unwrap()
+}
+
+const TEMPLATES: [&str; 5] = [
+    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B",
+    "deepseek-ai-DeepSeek-V3",
+    "deepseek-ai-DeepSeek-V3.1",
+    "deepseek-ai-DeepSeek-V3.2",
+    "tiny-r1",
+];
+
+fn array(value: &Value) -> Vec<Value> {
+    value.as_array().unwrap().clone()
+}
+
+fn ask(messages: &Value) -> ChatInput {
+    ChatInput { messages: array(messages), add_generation_prompt: true, ..ChatInput::default() }
+}
+
+fn with_thinking(messages: &Value, thinking: bool) -> ChatInput {
+    ChatInput { kwargs: json!({"thinking": thinking}).as_object().unwrap().clone(), ..ask(messages) }
+}
+
+#[test]
+fn whole_conversations_render_as_in_python() {
+    let golden = golden("chat_templates.json");
+    let templates = TEMPLATES.map(|name| (name, template(name)));
+    let mut seen = 0;
+    for case in golden["cases"].as_array().unwrap() {
+        let name = case["template"].as_str().unwrap();
+        let (_, template) = templates.iter().find(|(n, _)| *n == name).unwrap();
+        let input = ChatInput {
+            messages: array(&golden["conversations"][case["messages"].as_str().unwrap()]),
+            tools: golden["tools"][case["tools"].as_str().unwrap()].as_array().cloned(),
+            add_generation_prompt: case["add_generation_prompt"].as_bool().unwrap(),
+            continue_final_message: false,
+            kwargs: case["kwargs"].as_object().unwrap().clone(),
+        };
+        let rendered = template.render(&input).map(|p| p.text());
+        match case["expected"].as_u64() {
+            Some(index) => {
+                let expected = golden["texts"][index as usize].as_str().unwrap();
+                assert_eq!(rendered.unwrap_or_else(|e| panic!("{case}: {e}")), expected, "{case}");
+            }
+            None => assert!(rendered.is_err(), "{case}: Python raises, here it is {rendered:?}"),
+        }
+        seen += 1;
+    }
+    assert!(seen > 900, "{seen} cases");
+}
+
+#[test]
+fn the_language_behaves_as_in_python() {
+    let golden = golden("jinja_snippets.json");
+    let values = golden["values"].as_object().unwrap();
+    let mut wrong = Vec::new();
+    for case in golden["cases"].as_array().unwrap() {
+        let source = case["source"].as_str().unwrap();
+        let rendered = ChatTemplate::new(source, None, None, ControlTokens::default())
+            .and_then(|t| t.render(&ChatInput { kwargs: values.clone(), ..ChatInput::default() }))
+            .map(|prompt| prompt.text());
+        match (case["expected"].as_str(), rendered) {
+            (Some(expected), Ok(text)) if text == expected => {}
+            (None, Err(_)) => {}
+            (expected, got) => wrong.push(format!("{source}\n  python {expected:?}\n  here   {got:?}")),
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn raised_text_is_verbatim() {
+    let raises = "{{ raise_exception('Only <b> users: ' + messages[0]['role']) }}";
+    let template = ChatTemplate::new(raises, None, None, ControlTokens::default()).unwrap();
+    match template.render(&ask(&json!([{"role": "critic", "content": ""}]))) {
+        Err(TextError::Template { message }) => assert_eq!(message, "Only <b> users: critic"),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn endless_and_huge_templates_are_errors() {
+    for source in [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ 'x' * 10000000000 }}",
+        "{% include 'other' %}",
+    ] {
+        let template = ChatTemplate::new(source, None, None, ControlTokens::default()).unwrap();
+        assert!(
+            matches!(template.render(&ChatInput::default()), Err(TextError::Template { .. })),
+            "{source}"
+        );
+    }
+}
+
+#[test]
+fn a_long_conversation_of_calls_has_fuel_enough() {
+    let call = json!([{"id": "0", "type": "function", "function": {"name": "f", "arguments": "{}"}}]);
+    let mut messages = vec![json!({"role": "user", "content": "x"})];
+    for _ in 0..300 {
+        messages.push(json!({"role": "assistant", "content": null, "tool_calls": call}));
+        messages.push(json!({"role": "tool", "content": "y"}));
+    }
+    for name in TEMPLATES {
+        template(name).render(&ask(&Value::Array(messages.clone()))).unwrap();
+    }
+}
+
+#[test]
+fn the_reply_begins_where_the_prompt_says() {
+    let hello = json!([{"role": "user", "content": "Hello"}]);
+    let end = |name: &str, input: &ChatInput| template(name).render(input).unwrap().end();
+    assert_eq!(end("deepseek-ai-DeepSeek-R1-Distill-Llama-8B", &ask(&hello)), PromptEnd::OpenThink);
+    assert_eq!(end("deepseek-ai-DeepSeek-V3", &ask(&hello)), PromptEnd::Closed);
+    for name in ["deepseek-ai-DeepSeek-V3.1", "deepseek-ai-DeepSeek-V3.2", "tiny-r1"] {
+        assert_eq!(end(name, &with_thinking(&hello, true)), PromptEnd::OpenThink, "{name}");
+        assert_eq!(end(name, &with_thinking(&hello, false)), PromptEnd::Closed, "{name}");
+    }
+    let tag = json!([{"role": "user", "content": "<think>"}]);
+    let no_reply = ChatInput { add_generation_prompt: false, ..ask(&tag) };
+    assert_eq!(end("tiny-r1", &no_reply), PromptEnd::Closed, "a client's <think> opens nothing");
+}
+
+#[test]
+fn arguments_arrive_in_either_form() {
+    let conversation = |arguments: Value| {
+        json!([
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": null, "tool_calls": [
+                {"id": "0", "type": "function", "function": {"name": "f", "arguments": arguments}}
+            ]},
+        ])
+    };
+    for name in TEMPLATES {
+        let template = template(name);
+        let render = |arguments| template.render(&ask(&conversation(arguments))).map(|p| p.text());
+        let object = render(json!({"city": "Paris", "n": 1})).unwrap();
+        assert_eq!(object, render(json!("{\"city\": \"Paris\", \"n\": 1}")).unwrap(), "{name}");
+        let broken = render(json!("{\"city\":"));
+        if ["deepseek-ai-DeepSeek-V3.1", "deepseek-ai-DeepSeek-V3.2"].contains(&name) {
+            assert!(matches!(broken, Err(TextError::Arguments { message: 1, call: 0, .. })), "{name}");
+        } else {
+            assert!(broken.unwrap().contains("{\"city\":\n"), "{name}");
+        }
+    }
+}
+
+#[test]
+fn what_clients_leave_empty_is_absent() {
+    let call = json!([{"id": "0", "type": "function", "function": {"name": "f", "arguments": "{}"}}]);
+    let same = [
+        (
+            json!([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": null}]),
+            json!([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": []}]),
+            json!([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]),
+        ),
+        (
+            json!([{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": call}]),
+            json!([{"role": "user", "content": "x"}, {"role": "assistant", "content": null, "tool_calls": call}]),
+            json!([{"role": "user", "content": "x", "name": null}, {"role": "assistant", "content": null, "tool_calls": call}]),
+        ),
+    ];
+    for name in TEMPLATES {
+        for (a, b, c) in &same {
+            let [a, b, c] = [a, b, c].map(|m| template(name).render(&ask(m)).unwrap().text());
+            assert_eq!(a, b, "{name}");
+            assert_eq!(b, c, "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_prompt_can_continue_the_last_message() {
+    let continued = |name: &str, content: &str| -> Result<RenderedPrompt, TextError> {
+        let messages = json!([{"role": "user", "content": "x"}, {"role": "assistant", "content": content, "prefix": true}]);
+        let base = with_thinking(&messages, true);
+        template(name).render(&ChatInput {
+            add_generation_prompt: false,
+            continue_final_message: true,
+            ..base
+        })
+    };
+    for name in TEMPLATES {
+        let prompt = continued(name, "The answer is ").unwrap();
+        assert!(prompt.text().ends_with("The answer is "), "{name}: {}", prompt.text());
+    }
+    let prompt = continued("deepseek-ai-DeepSeek-V3", "<think>\nFirst").unwrap();
+    assert!(prompt.text().ends_with("<｜Assistant｜><think>\nFirst"));
+    assert_eq!(prompt.end(), PromptEnd::OpenThink);
+    let nothing = ChatInput { continue_final_message: true, ..ask(&json!([])) };
+    assert!(matches!(template("tiny-r1").render(&nothing), Err(TextError::Template { .. })));
+    let drops = ChatTemplate::new("{{ messages[0].role }}", None, None, ControlTokens::default()).unwrap();
+    let input =
+        ChatInput { continue_final_message: true, ..ask(&json!([{"role": "assistant", "content": "x"}])) };
+    assert!(drops.render(&input).is_err());
+}
+
+#[test]
+fn clients_cannot_set_the_servers_variables() {
+    let kwargs = json!({"bos_token": "x"}).as_object().unwrap().clone();
+    let input = ChatInput { kwargs, ..ask(&json!([{"role": "user", "content": "x"}])) };
+    match template("tiny-r1").render(&input) {
+        Err(TextError::ReservedKwarg(name)) => assert_eq!(name, "bos_token"),
+        other => panic!("{other:?}"),
+    }
+}

@@ -1,0 +1,7 @@
+//! Checkpoints as a caller sees them: configs, files good and bad, shards of FP8 blocks.
+
+mod checkpoint;
+mod config;
+mod linear;
+mod support;
+mod verify;

@@ -1,0 +1,155 @@
+//! Feeds known tokens to a model, in any cut into steps, over a cache whose blocks lie in no order.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use r1_backend::{Backend, Batch, Communicator, HostSlice, HostSliceMut, Tensor};
+use r1_comm::Local;
+use r1_core::{DType, Rank};
+use r1_model::{DeepSeek, Fp8Compute, MlaForm, ModelOptions, StageInput, StageOutput, WeightFormat};
+use r1_weights::{Checkpoint, ModelConfig};
+
+const BLOCK_SIZE: usize = 4;
+const MAX_TOKENS: usize = 1024;
+
+/// How to load a checkpoint for a test.
+#[derive(Clone, Copy, Debug)]
+pub struct Load {
+    /// F32 or BF16.
+    pub dtype: DType,
+    /// As stored, or widened.
+    pub weights: WeightFormat,
+    /// W8 or W8A8.
+    pub fp8: Fp8Compute,
+    /// Absorbed, expanded, or by size.
+    pub form: MlaForm,
+}
+
+impl Load {
+    /// F32 activations, weights as stored.
+    pub fn f32(form: MlaForm) -> Self {
+        Self { dtype: DType::F32, weights: WeightFormat::AsStored, fp8: Fp8Compute::WeightOnly, form }
+    }
+
+    /// Loads the checkpoint in `dir` on one rank.
+    ///
+    /// # Panics
+    /// When it cannot be loaded.
+    pub fn open<B: Backend>(self, backend: Arc<B>, dir: &Path) -> DeepSeek<B> {
+        self.open_rank(backend, Arc::new(Local::single()), dir)
+    }
+
+    /// Loads `comm`'s rank of the checkpoint in `dir`.
+    ///
+    /// # Panics
+    /// When it cannot be loaded.
+    pub fn open_rank<B: Backend>(
+        self,
+        backend: Arc<B>,
+        comm: Arc<dyn Communicator<B>>,
+        dir: &Path,
+    ) -> DeepSeek<B> {
+        let config = ModelConfig::open(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
+        let checkpoint = Checkpoint::open(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
+        let options = ModelOptions {
+            activation_dtype: self.dtype,
+            weights: self.weights,
+            fp8: self.fp8,
+            mla_form: self.form,
+            max_batched_tokens: MAX_TOKENS,
+            max_logit_rows: MAX_TOKENS,
+            max_model_len: MAX_TOKENS,
+            max_expanded_tokens: MAX_TOKENS,
+            layers: None,
+            rank: Rank(comm.rank()),
+            world_size: comm.world_size(),
+        };
+        let loaded = DeepSeek::load(backend, comm, &checkpoint, &config, options, &mut |_| {});
+        loaded.unwrap_or_else(|error| panic!("{}: {error}", dir.display()))
+    }
+}
+
+/// How one sequence is fed.
+#[derive(Clone, Copy, Debug)]
+pub struct Feed<'a> {
+    /// Its tokens.
+    pub tokens: &'a [u32],
+    /// Tokens per step; 1 decodes every token.
+    pub chunk: usize,
+}
+
+/// Logits `[T, V]` after every token of every sequence. All sequences run in one batch until the last has ended.
+///
+/// # Panics
+/// When a step fails.
+pub fn teacher_force<B: Backend>(model: &DeepSeek<B>, feeds: &[Feed<'_>]) -> Vec<Vec<f32>> {
+    let backend = &**model.backend();
+    let vocab_size = model.config().vocab_size;
+    let blocks_each =
+        feeds.iter().map(|feed| feed.tokens.len().div_ceil(BLOCK_SIZE)).max().expect("a sequence");
+    let num_blocks = blocks_each * feeds.len();
+    let caches = model.alloc_cache(num_blocks, BLOCK_SIZE).expect("a small cache");
+    // Neighbours in a sequence lie far from each other, and no sequence has block 0 first.
+    let block = |seq: usize, index: usize| num_blocks - 1 - (index * feeds.len() + seq);
+    let mut done = vec![0; feeds.len()];
+    let mut logits = vec![Vec::new(); feeds.len()];
+    loop {
+        let mut rows: Vec<(usize, usize)> = (feeds.iter().enumerate())
+            .map(|(seq, feed)| (seq, feed.chunk.min(feed.tokens.len() - done[seq])))
+            .filter(|&(_, len)| len > 0)
+            .collect();
+        if rows.is_empty() {
+            return logits;
+        }
+        rows.sort_by_key(|&(_, len)| len > 1);
+        let num_decodes = rows.iter().filter(|&&(_, len)| len == 1).count();
+        let (mut ids, mut positions, mut slots) = (vec![], vec![], vec![]);
+        let (mut query_start, mut context_len, mut context_start) = (vec![0], vec![], vec![0]);
+        let mut table = vec![];
+        for &(seq, len) in &rows {
+            for position in done[seq]..done[seq] + len {
+                ids.push(feeds[seq].tokens[position]);
+                positions.push(position as u32);
+                slots.push((block(seq, position / BLOCK_SIZE) * BLOCK_SIZE + position % BLOCK_SIZE) as u32);
+            }
+            let context = done[seq] + len;
+            query_start.push(ids.len() as u32);
+            context_len.push(context as u32);
+            context_start.push(context_start[context_start.len() - 1] + context as u32);
+            let used = context.div_ceil(BLOCK_SIZE);
+            table.extend((0..blocks_each).map(|i| if i < used { block(seq, i) as u32 } else { u32::MAX }));
+        }
+        let upload = |values: &[u32]| {
+            let tensor: Tensor<B> = backend.alloc(&[values.len()], DType::U32).expect("a small tensor");
+            backend.upload(HostSlice::U32(values), &tensor);
+            tensor
+        };
+        let num_tokens = ids.len();
+        let batch = Batch {
+            positions: upload(&positions),
+            slots: upload(&slots),
+            query_start: upload(&query_start),
+            context_len: upload(&context_len),
+            context_start: upload(&context_start),
+            block_table: upload(&table).reshape(&[rows.len(), blocks_each]),
+            num_tokens,
+            num_seqs: rows.len(),
+            num_decodes,
+            prefill_context_tokens: context_len[num_decodes..].iter().map(|&len| len as usize).sum(),
+            max_context_len: context_len.iter().max().map_or(0, |&len| len as usize),
+        };
+        let all_rows: Vec<u32> = (0..num_tokens as u32).collect();
+        let out = backend.alloc(&[num_tokens, vocab_size], DType::F32).expect("small logits");
+        let output = StageOutput::Logits { rows: &upload(&all_rows), logits: &out };
+        model.forward(&StageInput::Tokens(&upload(&ids)), &batch, &caches, &output);
+        backend.flush().wait().expect("the step runs");
+        let mut host = vec![0.0; num_tokens * vocab_size];
+        backend.download(&out, HostSliceMut::F32(&mut host)).expect("the logits are there");
+        let mut at = 0;
+        for (seq, len) in rows {
+            logits[seq].extend_from_slice(&host[at * vocab_size..(at + len) * vocab_size]);
+            at += len;
+            done[seq] += len;
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! ARCHITECTURE.md's table of crates and arrows is what cargo says.
+#![forbid(unsafe_code)]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+type Arrows = BTreeMap<String, BTreeSet<String>>;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace")
+}
+
+/// Crates in `crates/` and the ones each depends on, dev-dependencies aside.
+fn from_cargo() -> Arrows {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version", "1", "--no-deps", "--offline"])
+        .current_dir(root())
+        .output()
+        .expect("cargo runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let packages = metadata["packages"].as_array().expect("packages");
+    let ours = |package: &&serde_json::Value| {
+        let manifest = package["manifest_path"].as_str().expect("a path");
+        Path::new(manifest).starts_with(root().join("crates"))
+    };
+    let short = |name: &str| name.strip_prefix("r1-").map(str::to_owned);
+    let entry = |package: &serde_json::Value| {
+        let name = short(package["name"].as_str().expect("a name")).expect("packages are named r1-<folder>");
+        let needs = package["dependencies"].as_array().expect("dependencies").iter();
+        let needs = needs.filter(|need| need["kind"].is_null());
+        (name, needs.filter_map(|need| short(need["name"].as_str().expect("a name"))).collect())
+    };
+    packages.iter().filter(ours).map(entry).collect()
+}
+
+/// The rows `| `crate` | sentence | knows | …` of the table under "## Crates".
+fn from_page() -> Arrows {
+    let page = fs::read_to_string(root().join("ARCHITECTURE.md")).expect("ARCHITECTURE.md");
+    let section =
+        page.split("\n## ").find(|section| section.starts_with("Crates")).expect("a section Crates");
+    let row = |line: &str| {
+        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+        let name = cells[0].strip_prefix('`')?.strip_suffix('`')?.to_owned();
+        let needs = cells[2].split(',').map(|need| need.trim().trim_matches('`')).filter(|need| *need != "–");
+        Some((name, needs.map(str::to_owned).collect()))
+    };
+    section.lines().filter(|line| line.starts_with("| `")).filter_map(row).collect()
+}
+
+#[test]
+fn the_page_lists_the_crates_and_their_arrows() {
+    assert_eq!(from_page(), from_cargo());
+}
+
+/// Every crate knows only those below it in the page's table.
+#[test]
+fn arrows_point_down() {
+    let page = fs::read_to_string(root().join("ARCHITECTURE.md")).expect("ARCHITECTURE.md");
+    let order: Vec<_> = page.lines().filter_map(|line| line.strip_prefix("| `")?.split('`').next()).collect();
+    let place =
+        |name: &str| order.iter().position(|listed| *listed == name).unwrap_or_else(|| panic!("{name}"));
+    for (name, needs) in from_cargo() {
+        for need in needs {
+            assert!(place(&need) > place(&name), "{name} stands below {need}, which it uses");
+        }
+    }
+}
+
+/// Only `server` and `cli` know HTTP, and only the oracle and the wiring know candle.
+#[test]
+fn outside_crates_stay_where_they_belong() {
+    for (dependency, allowed) in [
+        ("axum", &["server"][..]),
+        ("ureq", &["cli"]),
+        ("tokenizers", &["text"]),
+        ("minijinja", &["text"]),
+        ("candle-core", &["reference"]),
+        ("memmap2", &["weights"]),
+    ] {
+        for name in from_cargo().keys() {
+            let manifest =
+                fs::read_to_string(root().join("crates").join(name).join("Cargo.toml")).expect("a manifest");
+            let uses = manifest.lines().any(|line| line.starts_with(&format!("{dependency}.workspace")));
+            assert!(!uses || allowed.contains(&name.as_str()), "{name} uses {dependency}");
+        }
+    }
+}
+
+/// Unsafe code is forbidden in every crate that does not need it.
+#[test]
+fn unsafe_code_is_where_it_must_be() {
+    for name in from_cargo().keys() {
+        let source = root().join("crates").join(name).join("src");
+        let entry = if source.join("lib.rs").exists() { "lib.rs" } else { "main.rs" };
+        let text = fs::read_to_string(source.join(entry)).expect("a crate has an entry");
+        let forbids = text.contains("#![forbid(unsafe_code)]");
+        assert_eq!(forbids, !["cpu", "weights"].contains(&name.as_str()), "{name}/{entry}");
+    }
+}
+
+/// Every source file says what it is for.
+#[test]
+fn every_file_opens_with_its_purpose() {
+    fn visit(folder: &Path) {
+        for entry in fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path()) {
+            if entry.is_dir() {
+                visit(&entry);
+            } else if entry.extension().is_some_and(|extension| extension == "rs") {
+                let text = fs::read_to_string(&entry).expect("text");
+                assert!(text.starts_with("//! "), "{} does not open with //!", entry.display());
+            }
+        }
+    }
+    for folder in ["crates", "tests/src", "tests/tests", "benches/src", "benches/benches"] {
+        visit(&root().join(folder));
+    }
+}

@@ -1,0 +1,123 @@
+//! Forward passes against transformers on seeded toys (`tools/goldens`), on every backend that computes here.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+
+use r1_backend::Backend;
+use r1_core::DType;
+use r1_cpu::{Cpu, CpuOptions};
+use r1_model::{Fp8Compute, MlaForm, WeightFormat};
+use r1_reference::Reference;
+use r1_tests::{Feed, Gap, Golden, Load, teacher_force};
+
+const TOYS: [&str; 7] =
+    ["toy_v3_f32", "toy_v3_bf16", "toy_v3_fp8", "toy_v2_lite", "toy_v2", "toy_moonlight", "toy_ragged_fp8"];
+
+fn cpu() -> Arc<Cpu> {
+    Arc::new(Cpu::new(CpuOptions { threads: Some(2), isa: None }).expect("a CPU"))
+}
+
+/// Feeds the golden alone and in batches, whole, in chunks, and token by token, in both forms of attention.
+fn matches_in_f32<B: Backend>(backend: &Arc<B>, name: &str) {
+    let golden = Golden::open(name);
+    let (ids, expected) = (golden.input_ids(), golden.logits("logits"));
+    let vocab_size = expected.len() / ids.len();
+    for form in [MlaForm::Absorbed, MlaForm::Expanded, MlaForm::Auto] {
+        let model = Load::f32(form).open(backend.clone(), &golden.dir);
+        for chunks in [&[64][..], &[1], &[7], &[1, 64, 7, 1, 5], &[64, 1, 3, 1, 2, 9, 11, 1, 13]] {
+            let feeds: Vec<_> = chunks.iter().map(|&chunk| Feed { tokens: &ids, chunk }).collect();
+            for logits in teacher_force(&model, &feeds) {
+                let gap = Gap::between(&logits, &expected, vocab_size);
+                assert!(gap.max_abs < 2e-4 && gap.argmax_agree == 1.0, "{name} {form:?} {chunks:?}: {gap:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn cpu_matches_transformers_in_f32() {
+    let backend = cpu();
+    for name in TOYS {
+        matches_in_f32(&backend, name);
+    }
+}
+
+#[test]
+fn reference_matches_transformers_in_f32() {
+    let backend = Arc::new(Reference::new());
+    for name in TOYS {
+        matches_in_f32(&backend, name);
+    }
+}
+
+/// BF16 activations: as close to torch's F32 as twice torch's own BF16.
+fn is_as_good_as_torch_in_bf16<B: Backend>(backend: &Arc<B>, name: &str) {
+    let golden = Golden::open(name);
+    let (ids, expected) = (golden.input_ids(), golden.logits("logits"));
+    let bound = 2.0 * golden.fact("/gaps/bf16/mean_abs");
+    for form in [MlaForm::Absorbed, MlaForm::Expanded] {
+        for weights in [WeightFormat::AsStored, WeightFormat::WidenToBf16] {
+            let load = Load { dtype: DType::BF16, weights, ..Load::f32(form) };
+            let model = load.open(backend.clone(), &golden.dir);
+            for chunk in [64, 1] {
+                let logits = &teacher_force(&model, &[Feed { tokens: &ids, chunk }])[0];
+                let gap = Gap::between(logits, &expected, expected.len() / ids.len());
+                assert!(
+                    gap.mean_abs < bound,
+                    "{name} {form:?} {weights:?} chunk {chunk}: {gap:?}, bound {bound}"
+                );
+            }
+        }
+    }
+}
+
+const BF16_TOYS: [&str; 4] = ["toy_v3_bf16", "toy_moonlight", "toy_v2", "toy_v2_lite"];
+
+#[test]
+fn cpu_in_bf16_is_as_close_as_torch() {
+    let backend = cpu();
+    for name in BF16_TOYS {
+        is_as_good_as_torch_in_bf16(&backend, name);
+    }
+}
+
+#[test]
+fn reference_in_bf16_is_as_close_as_torch() {
+    let backend = Arc::new(Reference::new());
+    for name in BF16_TOYS {
+        is_as_good_as_torch_in_bf16(&backend, name);
+    }
+}
+
+/// W8A8 quantises activations before every FP8 linear, kv_b's among them, so only the expanded form is what the
+/// golden computes.
+#[test]
+fn reference_matches_w8a8() {
+    let backend = Arc::new(Reference::new());
+    for name in ["toy_v3_fp8", "toy_ragged_fp8"] {
+        let golden = Golden::open(name);
+        let (ids, expected) = (golden.input_ids(), golden.logits("logits_w8a8"));
+        let load = Load { fp8: Fp8Compute::WeightsAndActivations, ..Load::f32(MlaForm::Expanded) };
+        let logits =
+            &teacher_force(&load.open(backend.clone(), &golden.dir), &[Feed { tokens: &ids, chunk: 64 }])[0];
+        let gap = Gap::between(logits, &expected, expected.len() / ids.len());
+        // A sum in another order can move an activation across a rounding boundary of e4m3, which is 6 % of its value.
+        let bound = 0.1 * golden.fact("/gaps/w8a8/mean_abs");
+        assert!(gap.mean_abs < bound, "{name}: {gap:?}, bound {bound}");
+    }
+}
+
+/// The golden distinguishes right from wrong: each mistake that the generator knows moves the logits far beyond what
+/// the comparison allows.
+#[test]
+fn every_mistake_would_be_seen() {
+    for name in TOYS {
+        let golden = Golden::open(name);
+        let std = golden.fact("/logits_std");
+        let mistakes = golden.facts["mistakes"].as_object().expect("a table of mistakes");
+        for (mistake, relative_rms) in mistakes {
+            let rms = relative_rms.as_f64().expect("a number") as f32 * std;
+            assert!(rms > 2e-3, "{name}: {mistake} moves logits by {rms} only");
+        }
+    }
+}
