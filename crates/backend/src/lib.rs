@@ -6,6 +6,7 @@ mod backend;
 mod batch;
 mod comm;
 pub mod composite;
+pub mod conformance;
 mod error;
 mod host;
 pub mod philox;

@@ -1,1 +1,327 @@
 //! The default backend: hand-vectorised CPU kernels and a persistent thread pool.
+//!
+//! Weights are read where they lie, FP8 widened in registers; sums are F32 in an order that depends on neither the batch nor
+//! the number of threads. Knows no models.
+
+mod buffer;
+mod isa;
+mod kernels;
+mod memory;
+mod ops;
+mod pool;
+mod scratch;
+mod simd;
+mod view;
+
+use std::convert::Infallible;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use r1_backend::{
+    Activation, Backend, BackendError, Batch, Capabilities, Experts, HeadWeight, HostSlice, HostSliceMut,
+    HostTensor, LatentCache, LogprobsOut, RopeTable, Routing, SamplingBatch, Tensor, Ticket, Weight,
+};
+use r1_core::DType;
+
+pub use buffer::Buffer;
+pub use isa::Isa;
+
+use buffer::Meter;
+use isa::Available;
+use pool::Pool;
+use scratch::Workspace;
+
+/// Tensors below this size are allocated without asking the system how much memory is left.
+const SMALL_BYTES: usize = 1 << 20;
+
+/// How the backend is set up. The default is the best this machine can do.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CpuOptions {
+    /// Threads that compute, the caller's included; `None`: as many as the process may use.
+    pub threads: Option<usize>,
+    /// Vector instructions; `None`: the best there are.
+    pub isa: Option<Isa>,
+}
+
+/// Why a CPU backend could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum CpuError {
+    /// Instructions that this machine lacks.
+    #[error("this machine has no {isa} instructions")]
+    IsaUnavailable {
+        /// What was asked for.
+        isa: Isa,
+    },
+    /// Zero threads.
+    #[error("the CPU backend needs at least one thread")]
+    NoThreads,
+    /// The system gives no more threads.
+    #[error("cannot start {threads} threads: {source}")]
+    Spawn {
+        /// How many were wanted.
+        threads: usize,
+        /// The system's words.
+        source: std::io::Error,
+    },
+}
+
+/// What one operation at a time uses.
+pub(crate) struct Engine {
+    pool: Pool,
+    workspace: Workspace,
+}
+
+/// The CPU as a device. Operations run at once, on the caller's thread and the pool's.
+pub struct Cpu {
+    isa: Available,
+    threads: usize,
+    engine: Mutex<Engine>,
+    owned_bytes: Meter,
+    /// What the system could give when the backend was made: zeroed memory is lent untouched, so what is left shrinks late.
+    budget_bytes: Option<usize>,
+}
+
+impl Cpu {
+    /// Starts the threads.
+    pub fn new(options: CpuOptions) -> Result<Self, CpuError> {
+        let isa = Available::choose(options.isa)?;
+        let threads = match options.threads {
+            Some(0) => return Err(CpuError::NoThreads),
+            Some(threads) => threads,
+            None => std::thread::available_parallelism().map_or(1, usize::from),
+        };
+        let pool = Pool::new(threads).map_err(|source| CpuError::Spawn { threads, source })?;
+        Ok(Self {
+            isa,
+            threads,
+            engine: Mutex::new(Engine { pool, workspace: Workspace::default() }),
+            owned_bytes: Meter::default(),
+            budget_bytes: memory::available_bytes(),
+        })
+    }
+
+    /// The instructions in use.
+    pub fn isa(&self) -> Isa {
+        self.isa.isa()
+    }
+
+    /// Threads that compute.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// One operation at a time. An operation that panicked left nothing half-done that the next would read.
+    fn engine(&self) -> MutexGuard<'_, Engine> {
+        self.engine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Refuses what the machine cannot hold.
+    fn check_room(&self, size_bytes: usize, what: &dyn Fn() -> String) -> Result<(), BackendError> {
+        if size_bytes < SMALL_BYTES {
+            return Ok(());
+        }
+        let owned = self.owned_bytes.load(Ordering::Relaxed);
+        let left = self.budget_bytes.map(|budget| budget.saturating_sub(owned));
+        match left.into_iter().chain(memory::available_bytes()).min() {
+            Some(left) if size_bytes > left => Err(out_of_memory(size_bytes, what(), Some(left))),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn out_of_memory(requested_bytes: usize, what: String, left: Option<usize>) -> BackendError {
+    let left = left.map_or(String::new(), |left| format!("{left} bytes are left; "));
+    let hint = format!("{left}lower --max-model-len or --max-num-seqs, or take a smaller model");
+    BackendError::OutOfMemory { device: "cpu".to_owned(), what, requested_bytes, hint }
+}
+
+impl Backend for Cpu {
+    type Buffer = Buffer;
+    type Graph = Infallible;
+
+    fn name(&self) -> &'static str {
+        "cpu"
+    }
+
+    fn describe(&self) -> String {
+        let plural = if self.threads == 1 { "" } else { "s" };
+        format!("cpu: {}, {} thread{plural}", self.isa(), self.threads)
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities {
+            activation_dtypes: vec![DType::F32, DType::BF16],
+            fp8_activations: false,
+            asynchronous: false,
+        }
+    }
+
+    fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor<Self>, BackendError> {
+        let what = || format!("a tensor {shape:?} {dtype}");
+        let size_bytes = shape
+            .iter()
+            .try_fold(dtype.size_bytes(), |size, &dim| size.checked_mul(dim))
+            .ok_or_else(|| out_of_memory(usize::MAX, what(), None))?;
+        self.check_room(size_bytes, &what)?;
+        let buffer = Buffer::zeroed(size_bytes, &self.owned_bytes)
+            .ok_or_else(|| out_of_memory(size_bytes, what(), None))?;
+        Ok(Tensor::from_buffer(buffer, shape, dtype))
+    }
+
+    fn import(&self, host: &HostTensor) -> Result<Tensor<Self>, BackendError> {
+        let bytes = host.bytes();
+        let in_place = bytes.as_ptr().addr().is_multiple_of(host.dtype().size_bytes());
+        let buffer = if in_place {
+            Buffer::host(host.clone())
+        } else {
+            let what = || format!("a copy of misaligned weights {:?} {}", host.shape(), host.dtype());
+            self.check_room(bytes.len(), &what)?;
+            let copy = Buffer::copied(bytes, &self.owned_bytes)
+                .ok_or_else(|| out_of_memory(bytes.len(), what(), None))?;
+            host.discard();
+            copy
+        };
+        Ok(Tensor::from_buffer(buffer, host.shape(), host.dtype()))
+    }
+
+    fn upload(&self, src: HostSlice<'_>, dst: &Tensor<Self>) {
+        ops::host::upload(self, src, dst);
+    }
+
+    fn download(&self, src: &Tensor<Self>, dst: HostSliceMut<'_>) -> Result<(), BackendError> {
+        ops::host::download(self, src, dst);
+        Ok(())
+    }
+
+    fn flush(&self) -> Ticket {
+        Ticket::ready(Ok(()))
+    }
+
+    fn embed(&self, ids: &Tensor<Self>, table: &Tensor<Self>, first_row: usize, out: &Tensor<Self>) {
+        ops::rows::embed(self, ids, table, first_row, out);
+    }
+
+    fn rms_norm(&self, x: &Tensor<Self>, weight: &Tensor<Self>, eps: f32, out: &Activation<Self>) {
+        ops::norm::rms_norm(self, x, weight, eps, out);
+    }
+
+    fn quantize(&self, x: &Activation<Self>) {
+        r1_backend::shape::quantize(x);
+        ops::refuse_fp8("quantize", "x", x);
+    }
+
+    fn linear(&self, x: &Activation<Self>, w: &Weight<Self>, out: &Tensor<Self>) {
+        ops::linear::linear(self, x, w, out);
+    }
+
+    fn per_head(&self, x: &Tensor<Self>, w: &HeadWeight<Self>, out: &Tensor<Self>) {
+        ops::per_head::per_head(self, x, w, out);
+    }
+
+    fn rope_cache(
+        &self,
+        q_rope: &Tensor<Self>,
+        kv_a: &Tensor<Self>,
+        norm: &Tensor<Self>,
+        eps: f32,
+        rope: &RopeTable<Self>,
+        batch: &Batch<Self>,
+        cache: &LatentCache<Self>,
+    ) {
+        ops::rope::rope_cache(self, q_rope, kv_a, norm, eps, rope, batch, cache);
+    }
+
+    fn mla_attention(
+        &self,
+        q_latent: &Tensor<Self>,
+        q_rope: &Tensor<Self>,
+        cache: &LatentCache<Self>,
+        batch: &Batch<Self>,
+        seqs: Range<usize>,
+        scale: f32,
+        out: &Tensor<Self>,
+    ) {
+        ops::attention::mla_attention(self, q_latent, q_rope, cache, batch, &seqs, scale, out);
+    }
+
+    fn gather_latent(
+        &self,
+        cache: &LatentCache<Self>,
+        batch: &Batch<Self>,
+        seqs: Range<usize>,
+        out: &Tensor<Self>,
+    ) {
+        ops::rows::gather_latent(self, cache, batch, &seqs, out);
+    }
+
+    fn mla_attention_expanded(
+        &self,
+        q: &Tensor<Self>,
+        kv: &Tensor<Self>,
+        k_rope: &Tensor<Self>,
+        batch: &Batch<Self>,
+        seqs: Range<usize>,
+        scale: f32,
+        out: &Tensor<Self>,
+    ) {
+        ops::expanded::mla_attention_expanded(self, q, kv, k_rope, batch, &seqs, scale, out);
+    }
+
+    fn route(
+        &self,
+        logits: &Tensor<Self>,
+        bias: Option<&Tensor<Self>>,
+        routing: &Routing,
+        ids: &Tensor<Self>,
+        weights: &Tensor<Self>,
+    ) {
+        ops::route::route(self, logits, bias, routing, ids, weights);
+    }
+
+    fn experts(
+        &self,
+        x: &Activation<Self>,
+        ids: &Tensor<Self>,
+        weights: &Tensor<Self>,
+        experts: &Experts<Self>,
+        out: &Tensor<Self>,
+    ) {
+        ops::experts::experts(self, x, ids, weights, experts, out);
+    }
+
+    fn silu_mul(&self, gate_up: &Tensor<Self>, out: &Activation<Self>) {
+        ops::norm::silu_mul(self, gate_up, out);
+    }
+
+    fn add(&self, residual: &Tensor<Self>, x: &Tensor<Self>) {
+        ops::norm::add(self, residual, x);
+    }
+
+    fn gather_rows(&self, x: &Tensor<Self>, rows: &Tensor<Self>, out: &Tensor<Self>) {
+        ops::rows::gather_rows(self, x, rows, out);
+    }
+
+    fn sample(&self, logits: &Tensor<Self>, sampling: &SamplingBatch, out: &Tensor<Self>) {
+        ops::sample::sample(self, logits, sampling, out);
+    }
+
+    fn logprobs(&self, logits: &Tensor<Self>, tokens: &Tensor<Self>, out: &LogprobsOut<Self>) {
+        ops::logprobs::logprobs(self, logits, tokens, out);
+    }
+
+    fn add_rms_norm(
+        &self,
+        residual: &Tensor<Self>,
+        x: &Tensor<Self>,
+        weight: &Tensor<Self>,
+        eps: f32,
+        out: &Activation<Self>,
+    ) {
+        ops::norm::add_rms_norm(self, residual, x, weight, eps, out);
+    }
+
+    fn replay(&self, graph: &Infallible) -> Ticket {
+        match *graph {}
+    }
+}

@@ -149,7 +149,10 @@ impl Backend for Reference {
             HostSlice::F32(values) => (values.len(), !is_u32),
             HostSlice::U32(values) => (values.len(), is_u32),
         };
-        assert!(fits && len == dst.num_elements(), "upload: {len} values of another type or number for {dst:?}");
+        assert!(
+            fits && len == dst.num_elements(),
+            "upload: {len} values of another type or number for {dst:?}"
+        );
         let values = match src {
             HostSlice::F32(values) => Tensor::from_slice(values, dst.shape(), &Device::Cpu),
             HostSlice::U32(values) => Tensor::from_slice(values, dst.shape(), &Device::Cpu),
@@ -257,14 +260,7 @@ impl Backend for Reference {
         self.enqueue("route", moe::route(logits, bias, routing, ids, weights));
     }
 
-    fn experts(
-        &self,
-        x: &Activation<Self>,
-        ids: &View,
-        weights: &View,
-        experts: &Experts<Self>,
-        out: &View,
-    ) {
+    fn experts(&self, x: &Activation<Self>, ids: &View, weights: &View, experts: &Experts<Self>, out: &View) {
         shape::experts(x, ids, weights, experts, out);
         self.enqueue("experts", moe::experts(x, ids, weights, experts, out));
     }

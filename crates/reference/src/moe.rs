@@ -63,9 +63,7 @@ fn mask_losing_groups(biased: &mut [f32], groups: Groups) {
 /// `down(silu(gate(x)) * up(x))` in F32. `rows` are those of `x` that take part; where `x` has an FP8 form, so has the
 /// hidden state.
 fn expert(x: &Activation<Reference>, rows: &Tensor, w: &MlpWeights<Reference>) -> Result<Tensor> {
-    let apply = |w: &Weight<Reference>| {
-        operand(x, w)?.index_select(rows, 0)?.matmul(&dequantized(w)?.t()?)
-    };
+    let apply = |w: &Weight<Reference>| operand(x, w)?.index_select(rows, 0)?.matmul(&dequantized(w)?.t()?);
     let hidden = (apply(&w.gate)?.silu()? * apply(&w.up)?)?;
     let hidden = match (&x.fp8, &w.down) {
         (Some(fp8), Weight::Fp8Block { .. }) => round_trip(&hidden, fp8.power_of_two_scales)?,

@@ -26,8 +26,7 @@ pub(crate) fn zeros(shape: &[usize], dtype: r1_core::DType) -> Result<View> {
 
 pub(crate) fn import(host: &HostTensor) -> Result<View> {
     let elements = host.shape().iter().product();
-    let flat =
-        Tensor::from_raw_buffer(host.bytes(), candle_dtype(host.dtype()), &[elements], &Device::Cpu)?;
+    let flat = Tensor::from_raw_buffer(host.bytes(), candle_dtype(host.dtype()), &[elements], &Device::Cpu)?;
     host.discard();
     Ok(View::from_buffer(flat, host.shape(), host.dtype()))
 }

@@ -19,9 +19,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use r1_core::{BlockId, FinishReason, SeqId, TokenId};
 
-use crate::{
-    Finished, Limits, NewSequence, Outcome, Plan, SchedError, Sequence, State, StepId, begin, commit, plan,
-};
+use crate::{Limits, NewSequence, Outcome, Plan, SchedError, State, StepId, begin, commit, plan};
 use device::{Device, next_token};
 use rng::{Rng, mix};
 pub use scenario::Scenario;
@@ -353,6 +351,15 @@ impl<'a> Simulation<'a> {
     /// Stands for the engine at the end of a step: finds stop tokens, streams, commits.
     fn commit(&mut self) -> Result<(), String> {
         let (step, rows) = self.in_flight.pop_front().expect("the caller looked");
+        let ids: Vec<_> = rows.iter().map(|row| row.seq).collect();
+        if self.rng.percent(self.scenario.fail_percent) {
+            // The device failed: its sequences end, and there are no outcomes.
+            for &seq in &ids {
+                if let Some(aborted) = self.state.abort(seq) {
+                    self.check_finished(&aborted, true)?;
+                }
+            }
+        }
         let mut outcomes = Vec::new();
         for row in rows {
             let Some(client) = self.clients.get_mut(&row.seq) else {
@@ -381,6 +388,11 @@ impl<'a> Simulation<'a> {
         self.report.steps += 1;
         for finished in &finished {
             self.check_finished(finished, false)?;
+        }
+        for seq in ids {
+            if self.state.sequence(seq).is_none() {
+                self.device.remove(seq);
+            }
         }
         self.check_deadline()
     }

@@ -10,7 +10,9 @@ mod detok;
 mod error;
 mod jinja;
 mod parse;
+mod python;
 mod stop;
+mod strftime;
 mod template;
 mod tokenizer;
 

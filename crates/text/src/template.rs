@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 use crate::control::{ControlTokens, THINK_OPEN, unguard};
 use crate::error::{Result, TextError};
 use crate::jinja::{self, Raised};
+use crate::python::{JsonStyle, to_json};
 
 const NAME: &str = "chat_template";
 
@@ -211,7 +212,7 @@ impl ChatTemplate {
                 self.control.guard_json(&Value::Object(object))
             }
             (Arguments::Text, Value::Object(_)) => {
-                let text = jinja::dumps(&minijinja::Value::from(Serde(arguments)));
+                let text = to_json(&minijinja::Value::from(Serde(arguments)), &JsonStyle::default());
                 let text = text.map_err(|e| template_error(&e))?;
                 Value::String(self.control.guard(&text).into_owned())
             }
@@ -229,13 +230,10 @@ impl ChatTemplate {
 }
 
 fn mark_continuation(messages: &mut [Value]) -> Result<()> {
-    match messages.last_mut().and_then(|m| m.get_mut("content")) {
-        Some(Value::String(content)) => content.push_str(CONTINUE_HERE),
-        _ => {
-            let message = "the last message has no text to continue".to_owned();
-            return Err(TextError::Template { message });
-        }
-    }
+    let Some(Value::String(content)) = messages.last_mut().and_then(|m| m.get_mut("content")) else {
+        return Err(TextError::Template { message: "the last message has no text to continue".to_owned() });
+    };
+    content.push_str(CONTINUE_HERE);
     Ok(())
 }
 

@@ -72,8 +72,7 @@ fn check_rope_cache<B: Backend>(
     let (rope, angles) = rope_table(backend, sizes.rope);
     let (norm, norm_values) = imported(backend, random, &[sizes.latent], dtype, 1.0);
     let tokens = step.batch.num_tokens;
-    let q_rope =
-        Slab::normal(backend, random, &[tokens, sizes.heads, sizes.rope], dtype, Layout::Gaps, 1.0);
+    let q_rope = Slab::normal(backend, random, &[tokens, sizes.heads, sizes.rope], dtype, Layout::Gaps, 1.0);
     let layout = LAYOUTS[random.below(2)];
     let kv_a = Slab::normal(backend, random, &[tokens, sizes.entry()], dtype, layout, 1.0);
 
@@ -124,7 +123,8 @@ fn queries<B: Backend>(
     let mut values = vec![f64::NAN; shape[0] * width];
     for seq in seqs.clone() {
         let rows = &step.rows[seq];
-        values[rows.start * width..rows.end * width].copy_from_slice(&random.normals(rows.len() * width, 1.0));
+        values[rows.start * width..rows.end * width]
+            .copy_from_slice(&random.normals(rows.len() * width, 1.0));
     }
     Slab::floats(backend, shape, dtype, Layout::Gaps, &values)
 }
@@ -233,7 +233,10 @@ pub fn gather_latent<B: Backend>(backend: &B) {
                 settle(backend, "gather_latent");
                 let found = out.read(backend);
                 assert_eq!(found[..want.len()], want, "gather_latent {turns:?}");
-                assert!(found[want.len()..].iter().all(|v| v.is_nan()), "gather_latent wrote past the contexts");
+                assert!(
+                    found[want.len()..].iter().all(|v| v.is_nan()),
+                    "gather_latent wrote past the contexts"
+                );
             }
         });
     });
@@ -286,8 +289,10 @@ fn check_expanded<B: Backend>(
     for seq in seqs.clone() {
         for (row, position) in step.rows[seq].clone().zip(step.turns[seq].cached..) {
             let by_head = (0..heads).flat_map(|head| {
-                let kv_row = |p: usize| &kv.host[((first + p) * heads + head) * (nope + value)..][..nope + value];
-                let key = |p: usize| [&kv_row(p)[..nope], &k_rope.host[(first + p) * rope..][..rope]].concat();
+                let kv_row =
+                    |p: usize| &kv.host[((first + p) * heads + head) * (nope + value)..][..nope + value];
+                let key =
+                    |p: usize| [&kv_row(p)[..nope], &k_rope.host[(first + p) * rope..][..rope]].concat();
                 let keys: Vec<Vec<f64>> = (0..=position).map(key).collect();
                 let values: Vec<Vec<f64>> = (0..=position).map(|p| kv_row(p)[nope..].to_vec()).collect();
                 let q = &q.host[(row * heads + head) * (nope + rope)..][..nope + rope];
@@ -326,9 +331,13 @@ pub fn mla_attention_range<B: Backend>(backend: &B) {
         );
         settle(backend, "mla_attention");
         // Every output lies between the least and the largest of its values.
-        let largest = cache.slab.host.iter().filter(|v| !v.is_nan()).fold(0.0, |max: f64, v| max.max(v.abs()));
+        let largest =
+            cache.slab.host.iter().filter(|v| !v.is_nan()).fold(0.0, |max: f64, v| max.max(v.abs()));
         for value in out.read(backend) {
-            assert!(value.abs() <= largest * 1.0001, "mla_attention: {value} is no mean of values up to {largest}");
+            assert!(
+                value.abs() <= largest * 1.0001,
+                "mla_attention: {value} is no mean of values up to {largest}"
+            );
         }
     });
 }

@@ -7,8 +7,8 @@ use super::attention::rope_table;
 use super::paged::{CacheSlab, SIZES, Sizes, Step, Tables, Turn};
 use super::random::{Random, seeded};
 use super::rounding::{Tolerance, assert_close};
-use super::slab::{Format, Layout, Slab, imported, weight};
 use super::settle;
+use super::slab::{Format, Layout, Slab, imported, weight};
 use crate::{Activation, Backend, HeadForm, HeadWeight, LatentCache, RopeTable, Tensor, Weight};
 
 const EPS: f32 = 1e-6;
@@ -35,7 +35,14 @@ enum Form {
 }
 
 impl<B: Backend> Layer<B> {
-    fn new(backend: &B, random: &mut Random, sizes: Sizes, dtype: DType, format: Format, lens: &[usize]) -> Self {
+    fn new(
+        backend: &B,
+        random: &mut Random,
+        sizes: Sizes,
+        dtype: DType,
+        format: Format,
+        lens: &[usize],
+    ) -> Self {
         let Sizes { heads, latent, rope, nope, value } = sizes;
         let (kv_b, _) = weight(backend, random, [heads * (nope + value), latent], format);
         let (norm, _) = imported(backend, random, &[latent], dtype, 1.0);
@@ -79,7 +86,8 @@ impl<B: Backend> Layer<B> {
                     rows,
                     form,
                 };
-                let (q_latent, attended) = (poison(&[tokens, heads, latent]), poison(&[tokens, heads, latent]));
+                let (q_latent, attended) =
+                    (poison(&[tokens, heads, latent]), poison(&[tokens, heads, latent]));
                 backend.per_head(&q_nope, &head_weight(0..nope, HeadForm::RowsIn), &q_latent.view);
                 backend.mla_attention(
                     &q_latent.view,
@@ -113,7 +121,10 @@ impl<B: Backend> Layer<B> {
         }
         settle(backend, "attention");
         let out = out.read(backend);
-        step.rows.iter().map(|rows| out[rows.start * heads * value..rows.end * heads * value].to_vec()).collect()
+        step.rows
+            .iter()
+            .map(|rows| out[rows.start * heads * value..rows.end * heads * value].to_vec())
+            .collect()
     }
 
     /// A cache with nothing in it.

@@ -2,6 +2,9 @@
 
 use std::ops::Range;
 
+use r1_core::DType;
+
+use super::rounding::round_to;
 use crate::{GroupScore, Groups, HeadForm, Routing, ScoreFunction};
 
 pub(super) fn embed(ids: &[u32], table: &[f64], dim: usize, first_row: usize) -> Vec<f64> {
@@ -35,6 +38,15 @@ pub(super) fn fp8_scales(x: &[f64], cols: usize, power_of_two: bool) -> Vec<f64>
             let scale = amax as f32 / 448.0;
             if power_of_two { 2f64.powi(f64::from(scale).log2().ceil() as i32) } else { f64::from(scale) }
         })
+        .collect()
+}
+
+/// One row as an FP8 activation holds it.
+pub(super) fn fp8_round_trip(row: &[f64], power_of_two: bool) -> Vec<f64> {
+    let scales = fp8_scales(row, row.len(), power_of_two);
+    row.iter()
+        .enumerate()
+        .map(|(i, v)| round_to(DType::F8E4M3, v / scales[i / 128]) * scales[i / 128])
         .collect()
 }
 
@@ -80,9 +92,7 @@ pub(super) fn rotate(row: &[f64], cos_sin: &[f64]) -> Vec<f64> {
     let (cos, sin) = cos_sin.split_at(row.len() / 2);
     row.chunks(2)
         .enumerate()
-        .flat_map(|(i, pair)| {
-            [pair[0] * cos[i] - pair[1] * sin[i], pair[0] * sin[i] + pair[1] * cos[i]]
-        })
+        .flat_map(|(i, pair)| [pair[0] * cos[i] - pair[1] * sin[i], pair[0] * sin[i] + pair[1] * cos[i]])
         .collect()
 }
 
@@ -92,7 +102,9 @@ pub(super) fn attend(q: &[f64], keys: &[Vec<f64>], values: &[Vec<f64>], scale: f
     let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
     let sum: f64 = weights.iter().sum();
-    (0..values[0].len()).map(|u| weights.iter().zip(values).map(|(w, v)| w * v[u]).sum::<f64>() / sum).collect()
+    (0..values[0].len())
+        .map(|u| weights.iter().zip(values).map(|(w, v)| w * v[u]).sum::<f64>() / sum)
+        .collect()
 }
 
 /// Ids and weights of one token's experts.
@@ -158,10 +170,7 @@ pub(super) fn silu(x: f64) -> f64 {
 
 /// `gate_up` `[T, 2 I]`.
 pub(super) fn silu_mul(gate_up: &[f64], width: usize) -> Vec<f64> {
-    gate_up
-        .chunks(2 * width)
-        .flat_map(|row| (0..width).map(move |i| silu(row[i]) * row[width + i]))
-        .collect()
+    gate_up.chunks(2 * width).flat_map(|row| (0..width).map(move |i| silu(row[i]) * row[width + i])).collect()
 }
 
 /// Gate, up and down `[I, D]`, `[I, D]`, `[D, I]`.

@@ -247,10 +247,12 @@ pub(super) fn weight<B: Backend>(
         }
         Format::Fp8(offset) => {
             let codes: Vec<u8> = (0..n * k)
-                .map(|_| loop {
-                    let code = random.next() as u8;
-                    if !e4m3(code).is_nan() {
-                        return code;
+                .map(|_| {
+                    loop {
+                        let code = random.next() as u8;
+                        if !e4m3(code).is_nan() {
+                            return code;
+                        }
                     }
                 })
                 .collect();

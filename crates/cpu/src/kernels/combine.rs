@@ -51,7 +51,7 @@ impl Kernel for Combine<'_> {
     }
 }
 
-/// One register tile's surroundings: rows of one scale, outputs from `m0` on.
+/// Rows of one scale, and a register tile's width of their columns.
 struct Strip<'a, E> {
     w: *const E,
     ld: usize,

@@ -10,7 +10,7 @@
 use std::ops::Range;
 
 use super::{WeightRows, with_elem};
-use crate::simd::{Elem, Kernel, Simd, slice};
+use crate::simd::{Elem, Kernel, MAX_LANES, Simd, slice};
 use crate::view::Mat;
 
 /// Weight rows per register tile.
@@ -53,15 +53,18 @@ pub(crate) struct TileSize;
 impl TileSize {
     /// Floats of `tile` for `rows` weight rows and any number of tokens.
     pub(crate) fn floats(w: &WeightRows<'_>, rows: usize, tokens: usize) -> usize {
-        let widened = TILE_ROWS * (span_of(w) + crate::simd::MAX_LANES);
-        widened + rows * tokens.min(TOKEN_BLOCK) * crate::simd::MAX_LANES
+        TILE_ROWS * widened_row(w) + rows * tokens.min(TOKEN_BLOCK) * MAX_LANES
     }
 }
 
 /// Columns per pass, whole blocks of scales.
 fn span_of(w: &WeightRows<'_>) -> usize {
-    let span = w.scales.map_or(SPAN, |scales| (SPAN / scales.block[1]).max(1) * scales.block[1]);
-    span.min(w.data.cols.next_multiple_of(crate::simd::MAX_LANES))
+    w.scales.map_or(SPAN, |scales| (SPAN / scales.block[1]).max(1) * scales.block[1])
+}
+
+/// Floats between widened rows.
+fn widened_row(w: &WeightRows<'_>) -> usize {
+    span_of(w).min(w.data.cols).next_multiple_of(MAX_LANES)
 }
 
 /// `y[t * ldy + n - rows.start] = x[t] · w[n]` for the weight rows `rows`.
@@ -183,7 +186,7 @@ impl MatMul<'_> {
             return self.zero();
         }
         let tile = std::mem::take(&mut self.tile);
-        let (widened, totals) = tile.split_at_mut(TILE_ROWS * (span + crate::simd::MAX_LANES));
+        let (widened, totals) = tile.split_at_mut(TILE_ROWS * widened_row(&self.w));
         let mut t0 = 0;
         while t0 < tokens {
             let block = t0..(t0 + TOKEN_BLOCK).min(tokens);

@@ -11,9 +11,6 @@ impl Simulation<'_> {
     pub(super) fn check_finished(&mut self, finished: &Finished, aborted: bool) -> Result<(), String> {
         let seq = finished.seq;
         let client = self.clients.remove(&seq).ok_or_else(|| format!("sequence {seq} reported twice"))?;
-        if self.state.sequence(seq).is_none() {
-            self.device.remove(seq);
-        }
         let (tokens, reason) = client.ideal();
         ensure(finished.prompt_len == client.prompt.len(), || format!("sequence {seq}: prompt length"))?;
         ensure(finished.output() == client.streamed, || {

@@ -14,10 +14,12 @@ pub struct Scenario {
     pub config: SchedConfig,
     /// Most drafts per decode row; each step draws its own number.
     pub max_drafts: usize,
-    /// Chance of a new sequence before each turn of the loop, percent. Bursts come from several in a row.
+    /// Chance of a new sequence before each turn of the loop, and of one more after each, percent; below 100.
     pub arrival_percent: usize,
     /// Chance that some live sequence is aborted before each turn of the loop, percent.
     pub abort_percent: usize,
+    /// Chance that a step fails on the device, percent.
+    pub fail_percent: usize,
     /// Chance that a step's limits are tighter than the configuration's, percent.
     pub tight_percent: usize,
     /// Longest prompt, tokens.
@@ -58,6 +60,7 @@ impl Scenario {
             max_drafts: if rng.percent(50) { 0 } else { rng.range(1, 4) },
             arrival_percent: rng.range(2, 40),
             abort_percent: if rng.percent(30) { 0 } else { rng.range(1, 6) },
+            fail_percent: if rng.percent(80) { 0 } else { rng.range(1, 3) },
             tight_percent: if rng.percent(70) { 0 } else { rng.range(1, 30) },
             max_prompt: rng.range(1, max_model_len),
             max_new_tokens: rng.range(2, max_model_len),

@@ -1,12 +1,9 @@
 //! What requests may hold: what each field becomes, what is refused and how.
-#![forbid(unsafe_code)]
-
-mod support;
-
 use r1_core::{SamplingParams, TokenId};
 use r1_server::{SamplingDefaults, ServerConfig, router};
 use serde_json::{Value, json};
-use support::{EOS, Engine, MAX_MODEL_LEN, chat, complete, model, tokenizer, with};
+
+use crate::support::{EOS, Engine, MAX_MODEL_LEN, chat, complete, model, tokenizer, with};
 
 fn chat_base() -> Value {
     json!({"model": "any", "messages": [{"role": "user", "content": "hi"}]})

@@ -1,6 +1,4 @@
-//! A scripted engine behind a real handle, and a client for the router. Shared by the tests; each uses a part of it.
-#![allow(dead_code)]
-
+//! A scripted engine behind a real handle, and a client for the router.
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -19,10 +17,10 @@ use tokio::sync::mpsc::UnboundedSender;
 use tower::ServiceExt;
 
 /// End of sequence in the bundled model's vocabulary.
-pub const EOS: TokenId = TokenId(1);
-pub const MAX_MODEL_LEN: usize = 256;
+pub(crate) const EOS: TokenId = TokenId(1);
+pub(crate) const MAX_MODEL_LEN: usize = 256;
 
-pub fn tokenizer() -> Arc<Tokenizer> {
+pub(crate) fn tokenizer() -> Arc<Tokenizer> {
     static TOKENIZER: OnceLock<Arc<Tokenizer>> = OnceLock::new();
     let read = || {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cli/model");
@@ -31,7 +29,7 @@ pub fn tokenizer() -> Arc<Tokenizer> {
     TOKENIZER.get_or_init(read).clone()
 }
 
-pub fn model() -> ServedModel {
+pub(crate) fn model() -> ServedModel {
     let tokenizer = tokenizer();
     let template = ChatTemplate::new(
         tokenizer.chat_template().unwrap(),
@@ -51,15 +49,15 @@ pub fn model() -> ServedModel {
 
 /// What the engine says to one request.
 #[derive(Clone)]
-pub struct Script {
-    pub events: Vec<Event>,
+pub(crate) struct Script {
+    pub(crate) events: Vec<Event>,
     /// Leave the generation running after the events, until it is aborted or `Engine::release` is called.
-    pub hold: bool,
+    pub(crate) hold: bool,
 }
 
 impl Script {
     /// Tokens, then the end.
-    pub fn tokens(tokens: &[TokenId], reason: FinishReason) -> Self {
+    pub(crate) fn tokens(tokens: &[TokenId], reason: FinishReason) -> Self {
         let mut events = vec![Event::Scheduled { cached_tokens: 3 }];
         events.extend(tokens.iter().map(|&token| Event::Token { token, logprobs: None }));
         if let FinishReason::Stop(token) = reason {
@@ -70,12 +68,12 @@ impl Script {
     }
 
     /// This text, control tokens in it as such, then end of sequence.
-    pub fn text(text: &str) -> Self {
+    pub(crate) fn text(text: &str) -> Self {
         Self::tokens(&tokenizer().encode(text).unwrap(), FinishReason::Stop(EOS))
     }
 
     /// This text, and no end.
-    pub fn endless(text: &str) -> Self {
+    pub(crate) fn endless(text: &str) -> Self {
         let mut script = Self::text(text);
         script.events.truncate(script.events.len() - 2);
         Self { hold: true, ..script }
@@ -84,11 +82,11 @@ impl Script {
 
 /// What the engine was asked.
 #[derive(Clone, Debug)]
-pub struct Asked {
-    pub id: SeqId,
-    pub prompt: Vec<TokenId>,
-    pub params: SamplingParams,
-    pub priority: i32,
+pub(crate) struct Asked {
+    pub(crate) id: SeqId,
+    pub(crate) prompt: Vec<TokenId>,
+    pub(crate) params: SamplingParams,
+    pub(crate) priority: i32,
 }
 
 #[derive(Default)]
@@ -100,17 +98,17 @@ struct Record {
 
 /// A thread that answers the n-th request by the n-th script, and further ones by the last.
 #[derive(Clone)]
-pub struct Engine {
-    pub handle: Handle,
+pub(crate) struct Engine {
+    pub(crate) handle: Handle,
     record: Arc<Mutex<Record>>,
 }
 
-pub fn info() -> EngineInfo {
+pub(crate) fn info() -> EngineInfo {
     EngineInfo { max_model_len: MAX_MODEL_LEN, vocab_size: tokenizer().vocab_size(), max_queued: 64 }
 }
 
 impl Engine {
-    pub fn new(scripts: Vec<Script>) -> Self {
+    pub(crate) fn new(scripts: Vec<Script>) -> Self {
         let (handle, inbox) = Handle::channel(info());
         inbox.set_status(Status::Ready);
         let record = Arc::new(Mutex::new(Record::default()));
@@ -119,26 +117,26 @@ impl Engine {
         engine
     }
 
-    pub fn saying(text: &str) -> Self {
+    pub(crate) fn saying(text: &str) -> Self {
         Self::new(vec![Script::text(text)])
     }
 
-    pub fn asked(&self) -> Vec<Asked> {
+    pub(crate) fn asked(&self) -> Vec<Asked> {
         self.record.lock().unwrap().asked.clone()
     }
 
-    pub fn aborted(&self) -> Vec<SeqId> {
+    pub(crate) fn aborted(&self) -> Vec<SeqId> {
         self.record.lock().unwrap().aborted.clone()
     }
 
     /// Ends every held generation.
-    pub fn release(&self) {
+    pub(crate) fn release(&self) {
         for (_, events) in self.record.lock().unwrap().held.drain() {
             let _ = events.send(Event::Finished(FinishReason::Length));
         }
     }
 
-    pub fn router(&self, config: ServerConfig) -> Router {
+    pub(crate) fn router(&self, config: ServerConfig) -> Router {
         router(config, model(), self.handle.clone())
     }
 }
@@ -182,25 +180,25 @@ fn answer(inbox: &Inbox, scripts: &[Script], record: &Mutex<Record>) {
 }
 
 /// Made-up log-probabilities that tell the tokens apart.
-pub fn logprobs(token: TokenId, top: u32) -> TokenLogprobs {
+pub(crate) fn logprobs(token: TokenId, top: u32) -> TokenLogprobs {
     let of = |i: u32| (TokenId((token.0 + i) % 512), -0.25 - i as f32);
     TokenLogprobs { logprob: -0.25, top: (0..top).map(of).collect() }
 }
 
 /// A reply, whole.
-pub struct Answer {
-    pub status: StatusCode,
-    pub headers: HeaderMap,
-    pub text: String,
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) text: String,
 }
 
 impl Answer {
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.text).unwrap_or_else(|e| panic!("{e}: {}", self.text))
     }
 
     /// `error.param` of a refusal with this status.
-    pub fn refused(&self, status: u16) -> Value {
+    pub(crate) fn refused(&self, status: u16) -> Value {
         assert_eq!(self.status.as_u16(), status, "{}", self.text);
         let error = self.json()["error"].clone();
         assert!(error["message"].as_str().is_some_and(|m| !m.is_empty()), "{}", self.text);
@@ -209,7 +207,7 @@ impl Answer {
     }
 
     /// The data of every event of a stream that ended well, `[DONE]` taken off.
-    pub fn events(&self) -> Vec<Value> {
+    pub(crate) fn events(&self) -> Vec<Value> {
         assert_eq!(self.headers[header::CONTENT_TYPE], "text/event-stream");
         let mut data: Vec<&str> = self.text.lines().filter_map(|line| line.strip_prefix("data: ")).collect();
         assert_eq!(data.pop(), Some("[DONE]"), "{}", self.text);
@@ -217,36 +215,36 @@ impl Answer {
     }
 }
 
-pub async fn send(router: &Router, request: Request<Body>) -> Answer {
+pub(crate) async fn send(router: &Router, request: Request<Body>) -> Answer {
     let response = router.clone().oneshot(request).await.unwrap();
     let (parts, body) = response.into_parts();
     let text = String::from_utf8(body.collect().await.unwrap().to_bytes().to_vec()).unwrap();
     Answer { status: parts.status, headers: parts.headers, text }
 }
 
-pub async fn get(router: &Router, path: &str) -> Answer {
+pub(crate) async fn get(router: &Router, path: &str) -> Answer {
     send(router, Request::get(path).body(Body::empty()).unwrap()).await
 }
 
-pub async fn post(router: &Router, path: &str, body: &Value) -> Answer {
+pub(crate) async fn post(router: &Router, path: &str, body: &Value) -> Answer {
     send(router, request(Method::POST, path, &body.to_string())).await
 }
 
-pub async fn chat(router: &Router, body: &Value) -> Answer {
+pub(crate) async fn chat(router: &Router, body: &Value) -> Answer {
     post(router, "/v1/chat/completions", body).await
 }
 
-pub async fn complete(router: &Router, body: &Value) -> Answer {
+pub(crate) async fn complete(router: &Router, body: &Value) -> Answer {
     post(router, "/v1/completions", body).await
 }
 
-pub fn request(method: Method, path: &str, body: &str) -> Request<Body> {
+pub(crate) fn request(method: Method, path: &str, body: &str) -> Request<Body> {
     let builder = Request::builder().method(method).uri(path).header(header::CONTENT_TYPE, "application/json");
     builder.body(Body::from(body.to_owned())).unwrap()
 }
 
 /// `base` with the fields of `more`.
-pub fn with(base: &Value, more: &Value) -> Value {
+pub(crate) fn with(base: &Value, more: &Value) -> Value {
     let mut merged = base.clone();
     for (name, value) in more.as_object().unwrap() {
         merged[name.as_str()] = value.clone();
@@ -255,7 +253,7 @@ pub fn with(base: &Value, more: &Value) -> Value {
 }
 
 /// Waits until `condition` holds; fails the test when it does not within ten seconds.
-pub async fn eventually(what: &str, condition: impl Fn() -> bool) {
+pub(crate) async fn eventually(what: &str, condition: impl Fn() -> bool) {
     let start = Instant::now();
     while !condition() {
         assert!(start.elapsed() < Duration::from_secs(10), "not within 10 s: {what}");
