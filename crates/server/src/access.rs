@@ -81,7 +81,8 @@ pub(crate) async fn log_request(mut request: Request, next: Next) -> Response {
         status: None,
         stream: false,
     };
-    let header_bytes: usize = request.headers().iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
+    let header_bytes: usize =
+        request.headers().iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
     let mut response = if header_bytes > MAX_HEADER_BYTES {
         ApiError::headers_too_large(MAX_HEADER_BYTES).into_response()
     } else {

@@ -136,7 +136,9 @@ mod tests {
         for good in ["https://chat.example.com", "http://localhost:8080"] {
             assert!(good.parse::<Origin>().is_ok(), "{good}");
         }
-        for bad in ["", "*", "chat.example.com", "https://", "https://a/b", "https://a, https://b", "https://a\n"] {
+        for bad in
+            ["", "*", "chat.example.com", "https://", "https://a/b", "https://a, https://b", "https://a\n"]
+        {
             assert_eq!(bad.parse::<Origin>(), Err(InvalidOrigin(bad.to_owned())));
         }
     }

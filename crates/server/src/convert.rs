@@ -141,7 +141,8 @@ fn max_prompt_tokens(app: &App) -> usize {
 fn check_num_choices(app: &App, prompts: usize, n: usize) -> Result<(), ApiError> {
     let max = app.config.max_choices;
     if prompts.saturating_mul(n) > max {
-        let problem = format!("{prompts} prompts times n = {n} are over this server's limit of {max} choices");
+        let problem =
+            format!("{prompts} prompts times n = {n} are over this server's limit of {max} choices");
         return Err(ApiError::bad_field("n", problem));
     }
     Ok(())
@@ -177,8 +178,12 @@ fn job(
             params.seed = common.seed.map_or_else(random_u64, |seed| seed.wrapping_add(nth as u64));
             let decoder = Decoder::new(app.model.tokenizer.clone(), rules.clone())
                 .map_err(|e| ApiError::bad_field("stop", e))?;
-            let request =
-                Request { prompt: prompt.tokens.clone(), params, priority: common.priority, constraint: None };
+            let request = Request {
+                prompt: prompt.tokens.clone(),
+                params,
+                priority: common.priority,
+                constraint: None,
+            };
             choices.push(ChoiceJob { prompt: index, request, decoder, echo: prompt.echo.clone() });
         }
     }
@@ -256,7 +261,10 @@ fn top_k(asked: Option<i64>, default: Option<u32>) -> Result<Option<u32>, ApiErr
         None => Ok(default.filter(|k| *k > 0)),
         Some(-1 | 0) => Ok(None),
         Some(k) if k > 0 => Ok(Some(u32::try_from(k).unwrap_or(u32::MAX))),
-        Some(k) => Err(ApiError::bad_field("top_k", format!("is {k}; it must be at least 1, or -1 or 0 to keep all"))),
+        Some(k) => Err(ApiError::bad_field(
+            "top_k",
+            format!("is {k}; it must be at least 1, or -1 or 0 to keep all"),
+        )),
     }
 }
 

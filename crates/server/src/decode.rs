@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use r1_core::{FinishReason, TokenId};
 use r1_engine::TokenLogprobs;
-use r1_text::{ControlText, Delta as Sorted, Detokenizer, OutputParser, ParserConfig, TextError, TokenClass, Tokenizer};
+use r1_text::{
+    ControlText, Delta as Sorted, Detokenizer, OutputParser, ParserConfig, TextError, TokenClass, Tokenizer,
+};
 
 use crate::metrics::Ended;
 

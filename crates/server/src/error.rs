@@ -88,7 +88,12 @@ impl ApiError {
 
     pub(crate) fn wrong_method(method: &str, path: &str) -> Self {
         let message = format!("{path} does not answer {method}; the Allow header names what it answers");
-        Self::new(StatusCode::METHOD_NOT_ALLOWED, "invalid_request_error", Some("method_not_supported"), message)
+        Self::new(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "invalid_request_error",
+            Some("method_not_supported"),
+            message,
+        )
     }
 
     pub(crate) fn unknown_model(model: &str, served: &[String]) -> Self {
@@ -163,7 +168,9 @@ impl From<SubmitError> for ApiError {
         let message = error.to_string();
         match error {
             SubmitError::Loading => Self::unavailable("loading", message, Duration::from_secs(5)),
-            SubmitError::NotRunning(_) => Self::unavailable("engine_failed", message, Duration::from_secs(30)),
+            SubmitError::NotRunning(_) => {
+                Self::unavailable("engine_failed", message, Duration::from_secs(30))
+            }
             SubmitError::QueueFull { .. } => {
                 let status = StatusCode::TOO_MANY_REQUESTS;
                 let mut error = Self::new(status, "rate_limit_error", Some("queue_full"), message);

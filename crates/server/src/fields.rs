@@ -47,6 +47,8 @@ pub(crate) const NOT_YET: &[NotYet] = &[
     row("truncate_prompt_tokens", &[], "shorten the prompt before sending it"),
     row("allowed_token_ids", &["[]"], "`logit_bias` can forbid single tokens"),
     row("bad_words", &["[]"], "`logit_bias` can forbid single tokens"),
+    row("stop_regex", &["[]", r#""""#], "use `stop`"),
+    row("no_stop_trim", &["false"], "use `include_stop_str_in_output`"),
     row("use_beam_search", &["false"], LEAVE_OUT),
     row("length_penalty", &["1", "1.0"], LEAVE_OUT),
     row("logits_processors", &["[]"], LEAVE_OUT),
@@ -85,8 +87,11 @@ pub(crate) const NOT_YET_CHAT: &[NotYet] = &[
 ];
 
 /// Fields of completions that are refused.
-pub(crate) const NOT_YET_COMPLETION: &[NotYet] =
-    &[row("add_special_tokens", &["true"], "send `prompt` as token ids to decide about special tokens yourself")];
+pub(crate) const NOT_YET_COMPLETION: &[NotYet] = &[row(
+    "add_special_tokens",
+    &["true"],
+    "send `prompt` as token ids to decide about special tokens yourself",
+)];
 
 /// The fields of one request that nobody has asked about yet.
 pub(crate) struct Fields {

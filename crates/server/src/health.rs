@@ -58,13 +58,16 @@ pub(crate) fn answer(engine: &Handle, draining: bool, watch: &StuckWatch) -> Res
         Status::Failed(error) => Health::Failed { error },
         Status::Stopped => Health::Stopped,
         _ if draining => Health::Draining,
-        Status::Loading { progress, elapsed } => Health::Loading { progress, eta_s: eta_s(progress, elapsed) },
+        Status::Loading { progress, elapsed } => {
+            Health::Loading { progress, eta_s: eta_s(progress, elapsed) }
+        }
         Status::Ready => match watch.stuck_for(&engine.stats(), Instant::now()) {
             Some(silent) => Health::Stuck { no_step_for_s: silent.as_secs() },
             None => Health::Ready,
         },
     };
-    let status = if matches!(health, Health::Ready) { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let status =
+        if matches!(health, Health::Ready) { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let mut response = (status, Json(&health)).into_response();
     if let Health::Loading { eta_s, .. } = health {
         response.headers_mut().insert(header::RETRY_AFTER, retry_after(eta_s));

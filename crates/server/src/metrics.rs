@@ -10,16 +10,16 @@ use r1_engine::Stats;
 
 /// Seconds to the first token: from a cached short prompt to a long one behind a queue.
 const FIRST_TOKEN_BUCKETS_S: &[f64] = &[
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-    160.0, 640.0, 2560.0,
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+    80.0, 160.0, 640.0, 2560.0,
 ];
 /// Seconds between two tokens: from a GPU's step to a CPU's.
 const INTER_TOKEN_BUCKETS_S: &[f64] =
     &[0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0];
 /// Seconds of a whole request or of its time in the queue.
 const REQUEST_BUCKETS_S: &[f64] = &[
-    0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
-    1920.0, 7680.0,
+    0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
+    480.0, 960.0, 1920.0, 7680.0,
 ];
 
 const HISTOGRAMS: [(&str, &[f64]); 8] = [
@@ -177,7 +177,8 @@ impl Metrics {
             kv_tokens_used: new.gauge("sglang:num_used_tokens", "Tokens that the held KV cache blocks hold."),
             kv_tokens_total: new.gauge("sglang:max_total_num_tokens", "Tokens that the KV cache holds."),
             gen_throughput: new.gauge("sglang:gen_throughput", "Generated tokens per second."),
-            cache_hit_rate: new.gauge("sglang:cache_hit_rate", "Share of prompt tokens found in the prefix cache."),
+            cache_hit_rate: new
+                .gauge("sglang:cache_hit_rate", "Share of prompt tokens found in the prefix cache."),
             prompt_tokens: new.both(
                 Registrar::counter,
                 "vllm:prompt_tokens_total",
@@ -195,7 +196,8 @@ impl Metrics {
             preemptions: new.counter("vllm:num_preemptions_total", "Sequences that gave up their blocks."),
             prefix_queries: new
                 .counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."),
-            prefix_hits: new.counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache."),
+            prefix_hits: new
+                .counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache."),
             queried_tokens: AtomicU64::new(0),
             hit_tokens: AtomicU64::new(0),
             requests: new.counter("sglang:num_requests_total", "Choices that ended."),

@@ -94,8 +94,11 @@ pub(crate) fn opening_chunks(header: &Header, num_choices: usize) -> Vec<Chunk<'
         Shape::Completion => Vec::new(),
         Shape::Chat => (0..num_choices)
             .map(|index| {
-                let delta =
-                    ChunkDelta { role: Some("assistant"), content: Some(String::new()), ..ChunkDelta::default() };
+                let delta = ChunkDelta {
+                    role: Some("assistant"),
+                    content: Some(String::new()),
+                    ..ChunkDelta::default()
+                };
                 header.chat_chunk(vec![chunk_choice(index, delta)])
             })
             .collect(),
@@ -119,7 +122,11 @@ pub(crate) fn chunks(header: &Header, index: usize, update: Update) -> Vec<Chunk
                 Update::Delta(delta) => (delta, None),
                 Update::End(end) => (Delta::default(), Some(end)),
             };
-            vec![Chunk::Completion(header.completion_reply(vec![completion_choice(index, delta, end.as_ref())]))]
+            vec![Chunk::Completion(header.completion_reply(vec![completion_choice(
+                index,
+                delta,
+                end.as_ref(),
+            )]))]
         }
     }
 }

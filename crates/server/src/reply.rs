@@ -48,7 +48,12 @@ pub(crate) struct Reply {
 
 impl Reply {
     /// Submits every choice; when one is refused, those before it are aborted.
-    pub(crate) fn start(app: Arc<App>, log: Arc<RequestLog>, job: Job, active: Active) -> Result<Self, ApiError> {
+    pub(crate) fn start(
+        app: Arc<App>,
+        log: Arc<RequestLog>,
+        job: Job,
+        active: Active,
+    ) -> Result<Self, ApiError> {
         let header = job.header.with_id(&log.id);
         let prompts: Vec<(u64, u64)> = job.prompt_tokens.iter().map(|&tokens| (tokens as u64, 0)).collect();
         log.prompt_tokens.store(prompts.iter().map(|p| p.0).sum(), Ordering::Relaxed);
@@ -69,7 +74,16 @@ impl Reply {
             };
             updates.push(running.updates(index, choice.echo));
         }
-        Ok(Self { header, log, updates, prompt_of, prompts, completion_tokens: 0, reasoning_tokens: 0, active })
+        Ok(Self {
+            header,
+            log,
+            updates,
+            prompt_of,
+            prompts,
+            completion_tokens: 0,
+            reasoning_tokens: 0,
+            active,
+        })
     }
 
     pub(crate) fn choices(&self) -> usize {
@@ -108,7 +122,8 @@ impl Reply {
 
 /// Waits for the whole reply.
 pub(crate) async fn collect(mut reply: Reply) -> Result<Response, ApiError> {
-    let mut choices: Vec<(Delta, Option<End>)> = (0..reply.choices()).map(|_| (Delta::default(), None)).collect();
+    let mut choices: Vec<(Delta, Option<End>)> =
+        (0..reply.choices()).map(|_| (Delta::default(), None)).collect();
     while let Some(next) = reply.next().await {
         let (index, update) = next?;
         match update {
@@ -175,6 +190,7 @@ impl Choice {
             }
             Event::Finished(reason) => self.end(Some(reason)),
             Event::Failed(error) => {
+                tracing::error!(request_id = %self.log.id, %error, "generation failed");
                 self.ended = Some(Ended::Failed);
                 self.generation = None;
                 vec![Err(error.into())]

@@ -75,7 +75,11 @@ fn cors_layer(cors: &Cors) -> Option<CorsLayer> {
     };
     // `Authorization` is not covered by `*`, so the headers that a page asks for are mirrored.
     let layer = CorsLayer::new().allow_origin(origins).allow_methods(AllowMethods::mirror_request());
-    Some(layer.allow_headers(AllowHeaders::mirror_request()).expose_headers([access::REQUEST_ID, header::RETRY_AFTER]))
+    Some(
+        layer
+            .allow_headers(AllowHeaders::mirror_request())
+            .expose_headers([access::REQUEST_ID, header::RETRY_AFTER]),
+    )
 }
 
 async fn unknown_path(method: Method, uri: Uri) -> ApiError {
@@ -153,15 +157,12 @@ async fn generate(
         let app = app.clone();
         tokio::task::spawn_blocking(move || convert(&app, &body))
     };
-    let job = converting.await.map_err(|e| ApiError::internal(format!("reading the request failed: {e}")))??;
+    let job =
+        converting.await.map_err(|e| ApiError::internal(format!("reading the request failed: {e}")))??;
     let streaming = job.stream;
     let ping_interval = app.config.ping_interval;
     let reply = Reply::start(app, log, job, active)?;
-    if streaming {
-        Ok(sse::stream(reply, ping_interval))
-    } else {
-        reply::collect(reply).await
-    }
+    if streaming { Ok(sse::stream(reply, ping_interval)) } else { reply::collect(reply).await }
 }
 
 async fn read_body(config: &ServerConfig, request: Request) -> Result<axum::body::Bytes, ApiError> {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use r1_engine::Handle;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
 
 use crate::app::App;
 use crate::config::{ServedModel, ServerConfig};
@@ -17,7 +17,7 @@ use crate::routes;
 
 /// How often recorded samples are folded into their histograms.
 const METRICS_UPKEEP: Duration = Duration::from_secs(5);
-/// How long connections may take to hand over what was written before they are dropped.
+/// How long connections may take beyond the shutdown timeout to hand over what was written.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Serves on `listener` until `shutdown` resolves.
@@ -57,14 +57,15 @@ pub async fn serve(
 
     tracing::info!(timeout_s = shutdown_timeout.as_secs(), "shutting down: waiting for running requests");
     app.drain.begin();
+    let deadline = Instant::now() + shutdown_timeout;
     tokio::select! {
         ended = &mut server => return ended,
-        drained = timeout(shutdown_timeout, app.drain.idle()) => if drained.is_err() {
+        drained = timeout_at(deadline, app.drain.idle()) => if drained.is_err() {
             tracing::warn!("running requests are cut off: the shutdown timeout is over");
             app.drain.cut();
         }
     }
     drop(close);
     // Connections that do not take their last bytes are dropped with the runtime.
-    timeout(FLUSH_TIMEOUT, server).await.unwrap_or(Ok(()))
+    timeout_at(deadline + FLUSH_TIMEOUT, server).await.unwrap_or(Ok(()))
 }

@@ -269,7 +269,8 @@ fn check_expanded<B: Backend>(
     let gathered: usize = contexts[seqs.clone()].iter().sum();
     let q = queries(backend, random, step, &seqs, &[tokens, heads, nope + rope], dtype);
     let kv_shape = [gathered, heads, nope + value];
-    let kv = Slab::normal(backend, random, &kv_shape, dtype, LAYOUTS[random.below(2)], 1.0);
+    let layout = LAYOUTS[random.below(2)];
+    let kv = Slab::normal(backend, random, &kv_shape, dtype, layout, 1.0);
     let k_rope = Slab::normal(backend, random, &[gathered, rope], dtype, Layout::Gaps, 1.0);
     let out = Slab::poison(backend, &[tokens, heads, value], dtype, LAYOUTS[random.below(2)]);
     let scale = 0.25;

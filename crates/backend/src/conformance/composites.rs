@@ -135,7 +135,7 @@ fn check_add_rms_norm<B: Backend>(
     let (weight, _) = imported(backend, random, &shape[1..], dtype, 1.0);
     let residual = random.normals(shape[0] * shape[1], 1.0);
     let x = random.normals(shape[0] * shape[1], 1.0);
-    let mut run = |default: bool| {
+    let run = |default: bool| {
         let residual = Slab::floats(backend, &shape, dtype, layout, &residual);
         let x = Slab::floats(backend, &shape, dtype, layout, &x);
         let out = output(backend, &shape, dtype, fp8);

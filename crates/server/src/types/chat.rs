@@ -81,7 +81,8 @@ impl ChatRequest {
         if messages.is_empty() {
             return Err(ApiError::bad_field("messages", "empty; at least one message is needed"));
         }
-        let mut template_kwargs: Map<String, Value> = fields.take("chat_template_kwargs")?.unwrap_or_default();
+        let mut template_kwargs: Map<String, Value> =
+            fields.take("chat_template_kwargs")?.unwrap_or_default();
         if let Some(thinking) = fields.take::<Thinking>("thinking")? {
             template_kwargs.insert("thinking".into(), Value::Bool(thinking.kind == ThinkingKind::Enabled));
         }
@@ -133,7 +134,9 @@ fn read_message(index: usize, mut message: Map<String, Value>) -> Result<ChatMes
     let mut take = |field: &str| message.remove(field).filter(|value| !value.is_null());
     let role = take("role").ok_or_else(|| ApiError::bad_field(at("role"), "missing"))?;
     let role: Role = typed(at("role"), role)?;
-    for (field, neutral) in [("prefix", Value::Bool(false)), ("audio", Value::Null), ("function_call", Value::Null)] {
+    for (field, neutral) in
+        [("prefix", Value::Bool(false)), ("audio", Value::Null), ("function_call", Value::Null)]
+    {
         if take(field).is_some_and(|value| value != neutral) {
             return Err(ApiError::not_supported(at(field), "leave it out"));
         }

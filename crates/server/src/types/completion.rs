@@ -52,7 +52,10 @@ impl CompletionRequest {
             logprobs: fields.take("logprobs")?,
         };
         if request.echo && request.logprobs.is_some() {
-            return Err(ApiError::not_supported("echo", "with `logprobs` it needs the prompt's log-probabilities"));
+            return Err(ApiError::not_supported(
+                "echo",
+                "with `logprobs` it needs the prompt's log-probabilities",
+            ));
         }
         fields.ignore_rest();
         Ok(request)

@@ -253,7 +253,10 @@ async fn silence_means_the_models_defaults_then_openais() {
     let asked = engine.asked();
     let (silent, again, spoken) = (&asked[0], &asked[1], &asked[2]);
     assert_eq!((silent.params.temperature, silent.params.top_p), (0.6, 0.95), "generation_config.json");
-    assert_eq!((silent.params.top_k, silent.params.min_p, silent.params.repetition_penalty), (None, 0.0, 1.0));
+    assert_eq!(
+        (silent.params.top_k, silent.params.min_p, silent.params.repetition_penalty),
+        (None, 0.0, 1.0)
+    );
     assert_eq!(silent.params.max_tokens as usize, MAX_MODEL_LEN - silent.prompt.len(), "what is left");
     assert_eq!(silent.params.stop_token_ids, [EOS]);
     assert_ne!(silent.params.seed, again.params.seed, "a fresh seed for each request");
@@ -274,12 +277,8 @@ async fn prompts_come_in_four_forms() {
     let router = engine.router(ServerConfig::default());
     let tokens = tokenizer().encode("hello there").unwrap();
     let ids: Vec<u32> = tokens.iter().map(|token| token.0).collect();
-    for prompt in [
-        json!("hello there"),
-        json!(ids),
-        json!(["hello there", "hello there"]),
-        json!([ids, ids]),
-    ] {
+    for prompt in [json!("hello there"), json!(ids), json!(["hello there", "hello there"]), json!([ids, ids])]
+    {
         let answer = complete(&router, &json!({"prompt": prompt})).await;
         assert_eq!(answer.status, 200, "{}", answer.text);
     }

@@ -13,7 +13,9 @@ use r1_server::{Cors, ServerConfig, router};
 use serde_json::json;
 use tower::ServiceExt;
 
-use crate::support::{Engine, MAX_MODEL_LEN, Script, chat, complete, eventually, get, info, model, post, request, send};
+use crate::support::{
+    Engine, MAX_MODEL_LEN, Script, chat, complete, eventually, get, info, model, post, request, send,
+};
 
 fn hi() -> serde_json::Value {
     json!({"messages": [{"role": "user", "content": "hi"}]})
@@ -37,7 +39,8 @@ async fn every_path_answers_under_its_prefixes() {
             if !root.contains('{') {
                 let chat = post(&router, &format!("{prefix}/chat/completions"), &hi()).await;
                 assert_eq!(chat.status, 200, "{prefix}: {}", chat.text);
-                let completion = post(&router, &format!("{prefix}/completions"), &json!({"prompt": "hi"})).await;
+                let completion =
+                    post(&router, &format!("{prefix}/completions"), &json!({"prompt": "hi"})).await;
                 assert_eq!(completion.status, 200, "{prefix}: {}", completion.text);
             }
         }
@@ -260,7 +263,11 @@ async fn the_access_log_has_one_line_per_request_and_no_words_of_it() {
     let writer = log.clone();
     let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
     let _guard = tracing::subscriber::set_default(subscriber);
-    let engine = Engine::new(vec![Script::text("secret reply"), Script::text("secret reply"), Script::endless("secret reply")]);
+    let engine = Engine::new(vec![
+        Script::text("secret reply"),
+        Script::text("secret reply"),
+        Script::endless("secret reply"),
+    ]);
     let router = engine.router(ServerConfig::default());
     let body = json!({"messages": [{"role": "user", "content": "secret prompt"}]});
     let mut streamed = body.clone();
@@ -268,7 +275,8 @@ async fn the_access_log_has_one_line_per_request_and_no_words_of_it() {
 
     let whole = chat(&router, &body).await.json();
     chat(&router, &streamed).await.events();
-    let left = router.clone().oneshot(request(Method::POST, "/v1/chat/completions", &streamed.to_string())).await;
+    let left =
+        router.clone().oneshot(request(Method::POST, "/v1/chat/completions", &streamed.to_string())).await;
     let mut left = left.unwrap().into_body();
     left.frame().await.unwrap().unwrap();
     drop(left);
@@ -278,7 +286,8 @@ async fn the_access_log_has_one_line_per_request_and_no_words_of_it() {
     assert_eq!(lines.len(), 3, "{lines:#?}");
     assert!(lines.iter().all(|line| !line.contains("secret")), "{lines:#?}");
     let usage = &whole["usage"];
-    let tokens = format!("prompt_tokens={} completion_tokens={}", usage["prompt_tokens"], usage["completion_tokens"]);
+    let tokens =
+        format!("prompt_tokens={} completion_tokens={}", usage["prompt_tokens"], usage["completion_tokens"]);
     for (line, status) in lines.iter().zip([200, 200, 499]) {
         let what = format!("method=POST path=/v1/chat/completions status={status} ms=");
         assert!(line.contains("INFO") && line.contains("request_id=") && line.contains(&what), "{line}");

@@ -26,8 +26,9 @@ fn cut(text: &str, random: &mut u64) -> Vec<TokenId> {
     let mut at = 0;
     let mut tokens = Vec::new();
     while at < bytes.len() {
-        let fits: Vec<usize> =
-            (1..=30.min(bytes.len() - at)).filter(|len| by_bytes.contains_key(&bytes[at..at + len])).collect();
+        let fits: Vec<usize> = (1..=30.min(bytes.len() - at))
+            .filter(|len| by_bytes.contains_key(&bytes[at..at + len]))
+            .collect();
         *random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
         let len = fits[(*random >> 33) as usize % fits.len()];
         tokens.push(by_bytes[&bytes[at..at + len]]);
@@ -106,6 +107,7 @@ async fn the_stream_adds_up_to_the_whole_reply_for_any_split() {
     let mut random = 7;
     for text in texts {
         for way in &ways {
+            let mut message = None;
             for _ in 0..6 {
                 let tokens = cut(text, &mut random);
                 let other = cut(text, &mut random);
@@ -118,8 +120,15 @@ async fn the_stream_adds_up_to_the_whole_reply_for_any_split() {
                 let router = Engine::new(scripts).router(ServerConfig::default());
                 let body = with(&hi(), way);
                 let whole = chat(&router, &body).await.json();
-                let streaming = with(&body, &json!({"stream": true, "stream_options": {"include_usage": true}}));
+                let streaming =
+                    with(&body, &json!({"stream": true, "stream_options": {"include_usage": true}}));
                 let streamed = add_up(&chat(&router, &streaming).await.events());
+                let said = whole["choices"][0]["message"].clone();
+                assert_eq!(
+                    *message.get_or_insert_with(|| said.clone()),
+                    said,
+                    "{text:?} as {tokens:?} with {way}"
+                );
                 for part in ["choices", "usage"] {
                     let (whole, streamed) = (without_nulls(&whole[part]), without_nulls(&streamed[part]));
                     assert_eq!(streamed, whole, "{part} of {text:?} as {tokens:?} with {way}");
@@ -140,12 +149,17 @@ async fn text_completions_add_up_too() {
     ] {
         for _ in 0..10 {
             let tokens = cut("<think>no 🍓 parser</think> here STOP there", &mut random);
-            let router = Engine::new(vec![Script::tokens(&tokens, FinishReason::Length)]).router(ServerConfig::default());
+            let router = Engine::new(vec![Script::tokens(&tokens, FinishReason::Length)])
+                .router(ServerConfig::default());
             let body = with(&json!({"prompt": ["hi", "ho"]}), &way);
             let whole = complete(&router, &body).await.json();
             let streaming = with(&body, &json!({"stream": true, "stream_options": {"include_usage": true}}));
             let streamed = add_up(&complete(&router, &streaming).await.events());
-            assert_eq!(without_nulls(&streamed["choices"]), without_nulls(&whole["choices"]), "{tokens:?} {way}");
+            assert_eq!(
+                without_nulls(&streamed["choices"]),
+                without_nulls(&whole["choices"]),
+                "{tokens:?} {way}"
+            );
             assert_eq!(streamed["usage"], whole["usage"]);
         }
     }
@@ -177,10 +191,15 @@ async fn a_stream_begins_with_the_role_and_ends_with_the_reason_usage_and_done()
     assert_eq!(plain.headers["x-accel-buffering"], "no");
     let events = plain.events();
     assert_eq!(events[0]["choices"][0]["delta"], json!({"role": "assistant", "content": ""}));
-    assert!(events.iter().all(|event| event.get("usage").is_none() && event["object"] == "chat.completion.chunk"));
+    assert!(
+        events.iter().all(|event| event.get("usage").is_none() && event["object"] == "chat.completion.chunk")
+    );
     assert!(events.iter().all(|event| event["id"] == events[0]["id"]));
     let last = &events[events.len() - 1]["choices"][0];
-    assert_eq!((&last["delta"], &last["finish_reason"], &last["matched_stop"]), (&json!({}), &json!("stop"), &json!(1)));
+    assert_eq!(
+        (&last["delta"], &last["finish_reason"], &last["matched_stop"]),
+        (&json!({}), &json!("stop"), &json!(1))
+    );
     for event in &events[1..events.len() - 1] {
         let delta = event["choices"][0]["delta"].as_object().unwrap();
         assert_eq!(event["choices"][0]["finish_reason"], Value::Null);
@@ -234,7 +253,8 @@ async fn stop_strings_end_the_text_the_count_and_the_generation() {
         more
     });
     assert_eq!(reply["usage"]["completion_tokens"], counted.count());
-    crate::support::eventually("the generation is aborted", || engine.aborted() == [engine.asked()[0].id]).await;
+    crate::support::eventually("the generation is aborted", || engine.aborted() == [engine.asked()[0].id])
+        .await;
 
     let kept = json!({"prompt": "hi", "stop": "STOP", "include_stop_str_in_output": true});
     assert_eq!(complete(&router, &kept).await.json()["choices"][0]["text"], "one two STOP");
@@ -246,7 +266,14 @@ async fn reasons_to_end_are_told_apart() {
     let stop = tokenizer().encode("!").unwrap()[0];
     let cases = [
         (json!({}), FinishReason::Stop(EOS), json!("stop"), json!(null), json!(1), "word"),
-        (json!({"stop_token_ids": [stop.0]}), FinishReason::Stop(stop), json!("stop"), json!(stop.0), json!(stop.0), "word"),
+        (
+            json!({"stop_token_ids": [stop.0]}),
+            FinishReason::Stop(stop),
+            json!("stop"),
+            json!(stop.0),
+            json!(stop.0),
+            "word",
+        ),
         (
             json!({"stop_token_ids": [stop.0], "include_stop_str_in_output": true}),
             FinishReason::Stop(stop),
@@ -271,7 +298,11 @@ async fn reasons_to_end_are_told_apart() {
         let reply = complete(&router, &with(&json!({"prompt": "hi"}), &fields)).await.json();
         let choice = &reply["choices"][0];
         assert_eq!(choice["finish_reason"], finish_reason, "{fields} {ends:?}");
-        assert_eq!((&choice["stop_reason"], &choice["matched_stop"]), (&stop_reason, &matched_stop), "{fields}");
+        assert_eq!(
+            (&choice["stop_reason"], &choice["matched_stop"]),
+            (&stop_reason, &matched_stop),
+            "{fields}"
+        );
         assert_eq!(choice["text"], text, "{fields} {ends:?}");
     }
 }
@@ -302,7 +333,8 @@ async fn token_ids_are_echoed_as_text() {
 #[tokio::test]
 async fn logprobs_have_openais_shapes() {
     let tokens = cut("é🍓a", &mut 3);
-    let router = Engine::new(vec![Script::tokens(&tokens, FinishReason::Length)]).router(ServerConfig::default());
+    let router =
+        Engine::new(vec![Script::tokens(&tokens, FinishReason::Length)]).router(ServerConfig::default());
     let closed = json!({"thinking": {"type": "disabled"}, "logprobs": true, "top_logprobs": 2});
     let reply = chat(&router, &with(&hi(), &closed)).await.json();
     let content = reply["choices"][0]["logprobs"]["content"].as_array().unwrap();

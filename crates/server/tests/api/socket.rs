@@ -87,7 +87,7 @@ async fn clients_that_leave_abort_their_generations() {
     let engine = Engine::new(vec![Script::endless("word ")]);
     let server = Server::start(&engine, ServerConfig::default()).await;
     let mut streaming = server.post(&streamed()).await;
-    streaming.until("word").await;
+    streaming.until("\"text\"").await;
     let waiting = server.post(&json!({"prompt": "hi", "n": 2})).await;
     eventually("all are submitted", || engine.asked().len() == 3).await;
     assert!(engine.aborted().is_empty());
@@ -118,7 +118,7 @@ async fn a_stopping_server_refuses_new_requests_and_finishes_the_running_ones() 
     let engine = Engine::new(vec![Script::endless("word ")]);
     let mut server = Server::start(&engine, ServerConfig::default()).await;
     let mut running = server.post(&streamed()).await;
-    running.until("word").await;
+    running.until("\"text\"").await;
     let mut health = server.connect().await;
     health.write("GET /health HTTP/1.1\r\nhost: here\r\n\r\n").await;
     health.until("ready").await;
@@ -152,7 +152,7 @@ async fn requests_that_outlive_the_shutdown_timeout_are_told_and_aborted() {
     let config = ServerConfig { shutdown_timeout: Duration::from_millis(50), ..ServerConfig::default() };
     let mut server = Server::start(&engine, config).await;
     let mut streaming = server.post(&streamed()).await;
-    streaming.until("word").await;
+    streaming.until("\"text\"").await;
     let mut waiting = server.post(&json!({"prompt": "hi"})).await;
     eventually("both are submitted", || engine.asked().len() == 2).await;
     server.stop();

@@ -41,7 +41,11 @@ pub(crate) fn model() -> ServedModel {
         names: vec!["tiny-r1".into(), "org/alias".into()],
         tokenizer,
         template: Some(Arc::new(template.unwrap())),
-        defaults: SamplingDefaults { temperature: Some(0.6), top_p: Some(0.95), ..SamplingDefaults::default() },
+        defaults: SamplingDefaults {
+            temperature: Some(0.6),
+            top_p: Some(0.95),
+            ..SamplingDefaults::default()
+        },
         eos_token_ids: vec![EOS],
         reasoning_parser: ReasoningParser::DeepSeekR1,
     }
@@ -239,7 +243,8 @@ pub(crate) async fn complete(router: &Router, body: &Value) -> Answer {
 }
 
 pub(crate) fn request(method: Method, path: &str, body: &str) -> Request<Body> {
-    let builder = Request::builder().method(method).uri(path).header(header::CONTENT_TYPE, "application/json");
+    let builder =
+        Request::builder().method(method).uri(path).header(header::CONTENT_TYPE, "application/json");
     builder.body(Body::from(body.to_owned())).unwrap()
 }
 
