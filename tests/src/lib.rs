@@ -4,6 +4,8 @@
 mod feed;
 mod golden;
 pub mod server;
+mod tiny;
 
 pub use feed::{Feed, Load, teacher_force};
 pub use golden::{Gap, Golden, goldens_dir};
+pub use tiny::{start_tiny, tiny_dir};

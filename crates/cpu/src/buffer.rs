@@ -142,6 +142,11 @@ pub(crate) struct ReadGuard<'a> {
     pub(crate) len: usize,
 }
 
+// SAFETY: the bytes do not change while the guard lives, whoever looks at them.
+unsafe impl Send for ReadGuard<'_> {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for ReadGuard<'_> {}
+
 impl Drop for ReadGuard<'_> {
     fn drop(&mut self) {
         self.buffer.borrows.fetch_sub(1, Ordering::Release);

@@ -1,6 +1,7 @@
 //! Borrowed tensors as kernels see them: typed, strided, checked once against their memory.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use r1_backend::Tensor;
 use r1_core::DType;
@@ -66,16 +67,7 @@ impl<'a> In<'a> {
 
     /// Row `i` of a U32 matrix.
     pub(crate) fn u32_row(&self, i: usize) -> &[u32] {
-        assert!(
-            self.tensor.dtype() == DType::U32 && self.tensor.shape().len() == 2 && i < self.tensor.dim(0),
-            "row {i} of {:?}",
-            self.tensor
-        );
-        // SAFETY: row `i` exists, see `u32s`.
-        unsafe {
-            let row = self.start().cast::<u32>().add(i * self.tensor.strides()[0]);
-            std::slice::from_raw_parts(row, self.tensor.dim(1))
-        }
+        self.mat().u32_row(i)
     }
 }
 
@@ -168,6 +160,20 @@ impl<'a> Mat<'a> {
         self.ptr.wrapping_add(i * self.stride * self.dtype.size_bytes())
     }
 
+    /// Rows `range`.
+    pub(crate) fn slice(&self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.rows, "rows {range:?} of {}", self.rows);
+        let ptr = self.ptr.wrapping_add(range.start * self.stride * self.dtype.size_bytes());
+        Self { ptr, rows: range.len(), ..*self }
+    }
+
+    /// Row `i` of a U32 matrix, in place.
+    pub(crate) fn u32_row(&self, i: usize) -> &'a [u32] {
+        assert_eq!(self.dtype, DType::U32, "rows are not U32");
+        // SAFETY: the row exists, is aligned, and nobody writes it during 'a.
+        unsafe { std::slice::from_raw_parts(self.row(i).cast(), self.cols) }
+    }
+
     /// Row `i` of an F32 matrix, in place.
     pub(crate) fn f32_row(&self, i: usize) -> &'a [f32] {
         assert_eq!(self.dtype, DType::F32, "rows are not F32");
@@ -181,20 +187,6 @@ impl<'a> Mat<'a> {
         assert!(col + dst.len() <= self.cols, "columns {col}+{} of {}", dst.len(), self.cols);
         // SAFETY: the row exists and the columns lie inside it.
         unsafe { slice::read(s, self.row(i).add(col * self.dtype.size_bytes()), self.dtype, dst) }
-    }
-
-    /// Row `i` widened: in place when it is F32 already, else in `buf`.
-    #[inline(always)]
-    pub(crate) fn widened<'b, S: Simd>(&self, s: S, i: usize, buf: &'b mut [f32]) -> &'b [f32]
-    where
-        'a: 'b,
-    {
-        if self.dtype == DType::F32 {
-            return self.f32_row(i);
-        }
-        let buf = &mut buf[..self.cols];
-        self.read(s, i, 0, buf);
-        buf
     }
 }
 
@@ -236,13 +228,6 @@ impl<'a> Out<'a> {
     pub(crate) fn cube(&mut self) -> CubeMut<'_> {
         let (shape, strides) = three(self.tensor);
         CubeMut { ptr: self.start(), dtype: self.tensor.dtype(), shape, strides, life: PhantomData }
-    }
-
-    /// The elements of a U32 run.
-    pub(crate) fn u32s(&mut self) -> &mut [u32] {
-        assert!(self.tensor.dtype() == DType::U32 && self.tensor.is_contiguous(), "{:?} is no U32 run", self.tensor);
-        // SAFETY: checked against its memory at the borrow, aligned, and exclusive while the guard lives.
-        unsafe { std::slice::from_raw_parts_mut(self.start().cast(), self.tensor.num_elements()) }
     }
 }
 
@@ -347,9 +332,21 @@ impl MatMut<'_> {
     where
         Self: 'b,
     {
+        // SAFETY: the same contract.
+        unsafe { self.row_part(i, 0, self.cols) }
+    }
+
+    /// Columns `col..col + len` of row `i` as 32-bit elements.
+    ///
+    /// # Safety
+    /// `T` is the element type; no other task touches the columns while the slice lives.
+    pub(crate) unsafe fn row_part<'b, T: Copy>(&self, i: usize, col: usize, len: usize) -> &'b mut [T]
+    where
+        Self: 'b,
+    {
         assert_eq!(self.dtype.size_bytes(), size_of::<T>(), "elements are {}", self.dtype);
-        // SAFETY: the row exists, is aligned, and the caller has it alone.
-        unsafe { std::slice::from_raw_parts_mut(self.place(i, 0, self.cols).cast(), self.cols) }
+        // SAFETY: the place exists, is aligned, and the caller has it alone.
+        unsafe { std::slice::from_raw_parts_mut(self.place(i, col, len).cast(), len) }
     }
 }
 

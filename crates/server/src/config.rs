@@ -43,9 +43,9 @@ impl Default for ServerConfig {
             strict_model_name: false,
             max_choices: 128,
             shutdown_timeout: Duration::from_secs(30),
-            body_timeout: Duration::from_secs(60),
+            body_timeout: Duration::from_mins(1),
             ping_interval: Duration::from_secs(15),
-            stuck_after: Duration::from_secs(120),
+            stuck_after: Duration::from_mins(2),
         }
     }
 }

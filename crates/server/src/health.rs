@@ -112,6 +112,6 @@ mod tests {
     fn eta_follows_progress() {
         assert_eq!(eta_s(0.0, Duration::from_secs(9)), None);
         assert_eq!(eta_s(0.25, Duration::from_secs(10)), Some(30));
-        assert_eq!(loading_retry_after(0.001, Duration::from_secs(10)), Duration::from_secs(60));
+        assert_eq!(loading_retry_after(0.001, Duration::from_secs(10)), Duration::from_mins(1));
     }
 }

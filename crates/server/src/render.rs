@@ -9,7 +9,7 @@ use crate::types::chat::{
     ChatChoice, ChatChunk, ChatLogprobs, ChatReply, ChatTokenLogprob, ChunkChoice, ChunkDelta, ReplyMessage,
     TokenLogprob,
 };
-use crate::types::common::{Matched, Usage};
+use crate::types::common::{ChunkUsage, Matched, Usage};
 use crate::types::completion::{CompletionChoice, CompletionLogprobs, CompletionReply};
 
 /// Which endpoint's JSON to write.
@@ -42,21 +42,21 @@ impl Header {
         Self { id: format!("{prefix}-{request_id}"), ..self }
     }
 
-    /// Null in every chunk but the last where usage was asked for, absent otherwise.
-    fn no_usage_yet(&self) -> Option<Option<Usage>> {
-        self.include_usage.then_some(None)
+    /// What chunks before the last say about usage.
+    fn usage_so_far(&self) -> ChunkUsage {
+        if self.include_usage { ChunkUsage::Later } else { ChunkUsage::Absent }
     }
 
-    fn chat_chunk(&self, choices: Vec<ChunkChoice>) -> Chunk<'_> {
-        Chunk::Chat(ChatChunk {
+    fn chat_chunk(&self, choices: Vec<ChunkChoice>) -> ChatChunk<'_> {
+        ChatChunk {
             id: &self.id,
             object: "chat.completion.chunk",
             created: self.created_unix_s,
             model: &self.model,
             choices,
             system_fingerprint: None,
-            usage: self.no_usage_yet(),
-        })
+            usage: self.usage_so_far(),
+        }
     }
 
     fn completion_reply(&self, choices: Vec<CompletionChoice>) -> CompletionReply<'_> {
@@ -67,7 +67,7 @@ impl Header {
             model: &self.model,
             choices,
             system_fingerprint: None,
-            usage: self.no_usage_yet(),
+            usage: self.usage_so_far(),
         }
     }
 }
@@ -99,7 +99,7 @@ pub(crate) fn opening_chunks(header: &Header, num_choices: usize) -> Vec<Chunk<'
                     content: Some(String::new()),
                     ..ChunkDelta::default()
                 };
-                header.chat_chunk(vec![chunk_choice(index, delta)])
+                Chunk::Chat(header.chat_chunk(vec![chunk_choice(index, delta)]))
             })
             .collect(),
     }
@@ -113,9 +113,9 @@ pub(crate) fn chunks(header: &Header, index: usize, update: Update) -> Vec<Chunk
             let (finish_reason, stop_reason, matched_stop) = ending(&end.reason);
             let mut choice = chunk_choice(index, ChunkDelta::default());
             choice.finish_reason = Some(finish_reason);
-            choice.stop_reason = Some(stop_reason);
-            choice.matched_stop = Some(matched_stop);
-            vec![header.chat_chunk(vec![choice])]
+            choice.stop_reason = stop_reason;
+            choice.matched_stop = matched_stop;
+            vec![Chunk::Chat(header.chat_chunk(vec![choice]))]
         }
         (Shape::Completion, update) => {
             let (delta, end) = match update {
@@ -147,7 +147,7 @@ fn chat_deltas(header: &Header, index: usize, delta: Delta) -> Vec<Chunk<'_>> {
         let content = ChunkDelta { content: Some(delta.content), ..ChunkDelta::default() };
         chunks.push(ChunkChoice { logprobs, ..chunk_choice(index, content) });
     }
-    chunks.into_iter().map(|choice| header.chat_chunk(vec![choice])).collect()
+    chunks.into_iter().map(|choice| Chunk::Chat(header.chat_chunk(vec![choice]))).collect()
 }
 
 fn chunk_choice(index: usize, delta: ChunkDelta) -> ChunkChoice {
@@ -156,18 +156,11 @@ fn chunk_choice(index: usize, delta: ChunkDelta) -> ChunkChoice {
 
 /// The chunk behind the last choice's end, where it was asked for.
 pub(crate) fn usage_chunk(header: &Header, usage: Usage) -> Option<Chunk<'_>> {
+    let usage = ChunkUsage::Total(usage);
     header.include_usage.then(|| match header.shape {
-        Shape::Chat => {
-            let mut chunk = header.chat_chunk(Vec::new());
-            if let Chunk::Chat(chat) = &mut chunk {
-                chat.usage = Some(Some(usage));
-            }
-            chunk
-        }
+        Shape::Chat => Chunk::Chat(ChatChunk { usage, ..header.chat_chunk(Vec::new()) }),
         Shape::Completion => {
-            let mut reply = header.completion_reply(Vec::new());
-            reply.usage = Some(Some(usage));
-            Chunk::Completion(reply)
+            Chunk::Completion(CompletionReply { usage, ..header.completion_reply(Vec::new()) })
         }
     })
 }
@@ -193,9 +186,8 @@ pub(crate) fn whole(header: &Header, choices: Vec<(Delta, End)>, usage: Usage) -
                 }
                 choice
             });
-            let mut reply = header.completion_reply(choices.collect());
-            reply.usage = Some(Some(usage));
-            Whole::Completion(reply)
+            let reply = header.completion_reply(choices.collect());
+            Whole::Completion(CompletionReply { usage: ChunkUsage::Total(usage), ..reply })
         }
     }
 }

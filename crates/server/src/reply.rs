@@ -49,7 +49,7 @@ pub(crate) struct Reply {
 impl Reply {
     /// Submits every choice; when one is refused, those before it are aborted.
     pub(crate) fn start(
-        app: Arc<App>,
+        app: &Arc<App>,
         log: Arc<RequestLog>,
         job: Job,
         active: Active,

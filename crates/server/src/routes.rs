@@ -161,7 +161,7 @@ async fn generate(
         converting.await.map_err(|e| ApiError::internal(format!("reading the request failed: {e}")))??;
     let streaming = job.stream;
     let ping_interval = app.config.ping_interval;
-    let reply = Reply::start(app, log, job, active)?;
+    let reply = Reply::start(&app, log, job, active)?;
     if streaming { Ok(sse::stream(reply, ping_interval)) } else { reply::collect(reply).await }
 }
 

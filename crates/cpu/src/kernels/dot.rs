@@ -33,6 +33,11 @@ impl<'a> XRows<'a> {
         Self { mat, index: None }
     }
 
+    /// Rows `range`.
+    pub(crate) fn range(mat: Mat<'a>, range: Range<usize>) -> Self {
+        Self::all(mat.slice(range))
+    }
+
     /// Rows `index`, in this order.
     pub(crate) fn gathered(mat: Mat<'a>, index: &'a [u32]) -> Self {
         Self { index: Some(index), ..Self::all(mat) }

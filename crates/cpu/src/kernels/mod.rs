@@ -79,10 +79,6 @@ impl<'a> WeightRows<'a> {
     pub(crate) fn from_f32(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
         Self { data: Mat::from_f32(values, rows, cols, stride), scales: None }
     }
-
-    pub(crate) fn bytes_per_row(&self) -> usize {
-        self.data.cols * self.data.dtype.size_bytes()
-    }
 }
 
 /// Scales of blocks of an FP8 weight.

@@ -34,13 +34,13 @@ const TASKS_PER_THREAD: usize = 4;
 /// # Panics
 /// When `x` has an FP8 form: this backend says in its capabilities that it makes none.
 #[track_caller]
-fn refuse_fp8(op: &str, arg: &str, x: &Activation<Cpu>) {
+pub(crate) fn refuse_fp8(op: &str, arg: &str, x: &Activation<Cpu>) {
     assert!(x.fp8.is_none(), "{op}: {arg} has an FP8 form, which the CPU backend does not keep (see capabilities)");
 }
 
 /// `len` things cut into equal ranges.
 #[derive(Clone, Copy)]
-struct Chunks {
+pub(crate) struct Chunks {
     len: usize,
     per_task: usize,
 }

@@ -7,7 +7,7 @@ use r1_backend::{HeadForm, HeadWeight, Tensor, shape};
 use super::Chunks;
 use super::linear::{Linear, weight_chunks};
 use crate::Cpu;
-use crate::kernels::{Combine, MatMul, TileSize, WeightIn, WeightRows, XRows};
+use crate::kernels::{Combine, TileSize, WeightIn, WeightRows, XRows};
 use crate::simd::{Kernel, Simd};
 use crate::view::{Cube, CubeMut, In, Mat, MatMut, Out};
 

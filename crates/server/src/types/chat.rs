@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::common::{Common, Matched, Usage};
+use super::common::{ChunkUsage, Common, Matched, Usage};
 use crate::error::ApiError;
 use crate::fields::{Fields, NOT_YET, NOT_YET_CHAT, typed};
 
@@ -218,9 +218,8 @@ pub(crate) struct ChatChunk<'a> {
     pub(crate) model: &'a str,
     pub(crate) choices: Vec<ChunkChoice>,
     pub(crate) system_fingerprint: Option<&'a str>,
-    /// Absent unless usage was asked for; then null in every chunk but the last.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) usage: Option<Option<Usage>>,
+    #[serde(skip_serializing_if = "ChunkUsage::is_absent")]
+    pub(crate) usage: ChunkUsage,
 }
 
 /// What one choice gained.
@@ -231,9 +230,9 @@ pub(crate) struct ChunkChoice {
     pub(crate) logprobs: Option<ChatLogprobs>,
     pub(crate) finish_reason: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) stop_reason: Option<Option<Matched>>,
+    pub(crate) stop_reason: Option<Matched>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) matched_stop: Option<Option<Matched>>,
+    pub(crate) matched_stop: Option<Matched>,
 }
 
 /// The text gained.

@@ -31,7 +31,8 @@ enum Seed {
 }
 
 /// What both endpoints let a client choose; `None` where the client is silent.
-#[derive(Debug, Default)]
+#[derive(Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "the API's own switches, each independent of the others")]
 pub(crate) struct Common {
     pub(crate) model: Option<String>,
     pub(crate) max_tokens: Option<u32>,
@@ -161,6 +162,24 @@ impl Usage {
             prompt_cache_hit_tokens: cached,
             prompt_cache_miss_tokens: prompt.saturating_sub(cached),
         }
+    }
+}
+
+/// Usage as a chunk of a stream shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub(crate) enum ChunkUsage {
+    /// It was not asked for: the field is left out.
+    Absent,
+    /// It comes in a later chunk: null.
+    Later,
+    /// The whole reply's.
+    Total(Usage),
+}
+
+impl ChunkUsage {
+    pub(crate) fn is_absent(&self) -> bool {
+        *self == Self::Absent
     }
 }
 

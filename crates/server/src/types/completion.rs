@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::common::{Common, Matched, Usage};
+use super::common::{ChunkUsage, Common, Matched};
 use crate::error::ApiError;
 use crate::fields::{Fields, NOT_YET, NOT_YET_COMPLETION};
 
@@ -71,9 +71,8 @@ pub(crate) struct CompletionReply<'a> {
     pub(crate) model: &'a str,
     pub(crate) choices: Vec<CompletionChoice>,
     pub(crate) system_fingerprint: Option<&'a str>,
-    /// Absent in streams unless usage was asked for; then null in every chunk but the last.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) usage: Option<Option<Usage>>,
+    #[serde(skip_serializing_if = "ChunkUsage::is_absent")]
+    pub(crate) usage: ChunkUsage,
 }
 
 /// One continuation, or what it gained.

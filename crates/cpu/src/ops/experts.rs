@@ -1,0 +1,238 @@
+//! The routed experts of a layer: every expert's weights are read once, for all tokens that chose it.
+
+use std::ops::Range;
+
+use r1_backend::{Activation, Experts, Tensor, shape};
+
+use super::linear::weight_chunks;
+use super::{Chunks, refuse_fp8, widened};
+use crate::Cpu;
+use crate::kernels::{MatMul, TileSize, WeightIn, WeightRows, XRows};
+use crate::pool::Pool;
+use crate::scratch::Workspace;
+use crate::simd::{Kernel, Simd, slice};
+use crate::view::{In, Mat, MatMut, Out, Shared};
+
+const OP: &str = "experts";
+/// Tokens that are worked on together: bounds the hidden state, which is kept for every pair.
+const TOKENS: usize = 512;
+/// Columns of the output per task.
+const OUT_COLS: usize = 64;
+
+/// Pairs of a token and one of its experts, grouped by expert.
+#[derive(Default)]
+pub(crate) struct Pairs {
+    /// Per local expert: where its pairs begin; one more entry for the end.
+    start: Vec<u32>,
+    /// Token of each pair.
+    token: Vec<u32>,
+    /// For `[tokens, k]`: where the choice's pair is, `NOT_LOCAL` when another rank has the expert.
+    place: Vec<u32>,
+    /// Experts that have pairs.
+    active: Vec<u32>,
+}
+
+const NOT_LOCAL: u32 = u32::MAX;
+
+impl Pairs {
+    fn group(&mut self, ids: &In<'_>, tokens: Range<usize>, first: usize, num_local: usize) {
+        let local = |id: u32| (id as usize).checked_sub(first).filter(|&local| local < num_local);
+        self.start.clear();
+        self.start.resize(num_local + 1, 0);
+        self.place.clear();
+        for t in tokens.clone() {
+            for &id in ids.u32_row(t) {
+                if let Some(expert) = local(id) {
+                    self.start[expert + 1] += 1;
+                }
+            }
+        }
+        self.active.clear();
+        for expert in 0..num_local {
+            if self.start[expert + 1] > 0 {
+                self.active.push(expert as u32);
+            }
+            self.start[expert + 1] += self.start[expert];
+        }
+        self.token.clear();
+        self.token.resize(self.start[num_local] as usize, 0);
+        for t in tokens {
+            for &id in ids.u32_row(t) {
+                self.place.push(local(id).map_or(NOT_LOCAL, |expert| {
+                    let place = self.start[expert];
+                    self.token[place as usize] = t as u32;
+                    self.start[expert] += 1;
+                    place
+                }));
+            }
+        }
+        // Each start has moved to its end, which is the next one's start.
+        self.start.copy_within(..num_local, 1);
+        self.start[0] = 0;
+    }
+
+    fn of(&self, expert: u32) -> Range<usize> {
+        self.start[expert as usize] as usize..self.start[expert as usize + 1] as usize
+    }
+}
+
+pub(crate) fn experts(
+    cpu: &Cpu,
+    x: &Activation<Cpu>,
+    ids: &Tensor<Cpu>,
+    weights: &Tensor<Cpu>,
+    experts: &Experts<Cpu>,
+    out: &Tensor<Cpu>,
+) {
+    shape::experts(x, ids, weights, experts, out);
+    refuse_fp8(OP, "x", x);
+    let (x, ids) = (In::new(OP, "x", &x.dense), In::new(OP, "ids", ids));
+    let weights = In::new(OP, "weights", weights);
+    let mut out = Out::new(OP, "out", out);
+    let (weights, out) = (weights.mat(), out.mat());
+    let Some(width) = experts.local.first().map(|expert| expert.gate.out_features()) else { return };
+    let mut engine = cpu.engine();
+    let crate::Engine { pool, workspace } = &mut *engine;
+    let Workspace { x: x_room, y: hidden_room, pairs } = workspace;
+    let x = widened(cpu.isa, pool, x.mat(), x_room);
+    let batches = Chunks::new(x.rows, TOKENS);
+    for tokens in (0..batches.count()).map(|batch| batches.range(batch)) {
+        pairs.group(&ids, tokens.clone(), experts.first, experts.local.len());
+        if pairs.active.is_empty() {
+            continue;
+        }
+        let hidden = hidden_room.get(pairs.token.len() * width);
+        gate_up(cpu, pool, experts, pairs, x, width, hidden);
+        let hidden = Mat::from_f32(hidden, pairs.token.len(), width, width);
+        down(cpu, pool, experts, pairs, hidden, tokens, weights, out);
+    }
+}
+
+/// `hidden[pair] = silu(gate x) * (up x)`.
+fn gate_up(
+    cpu: &Cpu,
+    pool: &mut Pool,
+    experts: &Experts<Cpu>,
+    pairs: &Pairs,
+    x: Mat<'_>,
+    width: usize,
+    hidden: &mut [f32],
+) {
+    let hidden = Shared::new(hidden);
+    let active = pairs.active.len();
+    let chunks = {
+        let w = WeightIn::new(OP, "experts.gate", &experts.local[pairs.active[0] as usize].gate);
+        let mean_pairs = pairs.token.len().div_ceil(active);
+        weight_chunks(&w.rows(), width, mean_pairs, cpu.threads.div_ceil(active))
+    };
+    pool.run(active * chunks.count(), &|task, scratch| {
+        let expert = pairs.active[task / chunks.count()];
+        let weights = &experts.local[expert as usize];
+        let gate = WeightIn::new(OP, "experts.gate", &weights.gate);
+        let up = WeightIn::new(OP, "experts.up", &weights.up);
+        let w = [gate.rows(), up.rows()];
+        let (rows, range) = (chunks.range(task % chunks.count()), pairs.of(expert));
+        let tile = w.each_ref().map(|w| TileSize::floats(w, rows.len(), range.len()));
+        let y = rows.len() * range.len();
+        let bufs = scratch.floats.parts([tile[0].max(tile[1]), y, y]);
+        let x = XRows::gathered(x, &pairs.token[range.clone()]);
+        cpu.isa.run(GateUp { w, rows, x, first: range.start, width, hidden, bufs });
+    });
+}
+
+struct GateUp<'a> {
+    w: [WeightRows<'a>; 2],
+    rows: Range<usize>,
+    x: XRows<'a>,
+    /// The expert's first pair.
+    first: usize,
+    width: usize,
+    hidden: Shared<'a>,
+    /// The tile, gates and ups.
+    bufs: [&'a mut [f32]; 3],
+}
+
+impl Kernel for GateUp<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let [tile, gate, up] = self.bufs;
+        let len = self.rows.len();
+        for (w, y) in self.w.into_iter().zip([&mut *gate, &mut *up]) {
+            s.call(MatMul { w, rows: self.rows.clone(), x: self.x, y, ldy: len, tile });
+        }
+        for i in 0..self.x.len() {
+            // SAFETY: these columns of the expert's pairs belong to this task.
+            let out = unsafe { self.hidden.part((self.first + i) * self.width + self.rows.start, len) };
+            let row = i * len..(i + 1) * len;
+            slice::zip(s, &gate[row.clone()], &up[row], out, |gate, up| s.mul(slice::silu(s, gate), up));
+        }
+    }
+}
+
+/// `out[t] += Σ_j weights[t, j] * down(hidden[pair of (t, j)])`.
+fn down(
+    cpu: &Cpu,
+    pool: &mut Pool,
+    experts: &Experts<Cpu>,
+    pairs: &Pairs,
+    hidden: Mat<'_>,
+    tokens: Range<usize>,
+    weights: Mat<'_>,
+    out: MatMut<'_>,
+) {
+    let chunks = Chunks::new(out.cols, OUT_COLS);
+    pool.run(chunks.count(), &|task, scratch| {
+        let cols = chunks.range(task);
+        let tile = pairs.active.iter().map(|&expert| {
+            let w = WeightIn::new(OP, "experts.down", &experts.local[expert as usize].down);
+            TileSize::floats(&w.rows(), cols.len(), pairs.of(expert).len())
+        });
+        let sizes = [tile.max().unwrap_or(0), hidden.rows * cols.len(), cols.len(), cols.len()];
+        let bufs = scratch.floats.parts(sizes);
+        cpu.isa.run(Down { experts, pairs, hidden, tokens: tokens.clone(), weights, cols, out, bufs });
+    });
+}
+
+struct Down<'a> {
+    experts: &'a Experts<Cpu>,
+    pairs: &'a Pairs,
+    hidden: Mat<'a>,
+    tokens: Range<usize>,
+    weights: Mat<'a>,
+    cols: Range<usize>,
+    out: MatMut<'a>,
+    /// The tile, the pairs' results, a token's sum and what `out` held.
+    bufs: [&'a mut [f32]; 4],
+}
+
+impl Kernel for Down<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let [tile, y, sum, held] = self.bufs;
+        let len = self.cols.len();
+        for &expert in &self.pairs.active {
+            let w = WeightIn::new(OP, "experts.down", &self.experts.local[expert as usize].down);
+            let range = self.pairs.of(expert);
+            let x = XRows::range(self.hidden, range.clone());
+            let y = &mut y[range.start * len..];
+            s.call(MatMul { w: w.rows(), rows: self.cols.clone(), x, y, ldy: len, tile });
+        }
+        let k = self.weights.cols;
+        for (i, t) in self.tokens.enumerate() {
+            let weights = self.weights.f32_row(t);
+            // In the order of the choices, whatever the batch: the sum's bits are the token's own.
+            sum.fill(0.0);
+            for (&place, &weight) in self.pairs.place[i * k..][..k].iter().zip(weights) {
+                if place != NOT_LOCAL {
+                    slice::axpby(s, weight, &y[place as usize * len..][..len], 1.0, sum);
+                }
+            }
+            // SAFETY: these columns belong to this task.
+            unsafe {
+                self.out.read(s, t, self.cols.start, held);
+                slice::axpby(s, 1.0, held, 1.0, sum);
+                self.out.write(s, t, self.cols.start, sum);
+            }
+        }
+    }
+}

@@ -1,0 +1,21 @@
+//! The conformance suite under every instruction set that this machine has, with one thread and with several.
+
+use r1_cpu::{Cpu, CpuOptions, Isa};
+
+/// A backend, or the best one where the machine lacks `isa`.
+fn cpu(isa: Isa, threads: usize) -> Cpu {
+    let isa = isa.is_available().then_some(isa);
+    Cpu::new(CpuOptions { threads: Some(threads), isa }).expect("threads start")
+}
+
+mod avx512 {
+    r1_backend::conformance_tests!(&super::cpu(r1_cpu::Isa::Avx512, 2));
+}
+
+mod avx2 {
+    r1_backend::conformance_tests!(&super::cpu(r1_cpu::Isa::Avx2, 3));
+}
+
+mod portable {
+    r1_backend::conformance_tests!(&super::cpu(r1_cpu::Isa::Portable, 1));
+}

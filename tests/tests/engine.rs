@@ -1,0 +1,190 @@
+//! The engine over the bundled model: what a request asks of the sampler is what it gets, and nothing outlives a request.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use r1_core::{FinishReason, SamplingParams, TokenConstraint, TokenId};
+use r1_cpu::{Cpu, CpuOptions};
+use r1_engine::{EngineError, Event, Handle, Request, SubmitError, TokenLogprobs};
+use r1_tests::start_tiny;
+
+const EOS: TokenId = TokenId(1);
+
+fn engine() -> Handle {
+    start_tiny(Arc::new(Cpu::new(CpuOptions { threads: Some(2), isa: None }).expect("a CPU")), 8)
+}
+
+/// "<BOS><User>hello<Assistant><think>\n"
+fn prompt() -> Vec<TokenId> {
+    [0, 3, 277, 325, 94, 4, 5, 214].map(TokenId).to_vec()
+}
+
+fn request(params: SamplingParams) -> Request {
+    Request { prompt: prompt(), params, priority: 0, constraint: None }
+}
+
+type Reply = (Vec<TokenId>, Vec<Option<TokenLogprobs>>, Result<FinishReason, EngineError>);
+
+fn collect(mut generation: r1_engine::Generation) -> Reply {
+    let (mut tokens, mut logprobs) = (Vec::new(), Vec::new());
+    loop {
+        match generation.next_blocking().expect("an end") {
+            Event::Scheduled { .. } => {}
+            Event::Token { token, logprobs: of_token } => {
+                tokens.push(token);
+                logprobs.push(of_token);
+            }
+            Event::Finished(reason) => return (tokens, logprobs, Ok(reason)),
+            Event::Failed(error) => return (tokens, logprobs, Err(error)),
+        }
+    }
+}
+
+fn run(engine: &Handle, params: SamplingParams) -> Reply {
+    collect(engine.submit(request(params)).expect("accepted"))
+}
+
+#[test]
+fn the_same_seed_draws_the_same_alone_and_in_a_batch() {
+    let engine = engine();
+    let params =
+        |seed| SamplingParams { seed, max_tokens: 40, temperature: 2.0, ..SamplingParams::default() };
+    let alone: Vec<_> = (0..8).map(|seed| run(&engine, params(seed)).0).collect();
+    let batch: Vec<_> = (0..8).map(|seed| engine.submit(request(params(seed))).expect("accepted")).collect();
+    let batch: Vec<_> = batch.into_iter().map(|generation| collect(generation).0).collect();
+    assert_eq!(alone, batch);
+    assert!(alone.windows(2).all(|pair| pair[0] != pair[1]), "seeds differ, so do the draws");
+}
+
+#[test]
+fn limits_and_stop_tokens_end_a_reply() {
+    let engine = engine();
+    let greedy = SamplingParams { temperature: 0.0, max_tokens: 100, ..SamplingParams::default() };
+    let (tokens, _, reason) = run(&engine, SamplingParams { max_tokens: 3, ..greedy.clone() });
+    assert_eq!((tokens.len(), reason), (3, Ok(FinishReason::Length)));
+
+    let (whole, _, reason) = run(&engine, SamplingParams { stop_token_ids: vec![EOS], ..greedy.clone() });
+    assert_eq!((whole.last(), reason), (Some(&EOS), Ok(FinishReason::Stop(EOS))));
+
+    let stop = whole[5];
+    let first = whole.iter().position(|&token| token == stop).expect("it is there");
+    let (tokens, _, reason) = run(&engine, SamplingParams { stop_token_ids: vec![stop], ..greedy.clone() });
+    assert_eq!((tokens.as_slice(), reason), (&whole[..=first], Ok(FinishReason::Stop(stop))));
+
+    let patient = SamplingParams { stop_token_ids: vec![stop], min_tokens: first as u32 + 5, ..greedy };
+    let (tokens, ..) = run(&engine, patient);
+    assert!(tokens.len() > first + 5 && !tokens[..first + 5].contains(&stop), "{tokens:?}");
+}
+
+#[test]
+fn a_bias_forbids_and_forces() {
+    let engine = engine();
+    let greedy = SamplingParams { temperature: 0.0, max_tokens: 5, ..SamplingParams::default() };
+    let (plain, ..) = run(&engine, greedy.clone());
+    let (forced, ..) =
+        run(&engine, SamplingParams { logit_bias: vec![(TokenId(50), 100.0)], ..greedy.clone() });
+    assert_eq!(forced, [TokenId(50); 5]);
+    let (without, ..) = run(&engine, SamplingParams { logit_bias: vec![(plain[0], -100.0)], ..greedy });
+    assert!(!without.contains(&plain[0]), "{without:?}");
+}
+
+#[test]
+fn logprobs_are_of_the_models_own_distribution() {
+    let engine = engine();
+    let params = SamplingParams {
+        temperature: 0.0,
+        max_tokens: 6,
+        logprobs: Some(20),
+        // The bias must not show in the log-probabilities.
+        logit_bias: vec![(TokenId(50), 100.0)],
+        ..SamplingParams::default()
+    };
+    let (tokens, logprobs, _) = run(&engine, params.clone());
+    assert_eq!(tokens, [TokenId(50); 6]);
+    for of_token in logprobs {
+        let of_token = of_token.expect("they were asked for");
+        assert_eq!(of_token.top.len(), 20);
+        assert!(of_token.top.windows(2).all(|pair| pair[0].1 >= pair[1].1), "best first");
+        assert!(of_token.logprob <= of_token.top[0].1);
+        let sum: f32 = of_token.top.iter().map(|(_, logprob)| logprob.exp()).sum();
+        assert!(sum > 0.5 && sum < 1.0001, "20 of 512 tokens hold {sum}");
+    }
+    let (_, none, _) = run(&engine, SamplingParams { logprobs: None, ..params });
+    assert!(none.iter().all(Option::is_none));
+}
+
+struct Broken;
+
+impl TokenConstraint for Broken {
+    fn accept(&mut self, _: TokenId) {}
+
+    fn fill_mask(&mut self, _: &mut [u32]) {
+        panic!("this grammar is broken");
+    }
+}
+
+#[test]
+fn a_panic_in_a_step_fails_that_step_only() {
+    let engine = engine();
+    let params = SamplingParams { temperature: 0.0, max_tokens: 4, ..SamplingParams::default() };
+    let (whole, ..) = run(&engine, params.clone());
+    let broken = Request { constraint: Some(Box::new(Broken)), ..request(params.clone()) };
+    let (_, _, reason) = collect(engine.submit(broken).expect("accepted"));
+    assert_eq!(reason, Err(EngineError::Step("this grammar is broken".into())));
+    let (again, _, reason) = run(&engine, params);
+    assert_eq!((again, reason), (whole, Ok(FinishReason::Length)));
+    assert_eq!(engine.stats().failed_steps_total, 1);
+    idle(&engine);
+}
+
+/// Waits until nothing runs; then no block may be held.
+fn idle(engine: &Handle) {
+    let since = Instant::now();
+    loop {
+        let stats = engine.stats();
+        if stats.running + stats.waiting == 0 && stats.kv_blocks_used == 0 {
+            return;
+        }
+        assert!(since.elapsed() < Duration::from_secs(5), "{stats:?}");
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn a_dropped_generation_frees_its_blocks_and_its_place_in_the_queue() {
+    let engine = engine();
+    let long = SamplingParams { max_tokens: 500, temperature: 2.0, ..SamplingParams::default() };
+    for round in 0..10 {
+        let mut running: Vec<_> =
+            (0..20).map(|_| engine.submit(request(long.clone())).expect("accepted")).collect();
+        for _ in 0..round {
+            running[0].next_blocking();
+        }
+    }
+    idle(&engine);
+    let (tokens, ..) = run(&engine, SamplingParams { max_tokens: 3, ..SamplingParams::default() });
+    assert_eq!(tokens.len(), 3);
+}
+
+#[test]
+fn the_queue_is_bounded_and_stopping_fails_what_runs() {
+    let engine = engine();
+    let long = SamplingParams { max_tokens: 500, temperature: 2.0, ..SamplingParams::default() };
+    let mut running = Vec::new();
+    let full = loop {
+        match engine.submit(request(long.clone())) {
+            Ok(generation) => running.push(generation),
+            Err(error) => break error,
+        }
+        assert!(running.len() < 1000, "the queue has no end");
+    };
+    assert_eq!(full, SubmitError::QueueFull { max_queued: 64 });
+    engine.stop();
+    for generation in running {
+        let (_, _, reason) = collect(generation);
+        assert!(matches!(reason, Err(EngineError::Stopped) | Ok(_)), "{reason:?}");
+    }
+    assert!(matches!(engine.submit(request(long)), Err(SubmitError::NotRunning(_))));
+}
