@@ -1,1 +1,8 @@
-//! Host-side communicators: ranks as threads of one process.
+//! Host-side communicators: [`Local`], ranks as threads of one process. Knows no model and no device but the
+//! [`Backend`](r1_backend::Backend) it is handed.
+#![forbid(unsafe_code)]
+
+mod group;
+mod local;
+
+pub use local::Local;

@@ -292,7 +292,9 @@ impl Handle {
         if request.prompt.is_empty() {
             return Err(SubmitError::EmptyPrompt);
         }
-        if let Some(&token) = request.prompt.iter().find(|t| t.0 as usize >= info.vocab_size) {
+        let params = &request.params;
+        let named = params.logit_bias.iter().map(|(token, _)| token).chain(&params.stop_token_ids);
+        if let Some(&token) = request.prompt.iter().chain(named).find(|t| t.0 as usize >= info.vocab_size) {
             return Err(SubmitError::UnknownToken { token, vocab_size: info.vocab_size });
         }
         let (prompt_tokens, max_tokens) = (request.prompt.len(), request.params.max_tokens as usize);
@@ -398,6 +400,9 @@ mod tests {
             Some(SubmitError::TooLong { prompt_tokens: 17, .. })
         ));
         let unknown = Request { prompt: vec![TokenId(8)], ..request() };
+        assert!(matches!(handle.submit(unknown).err(), Some(SubmitError::UnknownToken { .. })));
+        let params = SamplingParams { logit_bias: vec![(TokenId(8), 1.0)], ..SamplingParams::default() };
+        let unknown = Request { params, ..request() };
         assert!(matches!(handle.submit(unknown).err(), Some(SubmitError::UnknownToken { .. })));
         assert!(inbox.poll().is_none());
 

@@ -61,8 +61,8 @@ pub(crate) fn build(app: Arc<App>) -> Router {
 
 /// Where every route answers. Proxies strip the root path or leave it; clients know the API with `/v1` or without.
 fn prefixes(root_path: &str) -> BTreeSet<String> {
-    // Braces would be parameters to axum.
-    let trimmed = root_path.trim_matches('/').replace('{', "{{").replace('}', "}}");
+    // Braces are parameters to axum; in a URL's path they travel encoded, and paths are matched as they travel.
+    let trimmed = root_path.trim_matches('/').replace('{', "%7B").replace('}', "%7D");
     let root = if trimmed.is_empty() { trimmed } else { format!("/{trimmed}") };
     BTreeSet::from([String::new(), "/v1".to_owned(), root.clone(), format!("{root}/v1")])
 }

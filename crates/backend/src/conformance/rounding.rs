@@ -44,7 +44,8 @@ pub(super) fn to_bytes(dtype: DType, values: &[f64]) -> Vec<u8> {
     }
 }
 
-/// How far a result may be from the exact one: `relative * |exact| + of_rms * rms(all exact)`.
+/// How far a result may be from the exact one: `relative * |exact| + of_rms * rms(all exact)`, and the least normal F32,
+/// since a device may flush what is smaller.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tolerance {
     pub(super) relative: f64,
@@ -82,7 +83,8 @@ pub(super) fn assert_close(what: &str, got: &[f64], want: &[f64], tolerance: Tol
     let finite: Vec<f64> = want.iter().copied().filter(|v| v.is_finite()).collect();
     let rms = (finite.iter().map(|v| v * v).sum::<f64>() / finite.len().max(1) as f64).sqrt();
     let excess = |i: usize| {
-        let bound = tolerance.relative * want[i].abs() + tolerance.of_rms * rms;
+        let bound =
+            tolerance.relative * want[i].abs() + tolerance.of_rms * rms + f64::from(f32::MIN_POSITIVE);
         let distance = if got[i] == want[i] { 0.0 } else { (got[i] - want[i]).abs() };
         if distance <= bound { 0.0 } else { distance.max(f64::MIN_POSITIVE) / bound }
     };

@@ -1,0 +1,203 @@
+//! Where ranks meet: one barrier per collective, mailboxes for pairs, and the news that a rank has left.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+
+use r1_backend::CommError;
+
+/// What a rank lays out for the others to read.
+#[derive(Debug, Default)]
+pub(crate) struct Staging {
+    /// Of float tensors, widened.
+    pub(crate) floats: Vec<f32>,
+    /// Of U32 tensors.
+    pub(crate) ids: Vec<u32>,
+}
+
+/// What a rank called. All ranks of a collective must have called the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Call {
+    pub(crate) op: &'static str,
+    pub(crate) elements: usize,
+    /// Who broadcasts; 0 for other collectives.
+    pub(crate) root: usize,
+}
+
+/// Staging is laid out alternately in two sets. A rank lays out collective n + 2 only after all have arrived at n + 1, and so
+/// have read n: one barrier per collective is enough.
+const SETS: usize = 2;
+
+#[derive(Debug)]
+struct State {
+    /// Collectives that all ranks have arrived at.
+    completed: usize,
+    /// Ranks that have arrived at the next one.
+    arrived: usize,
+    /// By set and rank.
+    calls: [Vec<Call>; SETS],
+    /// By sender and receiver: elements of the message that waits.
+    mail: Vec<Option<usize>>,
+    /// Ranks that have left.
+    gone: Vec<bool>,
+}
+
+impl State {
+    fn first_gone(&self, op: &'static str) -> Option<CommError> {
+        self.gone.iter().position(|gone| *gone).map(|rank| CommError::PeerGone { op, rank })
+    }
+}
+
+/// What the ranks share.
+#[derive(Debug)]
+pub(crate) struct Group {
+    world_size: usize,
+    state: Mutex<State>,
+    changed: Condvar,
+    /// By set and rank.
+    staging: [Vec<RwLock<Staging>>; SETS],
+    /// By sender and receiver.
+    messages: Vec<RwLock<Staging>>,
+}
+
+impl Group {
+    pub(crate) fn new(world_size: usize, max_elements: usize) -> Self {
+        let staging = |capacity| {
+            RwLock::new(Staging { floats: Vec::with_capacity(capacity), ids: Vec::with_capacity(0) })
+        };
+        let set = || (0..world_size).map(|_| staging(max_elements)).collect();
+        let call = Call { op: "", elements: 0, root: 0 };
+        Self {
+            world_size,
+            state: Mutex::new(State {
+                completed: 0,
+                arrived: 0,
+                calls: [vec![call; world_size], vec![call; world_size]],
+                mail: vec![None; world_size * world_size],
+                gone: vec![false; world_size],
+            }),
+            changed: Condvar::new(),
+            staging: [set(), set()],
+            messages: (0..world_size * world_size).map(|_| staging(0)).collect(),
+        }
+    }
+
+    pub(crate) fn world_size(&self) -> usize {
+        self.world_size
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // No code panics while it holds this lock.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until `done` gives something.
+    fn wait<T>(&self, mut done: impl FnMut(&mut State) -> Option<T>) -> T {
+        let mut state = self.state();
+        loop {
+            if let Some(result) = done(&mut state) {
+                return result;
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Says that `rank` takes no further part; whoever waits for it stops waiting.
+    pub(crate) fn leave(&self, rank: usize) {
+        self.state().gone[rank] = true;
+        self.changed.notify_all();
+    }
+
+    /// One collective: `lay_out` fills this rank's staging, and once all ranks have arrived, `read` is given everyone's.
+    pub(crate) fn collective(
+        &self,
+        rank: usize,
+        call: Call,
+        lay_out: impl FnOnce(&mut Staging) -> Result<(), CommError>,
+        read: impl FnOnce(&[RwLock<Staging>]) -> Result<(), CommError>,
+    ) -> Result<(), CommError> {
+        let (round, broken) = {
+            let state = self.state();
+            (state.completed, state.first_gone(call.op))
+        };
+        if let Some(error) = broken {
+            return Err(error);
+        }
+        let set = round % SETS;
+        lay_out(&mut self.staging[set][rank].write().unwrap_or_else(PoisonError::into_inner))?;
+
+        let mut state = self.state();
+        state.calls[set][rank] = call;
+        state.arrived += 1;
+        if state.arrived == self.world_size {
+            state.arrived = 0;
+            state.completed += 1;
+            self.changed.notify_all();
+        }
+        drop(state);
+        self.wait(|state| {
+            if state.completed > round {
+                // Complete, even if someone has left since.
+                return Some(mismatch(&state.calls[set], call));
+            }
+            state.first_gone(call.op).map(Err)
+        })?;
+        read(&self.staging[set])
+    }
+
+    /// Hands `to` a message of `elements`, once the one before has been taken.
+    pub(crate) fn send(
+        &self,
+        from: usize,
+        to: usize,
+        elements: usize,
+        lay_out: impl FnOnce(&mut Staging) -> Result<(), CommError>,
+    ) -> Result<(), CommError> {
+        let pair = from * self.world_size + to;
+        self.wait(|state| match state.mail[pair] {
+            _ if state.gone[to] => Some(Err(CommError::PeerGone { op: "send", rank: to })),
+            Some(_) => None,
+            None => Some(Ok(())),
+        })?;
+        lay_out(&mut self.messages[pair].write().unwrap_or_else(PoisonError::into_inner))?;
+        self.state().mail[pair] = Some(elements);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Takes the message of `from`, which must have `elements`.
+    pub(crate) fn recv(
+        &self,
+        from: usize,
+        to: usize,
+        elements: usize,
+        read: impl FnOnce(&Staging) -> Result<(), CommError>,
+    ) -> Result<(), CommError> {
+        let pair = from * self.world_size + to;
+        let sent = self.wait(|state| match state.mail[pair] {
+            Some(sent) => Some(Ok(sent)),
+            None if state.gone[from] => Some(Err(CommError::PeerGone { op: "recv", rank: from })),
+            None => None,
+        })?;
+        let result = if sent == elements {
+            read(&self.messages[pair].read().unwrap_or_else(PoisonError::into_inner))
+        } else {
+            Err(CommError::Mismatch { op: "recv", rank: from, found: "send", found_elements: sent, elements })
+        };
+        self.state().mail[pair] = None;
+        self.changed.notify_all();
+        result
+    }
+}
+
+/// The first rank that called something else.
+fn mismatch(calls: &[Call], call: Call) -> Result<(), CommError> {
+    match calls.iter().position(|other| *other != call) {
+        None => Ok(()),
+        Some(rank) => Err(CommError::Mismatch {
+            op: call.op,
+            rank,
+            found: calls[rank].op,
+            found_elements: calls[rank].elements,
+            elements: call.elements,
+        }),
+    }
+}
