@@ -16,7 +16,7 @@ fn ranks_match<B: Backend>(make: impl Fn() -> B + Sync, name: &str, world: usize
     let golden = Golden::open(name);
     let (ids, expected) = (golden.input_ids(), golden.logits("logits"));
     for form in [MlaForm::Absorbed, MlaForm::Expanded] {
-        let ranks = Local::group(world);
+        let ranks = Local::group(world, 1 << 20);
         let results: Vec<_> = thread::scope(|scope| {
             let (make, golden, ids) = (&make, &golden, &ids);
             let run = |comm: Local| {

@@ -36,13 +36,13 @@ struct State {
     calls: [Vec<Call>; SETS],
     /// By sender and receiver: elements of the message that waits.
     mail: Vec<Option<usize>>,
-    /// Ranks that have left.
-    gone: Vec<bool>,
+    /// Ranks that have left, in order: the first is why the others cannot go on.
+    gone: Vec<usize>,
 }
 
 impl State {
     fn first_gone(&self, op: &'static str) -> Option<CommError> {
-        self.gone.iter().position(|gone| *gone).map(|rank| CommError::PeerGone { op, rank })
+        self.gone.first().map(|&rank| CommError::PeerGone { op, rank })
     }
 }
 
@@ -72,7 +72,7 @@ impl Group {
                 arrived: 0,
                 calls: [vec![call; world_size], vec![call; world_size]],
                 mail: vec![None; world_size * world_size],
-                gone: vec![false; world_size],
+                gone: Vec::with_capacity(world_size),
             }),
             changed: Condvar::new(),
             staging: [set(), set()],
@@ -102,7 +102,11 @@ impl Group {
 
     /// Says that `rank` takes no further part; whoever waits for it stops waiting.
     pub(crate) fn leave(&self, rank: usize) {
-        self.state().gone[rank] = true;
+        let mut state = self.state();
+        if !state.gone.contains(&rank) {
+            state.gone.push(rank);
+        }
+        drop(state);
         self.changed.notify_all();
     }
 
@@ -153,7 +157,7 @@ impl Group {
     ) -> Result<(), CommError> {
         let pair = from * self.world_size + to;
         self.wait(|state| match state.mail[pair] {
-            _ if state.gone[to] => Some(Err(CommError::PeerGone { op: "send", rank: to })),
+            _ if state.gone.contains(&to) => Some(Err(CommError::PeerGone { op: "send", rank: to })),
             Some(_) => None,
             None => Some(Ok(())),
         })?;
@@ -174,7 +178,7 @@ impl Group {
         let pair = from * self.world_size + to;
         let sent = self.wait(|state| match state.mail[pair] {
             Some(sent) => Some(Ok(sent)),
-            None if state.gone[from] => Some(Err(CommError::PeerGone { op: "recv", rank: from })),
+            None if state.gone.contains(&from) => Some(Err(CommError::PeerGone { op: "recv", rank: from })),
             None => None,
         })?;
         let result = if sent == elements {

@@ -30,7 +30,7 @@ pub struct Buffer {
 const WRITER: usize = usize::MAX;
 
 enum Storage {
-    Owned { ptr: NonNull<u8>, layout: Layout, meter: Meter },
+    Owned { region: Region, len: usize, meter: Meter },
     Host(HostTensor),
     Empty,
 }
@@ -43,7 +43,7 @@ unsafe impl Sync for Buffer {}
 impl std::fmt::Debug for Buffer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let kind = match &self.storage {
-            Storage::Owned { layout, .. } => format!("{} bytes", layout.size()),
+            Storage::Owned { len, .. } => format!("{len} bytes"),
             Storage::Host(host) => format!("{host:?} in place"),
             Storage::Empty => "empty".to_owned(),
         };
@@ -57,17 +57,9 @@ impl Buffer {
         let storage = if size_bytes == 0 {
             Storage::Empty
         } else {
-            let align = if size_bytes >= HUGE_PAGE { HUGE_PAGE } else { ALIGN };
-            let layout = Layout::from_size_align(size_bytes, align).ok()?;
-            // SAFETY: the size is not zero.
-            let ptr = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-            #[cfg(target_os = "linux")]
-            if align == HUGE_PAGE {
-                // SAFETY: the range was just allocated and is page-aligned; the call is advice and changes no content.
-                unsafe { libc::madvise(ptr.as_ptr().cast(), size_bytes, libc::MADV_HUGEPAGE) };
-            }
+            let region = Region::zeroed(size_bytes)?;
             meter.fetch_add(size_bytes, Ordering::Relaxed);
-            Storage::Owned { ptr, layout, meter: meter.clone() }
+            Storage::Owned { region, len: size_bytes, meter: meter.clone() }
         };
         Some(Self { storage, read_only: false, borrows: AtomicUsize::new(0) })
     }
@@ -75,9 +67,9 @@ impl Buffer {
     /// A read-only copy of `bytes`; `None` when the allocator has no room.
     pub(crate) fn copied(bytes: &[u8], meter: &Meter) -> Option<Self> {
         let mut buffer = Self::zeroed(bytes.len(), meter)?;
-        if let Storage::Owned { ptr, .. } = &buffer.storage {
-            // SAFETY: the new allocation has room for `bytes` and nobody else knows it.
-            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), ptr.as_ptr(), bytes.len()) };
+        if let Storage::Owned { region, .. } = &buffer.storage {
+            // SAFETY: the new region has room for `bytes` and nobody else knows it.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), region.start.as_ptr(), bytes.len()) };
         }
         buffer.read_only = true;
         Some(buffer)
@@ -91,7 +83,7 @@ impl Buffer {
     /// Start and length in bytes. Asked for anew at each borrow, since a host owner's word holds only for the slice it gives.
     fn memory(&self) -> (*mut u8, usize) {
         match &self.storage {
-            Storage::Owned { ptr, layout, .. } => (ptr.as_ptr(), layout.size()),
+            Storage::Owned { region, len, .. } => (region.start.as_ptr(), *len),
             Storage::Host(host) => (host.bytes().as_ptr().cast_mut(), host.bytes().len()),
             Storage::Empty => (std::ptr::without_provenance_mut(HUGE_PAGE), 0),
         }
@@ -120,10 +112,68 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if let Storage::Owned { ptr, layout, meter } = &self.storage {
-            meter.fetch_sub(layout.size(), Ordering::Relaxed);
+        if let Storage::Owned { len, meter, .. } = &self.storage {
+            meter.fetch_sub(*len, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Owned bytes, zeroed when made.
+struct Region {
+    start: NonNull<u8>,
+    origin: Origin,
+}
+
+enum Origin {
+    Heap(Layout),
+    /// Pages of their own, of which `start` is the first multiple of a huge page.
+    #[cfg(unix)]
+    Pages {
+        base: NonNull<u8>,
+        len: usize,
+    },
+}
+
+impl Region {
+    /// Large regions are mapped: pages come zeroed when first touched, huge ones where the system has them.
+    fn zeroed(size_bytes: usize) -> Option<Self> {
+        #[cfg(unix)]
+        if size_bytes >= HUGE_PAGE {
+            let len = size_bytes.checked_add(HUGE_PAGE)?;
+            let (access, kind) =
+                (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+            // SAFETY: a fresh mapping touches no memory that exists.
+            let base = unsafe { libc::mmap(std::ptr::null_mut(), len, access, kind, -1, 0) };
+            if base == libc::MAP_FAILED {
+                return None;
+            }
+            let base = NonNull::new(base.cast::<u8>())?;
+            // SAFETY: the mapping is one huge page longer than what is used of it.
+            let start = unsafe { base.add(base.align_offset(HUGE_PAGE)) };
+            #[cfg(target_os = "linux")]
+            // SAFETY: the range lies inside the new mapping; the call is advice and changes no content.
+            unsafe {
+                libc::madvise(start.as_ptr().cast(), size_bytes, libc::MADV_HUGEPAGE)
+            };
+            return Some(Self { start, origin: Origin::Pages { base, len } });
+        }
+        let layout = Layout::from_size_align(size_bytes, ALIGN).ok()?;
+        // SAFETY: the size is not zero.
+        let start = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+        Some(Self { start, origin: Origin::Heap(layout) })
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        match self.origin {
             // SAFETY: allocated with this layout, and no borrow outlives the buffer.
-            unsafe { dealloc(ptr.as_ptr(), *layout) };
+            Origin::Heap(layout) => unsafe { dealloc(self.start.as_ptr(), layout) },
+            #[cfg(unix)]
+            Origin::Pages { base, len } => {
+                // SAFETY: mapped with this length, and no borrow outlives the buffer.
+                unsafe { libc::munmap(base.as_ptr().cast(), len) };
+            }
         }
     }
 }

@@ -3,9 +3,9 @@
 use std::fmt;
 
 use crate::CpuError;
-use crate::simd::{Kernel, Portable};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512, Simd};
+use crate::simd::{Kernel, Portable};
 
 /// Vector instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -60,7 +60,11 @@ impl<'a> In<'a> {
 
     /// The elements of a U32 vector.
     pub(crate) fn u32s(&self) -> &[u32] {
-        assert!(self.tensor.dtype() == DType::U32 && self.tensor.is_contiguous(), "{:?} is no U32 run", self.tensor);
+        assert!(
+            self.tensor.dtype() == DType::U32 && self.tensor.is_contiguous(),
+            "{:?} is no U32 run",
+            self.tensor
+        );
         // SAFETY: checked against its memory at the borrow, aligned, and nobody writes while the guard lives.
         unsafe { std::slice::from_raw_parts(self.start().cast(), self.tensor.num_elements()) }
     }
@@ -150,7 +154,10 @@ unsafe impl Sync for Mat<'_> {}
 impl<'a> Mat<'a> {
     /// Dense F32 rows `stride` apart.
     pub(crate) fn from_f32(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
-        assert!(rows == 0 || (rows - 1) * stride + cols <= values.len(), "{rows} rows of {cols} past the slice");
+        assert!(
+            rows == 0 || (rows - 1) * stride + cols <= values.len(),
+            "{rows} rows of {cols} past the slice"
+        );
         Self { ptr: values.as_ptr().cast(), dtype: DType::F32, rows, cols, stride, life: PhantomData }
     }
 
@@ -211,7 +218,8 @@ impl<'a> Out<'a> {
         let (shape, strides) = (tensor.shape(), tensor.strides());
         // Rows that overlap could not be given to different tasks.
         let disjoint = tensor.num_elements() == 0
-            || (1..shape.len()).all(|dim| shape[dim - 1] == 1 || strides[dim - 1] >= shape[dim] * strides[dim]);
+            || (1..shape.len())
+                .all(|dim| shape[dim - 1] == 1 || strides[dim - 1] >= shape[dim] * strides[dim]);
         assert!(disjoint, "{op}: {arg} {tensor:?} overlaps itself");
         Self { guard, tensor }
     }
@@ -300,7 +308,12 @@ unsafe impl Sync for MatMut<'_> {}
 
 impl MatMut<'_> {
     fn place(&self, i: usize, col: usize, len: usize) -> *mut u8 {
-        assert!(i < self.rows && col + len <= self.cols, "[{i}, {col}+{len}] of [{}, {}]", self.rows, self.cols);
+        assert!(
+            i < self.rows && col + len <= self.cols,
+            "[{i}, {col}+{len}] of [{}, {}]",
+            self.rows,
+            self.cols
+        );
         self.ptr.wrapping_add((i * self.stride + col) * self.dtype.size_bytes())
     }
 

@@ -39,7 +39,9 @@ fn cases<B: Backend>(
         for dtype in backend.capabilities().activation_dtypes {
             for format in formats(dtype) {
                 for fp8 in fp8_forms(backend) {
-                    [1, 5, 40].into_iter().for_each(|rows| check(random, dtype, format, fp8, rows));
+                    for rows in [1, 5, 40] {
+                        check(random, dtype, format, fp8, rows);
+                    }
                 }
             }
         }
@@ -81,7 +83,9 @@ impl<B: Backend> Communicator<B> for Twins {
     fn all_reduce(&self, backend: &B, x: &Tensor<B>) {
         let mut values = vec![0.0; x.num_elements()];
         backend.download(x, HostSliceMut::F32(&mut values)).expect("download");
-        values.iter_mut().for_each(|value| *value *= 2.0);
+        for value in &mut values {
+            *value *= 2.0;
+        }
         backend.upload(HostSlice::F32(&values), x);
         self.reduced.lock().expect("no panic holds this lock").insert(values.len());
     }

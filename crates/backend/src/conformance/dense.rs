@@ -18,7 +18,9 @@ fn dtypes<B: Backend>(backend: &B, mut check: impl FnMut([DType; 2], Layout)) {
     let dtypes = backend.capabilities().activation_dtypes;
     for &input in &dtypes {
         for &output in &dtypes {
-            LAYOUTS.into_iter().for_each(|layout| check([input, output], layout));
+            for layout in LAYOUTS {
+                check([input, output], layout);
+            }
         }
     }
 }

@@ -1,10 +1,11 @@
 //! The one test suite that every backend runs, the oracle included: each operation against plain F64 loops, on
 //! seeded random inputs of ragged sizes, in views of poisoned memory.
 //!
-//! A backend lists the suite as its own tests, with an expression that gives a reference to it:
+//! A backend lists the suite as its own tests, with an expression that gives a reference to it, and one that gives a
+//! reference to the oracle, with which a whole decoder layer is compared:
 //!
 //! ```ignore
-//! r1_backend::conformance_tests!(&MyBackend::new());
+//! r1_backend::conformance_tests!(&MyBackend::new(), oracle: &Reference::new());
 //! ```
 //!
 //! Panics where a backend is wrong, with the operation, the sizes and the seed. Knows no backend.
@@ -12,6 +13,7 @@
 mod attention;
 mod attention_properties;
 mod composites;
+mod decoder_layer;
 mod dense;
 mod matrix;
 mod memory;
@@ -28,6 +30,7 @@ mod slab;
 pub use attention::{gather_latent, mla_attention, mla_attention_expanded, mla_attention_range, rope_cache};
 pub use attention_properties::{absorbed_equals_expanded, batch_equals_alone, chunked_equals_whole};
 pub use composites::{add_rms_norm, capture, mla_qkv, mlp_composite, moe_layer};
+pub use decoder_layer::decoder_layer;
 pub use dense::{add, embed, gather_rows, quantize, rms_norm, rms_norm_range, silu_mul};
 pub use matrix::{linear, linear_fp8_activations, per_head};
 pub use memory::{alloc_is_zeroed, import, traffic_honours_views, upload_rounds};
@@ -47,9 +50,18 @@ fn settle<B: Backend>(backend: &B, op: &str) {
     }
 }
 
-/// One `#[test]` per check of the [suite](crate::conformance), on the backend that `$backend` gives a reference to.
+/// One `#[test]` per check of the [suite](crate::conformance), on the backend that `$backend` gives a reference to. The
+/// oracle itself has no `oracle`.
 #[macro_export]
 macro_rules! conformance_tests {
+    ($backend:expr, oracle: $oracle:expr) => {
+        $crate::conformance_tests!($backend);
+
+        #[test]
+        fn decoder_layer() {
+            $crate::conformance::decoder_layer($backend, $oracle);
+        }
+    };
     ($backend:expr) => {
         $crate::conformance_tests! { @each $backend;
             alloc_is_zeroed import upload_rounds traffic_honours_views

@@ -10,6 +10,9 @@ use crate::{Backend, Experts, GroupScore, Groups, MlpWeights, Routing, ScoreFunc
 
 /// The published models' ways to route, at sizes of their own.
 fn routings() -> Vec<(usize, Routing)> {
+    use GroupScore::{Max, TopTwoSum};
+    use ScoreFunction::{Sigmoid, Softmax};
+
     let groups = |n_group, topk_group, score| Some(Groups { n_group, topk_group, score });
     let routing = |score, groups, top_k, norm_topk_prob, routed_scaling_factor| Routing {
         score,
@@ -18,8 +21,6 @@ fn routings() -> Vec<(usize, Routing)> {
         norm_topk_prob,
         routed_scaling_factor,
     };
-    use GroupScore::{Max, TopTwoSum};
-    use ScoreFunction::{Sigmoid, Softmax};
     vec![
         (7, routing(Softmax, None, 3, false, 1.0)),
         (64, routing(Softmax, None, 6, false, 1.0)),

@@ -27,6 +27,7 @@ impl Drop for Announce {
 }
 
 /// SplitMix64. Source: Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators (OOPSLA 2014).
+#[derive(Clone)]
 pub(super) struct Random {
     state: u64,
 }
@@ -38,6 +39,11 @@ impl Random {
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58476D1CE4E5B9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94D049BB133111EB);
         z ^ (z >> 31)
+    }
+
+    /// Another generator, whose numbers these are not.
+    pub(super) fn split(&mut self) -> Self {
+        Self { state: self.next() }
     }
 
     /// Uniform in [low, high).

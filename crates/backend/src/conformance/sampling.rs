@@ -148,7 +148,9 @@ pub fn sample_edges<B: Backend>(backend: &B) {
     let vocab = 40;
     let at = |places: &[(usize, f64)], rest: f64| {
         let mut row = vec![rest; vocab];
-        places.iter().for_each(|&(token, logit)| row[token] = logit);
+        for &(token, logit) in places {
+            row[token] = logit;
+        }
         row
     };
     let only = |token| Some(vec![token]);

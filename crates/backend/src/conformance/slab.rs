@@ -59,7 +59,9 @@ fn inside<B: Backend>(whole: &Tensor<B>, view: &Tensor<B>) -> Vec<bool> {
         indices = indices.iter().flat_map(|start| (0..size).map(move |i| start + i * stride)).collect();
     }
     let mut inside = vec![false; whole.num_elements()];
-    indices.into_iter().for_each(|i| inside[i] = true);
+    for i in indices {
+        inside[i] = true;
+    }
     inside
 }
 

@@ -114,7 +114,9 @@ impl<E: Elem> Strip<'_, E> {
     /// `rows` rows of `width` elements, `ld` apart, can be read at `w`.
     #[inline(always)]
     unsafe fn run<S: Simd>(&self, s: S, m: usize, width: usize, y: &mut [f32]) {
-        assert!(self.coef.len() >= (m - 1) * self.ld_coef + self.rows && y.len() >= (m - 1) * self.ldy + width);
+        assert!(
+            self.coef.len() >= (m - 1) * self.ld_coef + self.rows && y.len() >= (m - 1) * self.ldy + width
+        );
         // SAFETY: the caller's contract; coefficients and outputs were checked.
         unsafe {
             if width == TILE_VECTORS * S::LANES {

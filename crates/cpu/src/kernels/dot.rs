@@ -90,7 +90,10 @@ impl Kernel for MatMul<'_> {
         if tokens == 0 || self.rows.is_empty() {
             return;
         }
-        assert!(self.rows.end <= self.w.data.rows && self.x.mat.cols == self.w.data.cols, "product of unlike shapes");
+        assert!(
+            self.rows.end <= self.w.data.rows && self.x.mat.cols == self.w.data.cols,
+            "product of unlike shapes"
+        );
         assert!((tokens - 1) * self.ldy + self.rows.len() <= self.y.len(), "outputs past their slice");
         assert!(TileSize::floats(&self.w, self.rows.len(), tokens) <= self.tile.len(), "scratch too small");
         with_elem!(self.w.data.dtype, E => {
@@ -168,7 +171,11 @@ impl MatMul<'_> {
     }
 
     #[inline(always)]
-    fn stream_tile<S: Simd, E: Elem, const R: usize, const T: usize, const SCALED: bool>(&mut self, s: S, n: usize) {
+    fn stream_tile<S: Simd, E: Elem, const R: usize, const T: usize, const SCALED: bool>(
+        &mut self,
+        s: S,
+        n: usize,
+    ) {
         let columns = self.columns(&(0..self.w.data.cols));
         let w = std::array::from_fn(|r| self.w.data.row(n + r).cast::<E>());
         let x = std::array::from_fn(|t| self.x.row(t));
@@ -198,7 +205,10 @@ impl MatMul<'_> {
             let mut k0 = 0;
             while k0 < k {
                 // The first span ends at a block's end too, when a shard begins inside a block.
-                let k1 = self.w.scales.map_or(k0 + span, |scales| scales.block_end(1, k0 + span - scales.block[1]));
+                let k1 = self
+                    .w
+                    .scales
+                    .map_or(k0 + span, |scales| scales.block_end(1, k0 + span - scales.block[1]));
                 let cols = k0..k1.min(k);
                 let mut n = self.rows.start;
                 while n + TILE_ROWS <= self.rows.end {

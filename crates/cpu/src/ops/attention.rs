@@ -254,11 +254,8 @@ struct Merge<'a> {
 impl Kernel for Merge<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let mut state = if self.begin == 0 {
-            self.task.empty_state(self.state)
-        } else {
-            self.task.state(self.state)
-        };
+        let mut state =
+            if self.begin == 0 { self.task.empty_state(self.state) } else { self.task.state(self.state) };
         for part in self.parts.chunks_exact_mut(self.state_floats) {
             state.merge(s, &self.task.state(part));
         }

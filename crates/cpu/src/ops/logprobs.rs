@@ -48,16 +48,18 @@ impl Kernel for Row<'_> {
             buf.copy_from_slice(block);
             sum += f64::from(slice::exp_sum(s, buf, 1.0, max));
         }
-        let log_sum = (f64::from(max) + sum.ln()) as f32;
+        // In F64: far from zero, F32 has no digits left for the difference.
+        let log_sum = f64::from(max) + sum.ln();
+        let logprob = |logit: f32| (f64::from(logit) - log_sum) as f32;
         // SAFETY: `chosen` is a vector, one element per row and task; the types were checked.
         let (ids, top) = unsafe {
-            let chosen = [logits[self.token as usize] - log_sum];
+            let chosen = [logprob(logits[self.token as usize])];
             self.chosen.write(s, 0, self.row, &chosen);
             (self.top_ids.row_mut::<u32>(self.row), self.top.row_mut::<f32>(self.row))
         };
         largest(logits, ids.len(), self.candidates);
         for ((id, top), &(logit, token)) in ids.iter_mut().zip(top).zip(&*self.candidates) {
-            (*id, *top) = (token, logit - log_sum);
+            (*id, *top) = (token, logprob(logit));
         }
     }
 }
@@ -99,7 +101,8 @@ mod tests {
 
     #[test]
     fn largest_agrees_with_a_full_sort() {
-        let values: Vec<f32> = (0..997u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 26) as f32 - 20.0).collect();
+        let values: Vec<f32> =
+            (0..997u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 26) as f32 - 20.0).collect();
         let mut all: Vec<(f32, u32)> = values.iter().copied().zip(0..).collect();
         all.sort_by(best_first);
         let mut out = Vec::new();

@@ -35,7 +35,10 @@ const TASKS_PER_THREAD: usize = 4;
 /// When `x` has an FP8 form: this backend says in its capabilities that it makes none.
 #[track_caller]
 pub(crate) fn refuse_fp8(op: &str, arg: &str, x: &Activation<Cpu>) {
-    assert!(x.fp8.is_none(), "{op}: {arg} has an FP8 form, which the CPU backend does not keep (see capabilities)");
+    assert!(
+        x.fp8.is_none(),
+        "{op}: {arg} has an FP8 form, which the CPU backend does not keep (see capabilities)"
+    );
 }
 
 /// `len` things cut into equal ranges.
@@ -74,7 +77,9 @@ fn widened<'a>(isa: Available, pool: &mut Pool, mat: Mat<'a>, room: &'a mut Floa
     {
         let dst = Shared::new(room);
         let chunks = Chunks::rows(mat.rows, mat.cols, pool.threads());
-        pool.run(chunks.count(), &|task, _| isa.run(WidenRows { mat, stride, rows: chunks.range(task), dst }));
+        pool.run(chunks.count(), &|task, _| {
+            isa.run(WidenRows { mat, stride, rows: chunks.range(task), dst })
+        });
     }
     Mat::from_f32(room, mat.rows, mat.cols, stride)
 }

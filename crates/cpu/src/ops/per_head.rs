@@ -36,7 +36,8 @@ fn rows_out(cpu: &Cpu, x: Cube<'_>, weight: WeightRows<'_>, w: &HeadWeight<Cpu>,
         let rows = first + rows.start..first + rows.end;
         let sizes = [tokens * k, TileSize::floats(&weight, rows.len(), tokens), rows.len() * tokens];
         let [x_buf, tile, y] = scratch.floats.parts(sizes);
-        let task = HeadRows { w: weight, first, rows, x: x.middle(head), out: out.middle(head), x_buf, tile, y };
+        let task =
+            HeadRows { w: weight, first, rows, x: x.middle(head), out: out.middle(head), x_buf, tile, y };
         cpu.isa.run(task);
     });
 }

@@ -117,7 +117,10 @@ impl Kernel for WriteCache<'_> {
             if slot % self.owner.1 != self.owner.0 {
                 continue;
             }
-            assert!(slot < num_blocks * block_size, "{OP}: slot {slot} of {num_blocks} blocks of {block_size}");
+            assert!(
+                slot < num_blocks * block_size,
+                "{OP}: slot {slot} of {num_blocks} blocks of {block_size}"
+            );
             self.kv_a.read(s, token, 0, row);
             normed(s, &row[..latent], self.norm, self.eps, &mut out[..latent]);
             out[latent..].copy_from_slice(&row[latent..]);

@@ -65,8 +65,7 @@ impl Kernel for RouteRows<'_> {
                 mask_groups(groups, choice, group_scores);
             }
             // SAFETY: the row belongs to this task; the types were checked.
-            let (ids, weights) =
-                unsafe { (self.ids.row_mut::<u32>(row), self.weights.row_mut::<f32>(row)) };
+            let (ids, weights) = unsafe { (self.ids.row_mut::<u32>(row), self.weights.row_mut::<f32>(row)) };
             for (id, weight) in ids.iter_mut().zip(weights.iter_mut()) {
                 let best = take_best(choice);
                 *id = best as u32;

@@ -76,7 +76,12 @@ impl Pages<'_> {
     pub(crate) fn read<S: Simd>(&self, s: S, j: usize, dst: &mut [f32]) {
         let [num_blocks, block_size, _] = self.cache.shape;
         let (entry, offset) = (j / block_size, j % block_size);
-        assert!(entry < self.table.len(), "{}: token {j} past a block table of {}", self.op, self.table.len());
+        assert!(
+            entry < self.table.len(),
+            "{}: token {j} past a block table of {}",
+            self.op,
+            self.table.len()
+        );
         let block = self.table[entry] as usize;
         assert!(block < num_blocks, "{}: block {block} of {num_blocks}", self.op);
         self.cache.outer(block).read(s, offset, 0, dst);
@@ -103,7 +108,12 @@ pub(crate) fn gather_latent(
         let pages = Pages { cache: data.cube(), table: table.u32_row(seq), op: OP };
         let first = (start[seq] - start[seqs.start]) as usize;
         let tokens = len[seq] as usize;
-        assert!(first + tokens <= out.rows, "{OP}: sequence {seq} ends at row {} of {}", first + tokens, out.rows);
+        assert!(
+            first + tokens <= out.rows,
+            "{OP}: sequence {seq} ends at row {} of {}",
+            first + tokens,
+            out.rows
+        );
         let chunks = Chunks::rows(tokens, out.cols, cpu.threads);
         engine.pool.run(chunks.count(), &|task, scratch| {
             let buf = scratch.floats.get(out.cols);

@@ -49,7 +49,11 @@ fn adjust(row: &RowSampling, sampling: &SamplingBatch, z: &mut [f32]) {
     }
     if let Some(words) = &row.mask {
         let words = &sampling.mask[words.clone()];
-        assert!(words.len() == vocab.div_ceil(32), "{OP}: a mask of {} words for {vocab} tokens", words.len());
+        assert!(
+            words.len() == vocab.div_ceil(32),
+            "{OP}: a mask of {} words for {vocab} tokens",
+            words.len()
+        );
         for (chunk, &word) in z.chunks_mut(32).zip(words) {
             if word != u32::MAX {
                 for (bit, value) in chunk.iter_mut().enumerate() {
@@ -106,9 +110,11 @@ impl Kernel for Draw<'_> {
             return;
         }
         let floor = if row.min_p > 0.0 { max + row.min_p.ln() } else { f32::NEG_INFINITY };
-        let top_k = if row.top_k == 0 || row.top_k as usize >= z.len() { None } else { Some(row.top_k as usize) };
+        let top_k =
+            if row.top_k == 0 || row.top_k as usize >= z.len() { None } else { Some(row.top_k as usize) };
         if top_k.is_none() && row.top_p >= 1.0 {
-            *token = noisiest(row, z.iter().copied().zip(0..).filter(|&(v, _)| v >= floor), first_of(z, max), max);
+            *token =
+                noisiest(row, z.iter().copied().zip(0..).filter(|&(v, _)| v >= floor), first_of(z, max), max);
             return;
         }
         mass.copy_from_slice(z);

@@ -110,7 +110,7 @@ impl Elem for F8 {
 /// The value of an E4M3 code.
 pub(crate) const fn e4m3_to_f32(code: u8) -> f32 {
     if code & 0x7f == 0x7f {
-        return f32::NAN;
+        return f32::from_bits((code as u32 & 0x80) << 24 | 0x7fc0_0000);
     }
     let (exponent, mantissa) = ((code >> 3) & 15, (code & 7) as f32);
     let magnitude = if exponent == 0 {

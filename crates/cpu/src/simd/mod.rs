@@ -11,6 +11,8 @@ mod avx512;
 mod elem;
 mod portable;
 pub(crate) mod slice;
+#[cfg(test)]
+mod tests;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;
@@ -128,14 +130,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         const LN2_HIGH: f32 = 0.693_359_375;
         const LN2_LOW: f32 = -2.121_944_4e-4;
         // Minimax polynomial of (e^r - 1 - r) / r², highest power first (Cephes, expf).
-        const P: [f32; 6] = [
-            1.987_569_1e-4,
-            1.398_199_9e-3,
-            8.333_452e-3,
-            4.166_579_6e-2,
-            1.666_666_5e-1,
-            5.000_000_1e-1,
-        ];
+        const P: [f32; 6] =
+            [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1];
         let v = self.min(self.splat(89.0), self.max(self.splat(-104.0), v));
         let n = self.round(self.mul(v, self.splat(std::f32::consts::LOG2_E)));
         let r = self.fma(n, self.splat(-LN2_HIGH), v);

@@ -85,8 +85,7 @@ pub(crate) fn zip<S: Simd>(s: S, a: &[f32], b: &[f32], out: &mut [f32], f: impl 
     if n > 0 {
         // SAFETY: `n < LANES` floats are left of all three.
         unsafe {
-            let v =
-                f(s.load_n(a.as_ptr().add(whole), n, 0.0), s.load_n(b.as_ptr().add(whole), n, 0.0));
+            let v = f(s.load_n(a.as_ptr().add(whole), n, 0.0), s.load_n(b.as_ptr().add(whole), n, 0.0));
             s.store_n(out.as_mut_ptr().add(whole), n, v);
         }
     }

@@ -1,0 +1,314 @@
+//! Bit for bit: a row's result depends on neither the batch, the chunking, the threads, nor the way an operation was cut.
+
+mod support;
+
+use r1_backend::{
+    Activation, Backend, Batch, Experts, HeadForm, HeadWeight, HostSlice, LatentCache, MlpWeights, Weight,
+};
+use r1_core::DType;
+use r1_cpu::Cpu;
+use support::{FORMATS, Random, assert_close, bits, cpu, every_isa, ids, read, tensor, weight};
+
+/// Sizes past every blocking constant: spans of K, token blocks, rows per task, and none a multiple of a vector.
+const LINEAR: [[usize; 3]; 4] = [[33, 70, 300], [130, 37, 2100], [5, 131, 1031], [64, 7, 1024]];
+
+#[test]
+fn linear_rows_are_those_of_single_tokens() {
+    for cpu in every_isa(3) {
+        let mut random = Random(1);
+        for format in FORMATS {
+            for [tokens, n, k] in LINEAR {
+                let what = format!("{} [{tokens}, {k}] x [{n}, {k}] {format:?}", cpu.describe());
+                let (w, values) = weight(&cpu, &mut random, [n, k], format);
+                let host = random.floats(tokens * k);
+                let x = Activation::dense(tensor(&cpu, &host, &[tokens, k], DType::F32));
+                let out = cpu.alloc(&[tokens, n], DType::F32).expect("room");
+                cpu.linear(&x, &w, &out);
+                let all = read(&cpu, &out);
+                let dot = |t: usize, row: usize| {
+                    let pairs = host[t * k..][..k].iter().zip(&values[row * k..][..k]);
+                    pairs.map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>()
+                };
+                let want: Vec<f64> = (0..tokens * n).map(|i| dot(i / n, i % n)).collect();
+                assert_close(&all, &want, k, &what);
+                for count in [1, 2, 3, 4, 5] {
+                    for start in [0, tokens - count] {
+                        let part = cpu.alloc(&[count, n], DType::F32).expect("room");
+                        cpu.linear(&x.rows(start..start + count), &w, &part);
+                        let want = &all[start * n..][..count * n];
+                        assert_eq!(bits(&read(&cpu, &part)), bits(want), "{what}: {count} rows from {start}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn per_head_rows_are_those_of_single_tokens() {
+    for cpu in every_isa(2) {
+        let mut random = Random(2);
+        for format in FORMATS {
+            for form in [HeadForm::RowsIn, HeadForm::RowsOut] {
+                let (tokens, heads, rows_per_head, k) = (9, 3, 90, 200);
+                let (weight, _) = weight(&cpu, &mut random, [heads * rows_per_head, k], format);
+                let w = HeadWeight { weight, rows_per_head, rows: 10..75, form };
+                let (from, to) = if form == HeadForm::RowsIn { (65, k) } else { (k, 65) };
+                let x = random.floats(tokens * heads * from);
+                let x = tensor(&cpu, &x, &[tokens, heads, from], DType::F32);
+                let out = cpu.alloc(&[tokens, heads, to], DType::F32).expect("room");
+                cpu.per_head(&x, &w, &out);
+                let all = read(&cpu, &out);
+                for t in 0..tokens {
+                    let one = cpu.alloc(&[1, heads, to], DType::F32).expect("room");
+                    cpu.per_head(&x.rows(t..t + 1), &w, &one);
+                    let want = &all[t * heads * to..][..heads * to];
+                    assert_eq!(bits(&read(&cpu, &one)), bits(want), "{form:?} {format:?} token {t}");
+                }
+            }
+        }
+    }
+}
+
+fn expert_weights(cpu: &Cpu, random: &mut Random, count: usize, [i, d]: [usize; 2]) -> Experts<Cpu> {
+    let mut one = |size, format| weight(cpu, random, size, format).0;
+    let local = (0..count)
+        .map(|e| {
+            let format = FORMATS[e % FORMATS.len()];
+            MlpWeights { gate: one([i, d], format), up: one([i, d], format), down: one([d, i], format) }
+        })
+        .collect();
+    Experts { local, first: 2, total: count + 4 }
+}
+
+#[test]
+fn experts_rows_are_those_of_single_tokens() {
+    for cpu in every_isa(2) {
+        for dtype in [DType::F32, DType::BF16] {
+            let mut random = Random(3);
+            // More tokens than are worked on together, so that batches of them meet too.
+            let (tokens, k, [i, d], count) = (530, 3, [40, 70], 7);
+            let experts = expert_weights(&cpu, &mut random, count, [i, d]);
+            // Some ids belong to other ranks; token 5 has one expert twice.
+            let mut chosen: Vec<u32> = (0..tokens * k).map(|_| random.below(count + 4) as u32).collect();
+            chosen[15..18].copy_from_slice(&[4, 4, 3]);
+            let x = Activation::dense(tensor(&cpu, &random.floats(tokens * d), &[tokens, d], dtype));
+            let chosen = ids(&cpu, &chosen, &[tokens, k]);
+            let weights = tensor(&cpu, &random.floats(tokens * k), &[tokens, k], DType::F32);
+            let before = random.floats(tokens * d);
+            let out = tensor(&cpu, &before, &[tokens, d], dtype);
+            cpu.experts(&x, &chosen, &weights, &experts, &out);
+            let all = read(&cpu, &out);
+            for t in (0..tokens).step_by(97).chain([5]) {
+                let row = t..t + 1;
+                let one = tensor(&cpu, &before[t * d..][..d], &[1, d], dtype);
+                cpu.experts(
+                    &x.rows(row.clone()),
+                    &chosen.rows(row.clone()),
+                    &weights.rows(row),
+                    &experts,
+                    &one,
+                );
+                assert_eq!(bits(&read(&cpu, &one)), bits(&all[t * d..][..d]), "{dtype} token {t}");
+            }
+        }
+    }
+}
+
+/// Sequences of `(rows, context)` over a cache of blocks in a scrambled order, poisoned past every context.
+struct Paged {
+    batch: Batch<Cpu>,
+    cache: LatentCache<Cpu>,
+    latent: Vec<Vec<Vec<f32>>>,
+}
+
+fn paged(cpu: &Cpu, seqs: &[(usize, usize)], [latent_dim, width]: [usize; 2], max_blocks: usize) -> Paged {
+    const BLOCK: usize = 16;
+    let mut image = vec![f32::NAN; max_blocks * seqs.len() * BLOCK * width];
+    let mut table = vec![u32::MAX; seqs.len() * max_blocks];
+    let mut latent = Vec::new();
+    for (s, &(_, context)) in seqs.iter().enumerate() {
+        // Content depends on the context alone, so that a sequence is the same wherever it lies.
+        let mut random = Random(context as u64);
+        let rows: Vec<Vec<f32>> = (0..context).map(|_| random.floats(width)).collect();
+        for (j, row) in rows.iter().enumerate() {
+            let block = (j / BLOCK) * seqs.len() + (seqs.len() - 1 - s);
+            table[s * max_blocks + j / BLOCK] = block as u32;
+            image[(block * BLOCK + j % BLOCK) * width..][..width].copy_from_slice(row);
+        }
+        latent.push(rows);
+    }
+    let sums = |of: &dyn Fn(&(usize, usize)) -> usize| {
+        let mut sums = vec![0u32];
+        for seq in seqs {
+            sums.push(sums[sums.len() - 1] + of(seq) as u32);
+        }
+        sums
+    };
+    let tokens = seqs.iter().map(|seq| seq.0).sum::<usize>();
+    let context_len: Vec<u32> = seqs.iter().map(|seq| seq.1 as u32).collect();
+    let zeros = vec![0u32; tokens];
+    let cache = cpu.alloc(&[max_blocks * seqs.len(), BLOCK, width], DType::F32).expect("room");
+    cpu.upload(HostSlice::F32(&image), &cache);
+    Paged {
+        batch: Batch {
+            positions: ids(cpu, &zeros, &[tokens]),
+            slots: ids(cpu, &zeros, &[tokens]),
+            query_start: ids(cpu, &sums(&|seq| seq.0), &[seqs.len() + 1]),
+            context_len: ids(cpu, &context_len, &[seqs.len()]),
+            context_start: ids(cpu, &sums(&|seq| seq.1), &[seqs.len() + 1]),
+            block_table: ids(cpu, &table, &[seqs.len(), max_blocks]),
+            num_tokens: tokens,
+            num_seqs: seqs.len(),
+            num_decodes: 0,
+            prefill_context_tokens: 0,
+            max_context_len: seqs.iter().map(|seq| seq.1).max().unwrap_or(0),
+        },
+        cache: LatentCache { data: cache, latent_dim },
+        latent,
+    }
+}
+
+/// Queries of a row depend on its position alone.
+fn queries(seqs: &[(usize, usize)], len: usize, salt: u64) -> Vec<f32> {
+    let position = |&(rows, context): &(usize, usize)| (context - rows..context).map(move |p| (context, p));
+    seqs.iter()
+        .flat_map(position)
+        .flat_map(|(context, p)| Random((context * 10_000 + p) as u64 ^ salt << 40).floats(len))
+        .collect()
+}
+
+const HEADS: usize = 5;
+const LATENT: usize = 40;
+const ROPE: usize = 6;
+
+fn attend(cpu: &Cpu, seqs: &[(usize, usize)]) -> (Vec<f32>, Paged) {
+    let paged = paged(cpu, seqs, [LATENT, LATENT + ROPE], 120);
+    let tokens = paged.batch.num_tokens;
+    let q =
+        |len: usize, salt| tensor(cpu, &queries(seqs, HEADS * len, salt), &[tokens, HEADS, len], DType::F32);
+    let (q_latent, q_rope) = (q(LATENT, 1), q(ROPE, 2));
+    let out = cpu.alloc(&[tokens, HEADS, LATENT], DType::F32).expect("room");
+    cpu.mla_attention(&q_latent, &q_rope, &paged.cache, &paged.batch, 0..seqs.len(), 0.3, &out);
+    (read(cpu, &out), paged)
+}
+
+/// Long contexts: many tiles, several splits, in turn and side by side.
+#[test]
+fn attention_is_right_over_splits_and_the_same_however_it_is_cut() {
+    for isa in r1_cpu::Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        let alone = cpu(Some(isa), 1);
+        let seqs = [(1, 1800), (3, 700), (1, 512), (2, 513)];
+        let (together, paged) = attend(&alone, &seqs);
+        let q_latent = queries(&seqs, HEADS * LATENT, 1);
+        let q_rope = queries(&seqs, HEADS * ROPE, 2);
+        let mut t = 0;
+        for (s, &(rows, context)) in seqs.iter().enumerate() {
+            for i in 0..rows {
+                for h in 0..HEADS {
+                    let q: Vec<f32> = [
+                        &q_latent[(t * HEADS + h) * LATENT..][..LATENT],
+                        &q_rope[(t * HEADS + h) * ROPE..][..ROPE],
+                    ]
+                    .concat();
+                    let seen = &paged.latent[s][..context - rows + 1 + i];
+                    let dot = |k: &Vec<f32>| {
+                        q.iter().zip(k).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum::<f64>()
+                    };
+                    let p: Vec<f64> = seen.iter().map(|k| (dot(k) * f64::from(0.3f32)).exp()).collect();
+                    let sum = p.iter().sum::<f64>();
+                    let column =
+                        |c: usize| p.iter().zip(seen).map(|(p, k)| p * f64::from(k[c])).sum::<f64>() / sum;
+                    let want: Vec<f64> = (0..LATENT).map(column).collect();
+                    assert_close(&together[(t * HEADS + h) * LATENT..][..LATENT], &want, 8, "attention");
+                }
+                t += 1;
+            }
+        }
+        // Each sequence alone, with enough threads for splits to run side by side.
+        let many = cpu(Some(isa), 6);
+        let mut start = 0;
+        for seq in seqs {
+            let len = seq.0 * HEADS * LATENT;
+            assert_eq!(bits(&attend(&many, &[seq]).0), bits(&together[start..][..len]), "{isa} {seq:?}");
+            start += len;
+        }
+        // The last row of a chunk is what it is alone.
+        let whole = attend(&many, &[(40, 640)]).0;
+        let last = attend(&alone, &[(1, 640)]).0;
+        assert_eq!(bits(&last), bits(&whole[whole.len() - HEADS * LATENT..]), "{isa}");
+    }
+}
+
+#[test]
+fn expanded_attention_does_not_depend_on_chunks() {
+    const KEY: usize = 20;
+    const VALUE: usize = 10;
+    for cpu in every_isa(2) {
+        let context = 150;
+        let mut random = Random(7);
+        let kv = random.floats(context * HEADS * (KEY - ROPE + VALUE));
+        let kv = tensor(&cpu, &kv, &[context, HEADS, KEY - ROPE + VALUE], DType::F32);
+        let k_rope = tensor(&cpu, &random.floats(context * ROPE), &[context, ROPE], DType::F32);
+        let run = |rows: usize| {
+            let seqs = [(rows, context)];
+            let batch = paged(&cpu, &seqs, [LATENT, LATENT + ROPE], 10).batch;
+            let q = tensor(&cpu, &queries(&seqs, HEADS * KEY, 3), &[rows, HEADS, KEY], DType::F32);
+            let out = cpu.alloc(&[rows, HEADS, VALUE], DType::F32).expect("room");
+            cpu.mla_attention_expanded(&q, &kv, &k_rope, &batch, 0..1, 0.4, &out);
+            read(&cpu, &out)
+        };
+        let whole = run(context);
+        for rows in [1, 5, 33, 70] {
+            let part = run(rows);
+            assert_eq!(bits(&part), bits(&whole[whole.len() - part.len()..]), "{rows} rows");
+        }
+    }
+}
+
+#[test]
+fn threads_change_no_bit() {
+    let run = |threads: usize| {
+        let cpu = cpu(None, threads);
+        let mut random = Random(11);
+        let (w, _) = weight(&cpu, &mut random, [500, 700], FORMATS[3]);
+        let x = Activation::dense(tensor(&cpu, &random.floats(12 * 700), &[12, 700], DType::BF16));
+        let out = cpu.alloc(&[12, 500], DType::F32).expect("room");
+        cpu.linear(&x, &w, &out);
+        bits(&read(&cpu, &out))
+    };
+    let one = run(1);
+    for threads in [2, 3, 7] {
+        assert_eq!(run(threads), one, "{threads} threads");
+    }
+}
+
+/// A NaN code makes its output NaN, and no other; all other codes stay what they are, however many tokens there are.
+#[test]
+fn fp8_nan_codes_stay_nan() {
+    for cpu in every_isa(1) {
+        for tokens in [1, 3, 8] {
+            let (n, k) = (5, 150);
+            let mut codes = vec![0x38u8; n * k];
+            codes[3 * k + 149] = 0xff;
+            codes[k + 2] = 0x7f;
+            let weight = Weight::Fp8Block {
+                data: cpu.import_matrix(&support::codes(codes, &[n, k])).expect("import"),
+                scales: tensor(&cpu, &[0.5, 0.5], &[1, 2], DType::F32),
+                block: [128, 128],
+                offset: [0, 0],
+            };
+            let x = Activation::dense(tensor(&cpu, &vec![1.0; tokens * k], &[tokens, k], DType::F32));
+            let out = cpu.alloc(&[tokens, n], DType::F32).expect("room");
+            cpu.linear(&x, &weight, &out);
+            for (i, &value) in read(&cpu, &out).iter().enumerate() {
+                let nan = [1, 3].contains(&(i % n));
+                assert!(
+                    if nan { value.is_nan() } else { value == 75.0 },
+                    "{} tokens {tokens}: {value}",
+                    cpu.describe()
+                );
+            }
+        }
+    }
+}
