@@ -251,7 +251,7 @@ fn completion_logprobs(entries: Vec<TokenEntry>) -> CompletionLogprobs {
         // The drawn token is always among them, so there may be one more than was asked for.
         rivals.entry(drawn.name.clone()).or_insert_with(|| Value::from(drawn.logprob));
         logprobs.tokens.push(drawn.name);
-        logprobs.token_logprobs.push(drawn.logprob);
+        logprobs.token_logprobs.push(f64::from(drawn.logprob));
         logprobs.top_logprobs.push(rivals);
         logprobs.text_offset.push(text_offset);
     }

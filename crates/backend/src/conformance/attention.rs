@@ -2,7 +2,7 @@
 
 use r1_core::DType;
 
-use super::paged::{CacheSlab, SIZES, Sizes, Step, Tables, Turn, steps};
+use super::paged::{CacheSlab, PUBLISHED, SIZES, Sizes, Step, Tables, Turn, steps};
 use super::random::{Random, seeded};
 use super::rounding::{Tolerance, assert_close};
 use super::slab::{LAYOUTS, Layout, Slab, imported};
@@ -10,7 +10,7 @@ use super::{naive, settle};
 use crate::{Backend, RopeTable};
 
 const EPS: f32 = 1e-6;
-const MAX_POSITIONS: usize = 256;
+const MAX_POSITIONS: usize = 2048;
 /// Ragged, and the usual one.
 const BLOCK_SIZES: [usize; 2] = [5, 16];
 
@@ -18,7 +18,7 @@ fn context_lens(turns: &[Turn]) -> Vec<usize> {
     turns.iter().map(|turn| turn.cached + turn.new).collect()
 }
 
-/// Runs `check` for every size, step, block size and activation type.
+/// Runs `check` for every size, step, block size and activation type, and for the published models' sizes.
 fn cases<B: Backend>(backend: &B, mut check: impl FnMut(Sizes, &[Turn], usize, DType)) {
     for sizes in SIZES {
         for turns in steps() {
@@ -28,6 +28,10 @@ fn cases<B: Backend>(backend: &B, mut check: impl FnMut(Sizes, &[Turn], usize, D
                 }
             }
         }
+    }
+    let turns = [Turn { cached: 70, new: 1 }, Turn { cached: 3, new: 40 }];
+    for dtype in backend.capabilities().activation_dtypes {
+        check(PUBLISHED, &turns, 64, dtype);
     }
 }
 
@@ -183,7 +187,7 @@ fn check_mla_attention<B: Backend>(
     let q_latent = queries(backend, random, step, &seqs, &[tokens, heads, latent], dtype);
     let q_rope = queries(backend, random, step, &seqs, &[tokens, heads, rope], dtype);
     let out = Slab::poison(backend, &[tokens, heads, latent], dtype, LAYOUTS[random.below(2)]);
-    let scale = 0.25;
+    let scale = random.uniform(0.1, 0.4) as f32;
     backend.mla_attention(
         &q_latent.view,
         &q_rope.view,
@@ -273,7 +277,7 @@ fn check_expanded<B: Backend>(
     let kv = Slab::normal(backend, random, &kv_shape, dtype, layout, 1.0);
     let k_rope = Slab::normal(backend, random, &[gathered, rope], dtype, Layout::Gaps, 1.0);
     let out = Slab::poison(backend, &[tokens, heads, value], dtype, LAYOUTS[random.below(2)]);
-    let scale = 0.25;
+    let scale = random.uniform(0.1, 0.4) as f32;
     backend.mla_attention_expanded(
         &q.view,
         &kv.view,

@@ -9,8 +9,9 @@ use super::slab::{ActivationSlab, FORMATS, Format, LAYOUTS, Layout, Slab, weight
 use super::{naive, settle};
 use crate::{Activation, Backend, HeadForm, HeadWeight};
 
-/// [N, K]: multiples of nothing, of a SIMD vector, of a block; and more rows than a block.
-const SIZES: [[usize; 2]; 5] = [[1, 1], [5, 33], [150, 300], [64, 128], [131, 264]];
+/// [N, K]: multiples of nothing, of a SIMD vector, of a block; more rows than a block; and
+/// more of both than a cache tile.
+const SIZES: [[usize; 2]; 6] = [[1, 1], [5, 33], [150, 300], [64, 128], [131, 264], [520, 1040]];
 
 /// [`Backend::linear`] of dense activations with every format of weight.
 pub fn linear<B: Backend>(backend: &B) {

@@ -36,7 +36,8 @@ pub use matrix::{linear, linear_fp8_activations, per_head};
 pub use memory::{alloc_is_zeroed, import, traffic_honours_views, upload_rounds};
 pub use moe::{experts, route, route_not_finite, route_ties};
 pub use sampling::{
-    logprobs, sample, sample_distribution, sample_edges, sample_ignores_batch, sample_single,
+    logprobs, sample, sample_distribution, sample_edges, sample_ignores_batch, sample_penalties,
+    sample_single,
 };
 pub use shapes::shape_panics;
 
@@ -70,7 +71,7 @@ macro_rules! conformance_tests {
             rope_cache mla_attention mla_attention_range gather_latent mla_attention_expanded
             absorbed_equals_expanded batch_equals_alone chunked_equals_whole
             route route_ties route_not_finite experts
-            sample sample_single sample_edges sample_ignores_batch sample_distribution logprobs
+            sample sample_single sample_penalties sample_edges sample_ignores_batch sample_distribution logprobs
             add_rms_norm mla_qkv mlp_composite moe_layer capture
             shape_panics
         }

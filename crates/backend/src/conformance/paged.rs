@@ -33,6 +33,9 @@ pub(super) const SIZES: [Sizes; 3] = [
     Sizes { heads: 5, latent: 128, rope: 16, nope: 32, value: 24 },
 ];
 
+/// DeepSeek-V2 and V3's, with a few of their heads.
+pub(super) const PUBLISHED: Sizes = Sizes { heads: 4, latent: 512, rope: 64, nope: 128, value: 128 };
+
 impl Sizes {
     pub(super) fn entry(self) -> usize {
         self.latent + self.rope
@@ -40,7 +43,7 @@ impl Sizes {
 }
 
 /// Steps: decode only, prefill only, and mixed, with chunks that go on from a cached prefix, contexts around a
-/// block's end, and a prefill of one row.
+/// block's end, a prefill of one row, and contexts long enough to be split.
 pub(super) fn steps() -> Vec<Vec<Turn>> {
     let turn = |cached, new| Turn { cached, new };
     vec![
@@ -48,6 +51,7 @@ pub(super) fn steps() -> Vec<Vec<Turn>> {
         vec![turn(15, 1), turn(16, 1), turn(130, 1)],
         vec![turn(0, 17)],
         vec![turn(33, 1), turn(0, 1), turn(5, 9), turn(0, 33), turn(48, 16), turn(20, 1)],
+        vec![turn(1100, 1), turn(600, 3), turn(0, 150)],
     ]
 }
 

@@ -42,9 +42,9 @@ fn check<B: Backend>(backend: &B, logits: &[f64], vocab: usize, sampling: &Sampl
     assert!(undecided <= 1 + drawn.len() / 10, "{undecided} of {} rows undecided", drawn.len());
 }
 
-/// F32 logits that look like a language model's.
-fn logits(random: &mut Random, count: usize) -> Vec<f64> {
-    random.normals(count, 3.0).into_iter().map(|v| f64::from(v as f32)).collect()
+/// F32 logits; at a spread of 3 they look like a language model's, at 1 many tokens are likely.
+fn logits(random: &mut Random, count: usize, spread: f64) -> Vec<f64> {
+    random.normals(count, spread).into_iter().map(|v| f64::from(v as f32)).collect()
 }
 
 /// A row with every parameter set to something.
@@ -101,7 +101,7 @@ pub fn sample<B: Backend>(backend: &B) {
                     let row = any_row(random, &mut batch, vocab);
                     batch.rows.push(row);
                 }
-                let logits = logits(random, rows * vocab);
+                let logits = logits(random, rows * vocab, 3.0);
                 check(backend, &logits, vocab, &batch, LAYOUTS[random.below(2)]);
             }
         }
@@ -129,13 +129,52 @@ pub fn sample_single<B: Backend>(backend: &B) {
         for vocab in [50, 2049] {
             let mut batch = SamplingBatch::default();
             for variant in &variants {
-                for position in 0..8 {
+                for position in 0..24 {
                     batch.rows.push(RowSampling { seed: random.next(), position, ..variant.clone() });
                 }
             }
-            let logits = logits(random, batch.rows.len() * vocab);
-            check(backend, &logits, vocab, &batch, Layout::Dense);
+            for spread in [1.0, 3.0] {
+                let logits = logits(random, batch.rows.len() * vocab, spread);
+                check(backend, &logits, vocab, &batch, Layout::Dense);
+            }
         }
+    });
+}
+
+/// [`Backend::sample`] with one penalty at a time on half of the vocabulary, for logits of both signs.
+pub fn sample_penalties<B: Backend>(backend: &B) {
+    seeded("sample_penalties", |random| {
+        let vocab = 60;
+        let greedy = RowSampling::greedy();
+        let penalties = [
+            RowSampling { repetition_penalty: 2.0, ..greedy.clone() },
+            RowSampling { repetition_penalty: 0.5, ..greedy.clone() },
+            RowSampling { presence_penalty: 1.0, ..greedy.clone() },
+            RowSampling { presence_penalty: -1.0, ..greedy.clone() },
+            RowSampling { frequency_penalty: 0.5, ..greedy.clone() },
+            RowSampling { frequency_penalty: -0.5, ..greedy },
+        ];
+        let mut batch = SamplingBatch::default();
+        let mut values = Vec::new();
+        for penalty in &penalties {
+            for position in 0..24 {
+                let first = batch.seen.len();
+                let tokens = random.permutation(vocab).into_iter().take(vocab / 2);
+                for token in tokens.map(|token| token as u32) {
+                    batch.seen.push(SeenToken { token, output_count: random.below(4) as u32 });
+                }
+                batch.rows.push(RowSampling {
+                    temperature: [0.0, 1.0][random.below(2)],
+                    seed: random.next(),
+                    position,
+                    seen: first..batch.seen.len(),
+                    ..penalty.clone()
+                });
+                let shift = [-4.0, 0.0, 4.0][random.below(3)];
+                values.extend(logits(random, vocab, 1.0).into_iter().map(|v| f64::from((v + shift) as f32)));
+            }
+        }
+        check(backend, &values, vocab, &batch, Layout::Gaps);
     });
 }
 
@@ -197,7 +236,7 @@ pub fn sample_ignores_batch<B: Backend>(backend: &B) {
             let row = any_row(random, &mut batch, vocab);
             batch.rows.push(row);
         }
-        let logits = logits(random, batch.rows.len() * vocab);
+        let logits = logits(random, batch.rows.len() * vocab, 3.0);
         let together = draw(backend, &logits, vocab, &batch, Layout::Dense);
         let order = random.permutation(batch.rows.len());
         let shuffled = SamplingBatch {
@@ -221,7 +260,7 @@ pub fn sample_distribution<B: Backend>(backend: &B) {
     const CALLS: usize = 12;
     seeded("sample_distribution", |random| {
         let vocab = 50;
-        let logits = logits(random, vocab).into_iter().map(|logit| logit / 3.0).collect::<Vec<_>>();
+        let logits = logits(random, vocab, 1.0);
         for (temperature, top_k) in [(1.0, 0), (0.8, 10)] {
             let mut counts = vec![0.0; vocab];
             let repeated = logits.repeat(ROWS);
@@ -262,7 +301,7 @@ pub fn logprobs<B: Backend>(backend: &B) {
         for vocab in VOCABS {
             for (rows, count) in [(1, 0), (3, 1), (17, 20), (2, vocab)] {
                 let count = count.min(vocab);
-                let mut logits = logits(random, rows * vocab);
+                let mut logits = logits(random, rows * vocab, 3.0);
                 match random.below(3) {
                     0 => logits.iter_mut().for_each(|logit| *logit = logit.round()),
                     1 => logits.iter_mut().for_each(|logit| *logit = f64::from((*logit + 5000.0) as f32)),

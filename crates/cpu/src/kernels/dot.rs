@@ -18,7 +18,7 @@ const TILE_ROWS: usize = 4;
 /// Tokens that share one pass over the weight rows of a task; a multiple of every `TILE_TOKENS`.
 const TOKEN_BLOCK: usize = 60;
 /// Columns of K per pass: four widened rows of it fill half of a 32 KiB L1.
-const SPAN: usize = 1024;
+const SPAN: usize = 256;
 
 /// Input rows: every row, or chosen ones, of an F32 matrix.
 #[derive(Clone, Copy)]
@@ -236,18 +236,19 @@ impl MatMul<'_> {
         totals: &mut [f32],
     ) {
         let ld = widened.len() / TILE_ROWS;
-        let w: [*const f32; R] = std::array::from_fn(|r| {
+        let mut w = [std::ptr::null::<f32>(); R];
+        for (r, w) in w.iter_mut().enumerate() {
             // SAFETY: row `n + r` exists and has the columns.
-            unsafe {
-                let row = self.w.data.row(n + r).cast::<E>().add(cols.start);
-                if E::IS_F32 {
-                    return row.cast();
-                }
+            let row = unsafe { self.w.data.row(n + r).cast::<E>().add(cols.start) };
+            if E::IS_F32 {
+                *w = row.cast();
+            } else {
                 let dst = &mut widened[r * ld..][..cols.len()];
-                slice::widen(s, row, dst);
-                dst.as_ptr()
+                // SAFETY: as above.
+                unsafe { slice::widen(s, row, dst) };
+                *w = dst.as_ptr();
             }
-        });
+        }
         let mut t = tokens.start;
         while t + S::TILE_TOKENS <= tokens.end {
             if S::TILE_TOKENS == 3 {

@@ -164,7 +164,7 @@ impl Kernel for GateUp<'_> {
             // SAFETY: these columns of the expert's pairs belong to this task.
             let out = unsafe { self.hidden.part((self.first + i) * self.width + self.rows.start, len) };
             let row = i * len..(i + 1) * len;
-            slice::zip(s, &gate[row.clone()], &up[row], out, |gate, up| s.mul(slice::silu(s, gate), up));
+            slice::zip!(s, &gate[row.clone()], &up[row], out, |gate, up| s.mul(slice::silu(s, gate), up));
         }
     }
 }

@@ -85,7 +85,7 @@ impl Kernel for NormRows<'_> {
 pub(crate) fn normed<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     let mean = slice::sum_of_squares(s, x) / x.len() as f32;
     let inverse = s.splat(1.0 / (mean + eps).sqrt());
-    slice::zip(s, x, weight, out, |x, w| s.mul(s.mul(x, inverse), w));
+    slice::zip!(s, x, weight, out, |x, w| s.mul(s.mul(x, inverse), w));
 }
 
 /// `residual[row] += x[row]`; leaves in `sum` what the residual now holds, rounded as it is.
@@ -157,7 +157,7 @@ impl Kernel for SiluMul<'_> {
         for row in self.rows {
             self.gate_up.read(s, row, 0, gate);
             self.gate_up.read(s, row, up.len(), up);
-            slice::zip(s, gate, up, out, |gate, up| s.mul(slice::silu(s, gate), up));
+            slice::zip!(s, gate, up, out, |gate, up| s.mul(slice::silu(s, gate), up));
             // SAFETY: the row belongs to this task.
             unsafe { self.out.write(s, row, 0, out) };
         }

@@ -83,14 +83,14 @@ impl Kernel for RouteRows<'_> {
 #[inline(always)]
 fn sigmoid<S: Simd>(s: S, x: &mut [f32]) {
     let one = s.splat(1.0);
-    slice::map_sum(s, x, 0.0, |v| s.div(one, s.add(one, s.exp(s.sub(s.zero(), v)))));
+    slice::map_sum!(s, x, 0.0, |v| s.div(one, s.add(one, s.exp(s.sub(s.zero(), v)))));
 }
 
 #[inline(always)]
 fn softmax<S: Simd>(s: S, x: &mut [f32]) {
     let max = slice::max(s, x);
     let sum = s.splat(slice::exp_sum(s, x, 1.0, max));
-    slice::map_sum(s, x, 0.0, |v| s.div(v, sum));
+    slice::map_sum!(s, x, 0.0, |v| s.div(v, sum));
 }
 
 /// -inf for the experts of groups that lose.

@@ -101,7 +101,7 @@ impl Kernel for Draw<'_> {
         let Self { row, z, mass, candidates, bins, token } = self;
         if row.temperature > 0.0 {
             let temperature = s.splat(row.temperature);
-            slice::map_sum(s, z, 0.0, |v| s.div(v, temperature));
+            slice::map_sum!(s, z, 0.0, |v| s.div(v, temperature));
         }
         let max = slice::max(s, z);
         // At infinity differences mean nothing, and noise changes nothing.

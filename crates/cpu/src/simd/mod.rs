@@ -2,7 +2,7 @@
 //!
 //! A value of a `Simd` type proves that the machine has its instructions, so arithmetic is safe and only pointers are not.
 //! Everything generic over `Simd` is `inline(always)`: it must end up inside [`Simd::call`], which alone carries the target
-//! features; left outside, each instruction would become a function call.
+//! features; left outside, each instruction would become a function call. For the same reason closures hold no vectors.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;

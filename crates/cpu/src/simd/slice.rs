@@ -36,59 +36,79 @@ pub(crate) fn max<S: Simd>(s: S, x: &[f32]) -> f32 {
     lanes.iter().chain(chunks.remainder()).fold(f32::NEG_INFINITY, |a, &b| a.max(b))
 }
 
-/// `x = f(x)` lane by lane; the ragged end is padded with `fill`. Returns the sum of the results, padding included.
+/// `LANES` as a function of the value: macros have no name for its type.
 #[inline(always)]
-pub(crate) fn map_sum<S: Simd>(s: S, x: &mut [f32], fill: f32, f: impl Fn(S::V) -> S::V) -> f32 {
-    let mut acc = s.zero();
-    let mut chunks = x.chunks_exact_mut(S::LANES);
-    for chunk in &mut chunks {
-        // SAFETY: a chunk has `LANES` floats.
-        let v = f(unsafe { s.load(chunk.as_ptr()) });
-        // SAFETY: as above.
-        unsafe { s.store(chunk.as_mut_ptr(), v) };
-        acc = s.add(acc, v);
-    }
-    let tail = chunks.into_remainder();
-    if !tail.is_empty() {
-        // SAFETY: the remainder is shorter than a vector.
-        let v = f(unsafe { s.load_n(tail.as_ptr(), tail.len(), fill) });
-        // SAFETY: as above.
-        unsafe { s.store_n(tail.as_mut_ptr(), tail.len(), v) };
-        acc = s.add(acc, v);
-    }
-    s.sum(acc)
+pub(crate) fn width<S: Simd>(_: S) -> usize {
+    S::LANES
 }
+
+/// `x = f(x)` lane by lane, the ragged end padded with `$fill`; gives the sum of the results, padding included.
+///
+/// A macro, since a closure is not part of the function around it: it would be compiled without its target features.
+macro_rules! map_sum {
+    ($s:expr, $x:expr, $fill:expr, |$v:ident| $f:expr) => {{
+        let (s, x): (_, &mut [f32]) = ($s, $x);
+        let lanes = $crate::simd::slice::width(s);
+        let mut acc = s.zero();
+        let mut chunks = x.chunks_exact_mut(lanes);
+        for chunk in &mut chunks {
+            // SAFETY: a chunk has `LANES` floats.
+            let $v = unsafe { s.load(chunk.as_ptr()) };
+            let result = $f;
+            // SAFETY: as above.
+            unsafe { s.store(chunk.as_mut_ptr(), result) };
+            acc = s.add(acc, result);
+        }
+        let tail = chunks.into_remainder();
+        if !tail.is_empty() {
+            // SAFETY: the remainder is shorter than a vector.
+            let $v = unsafe { s.load_n(tail.as_ptr(), tail.len(), $fill) };
+            let result = $f;
+            // SAFETY: as above.
+            unsafe { s.store_n(tail.as_mut_ptr(), tail.len(), result) };
+            acc = s.add(acc, result);
+        }
+        s.sum(acc)
+    }};
+}
+pub(crate) use map_sum;
+
+/// `out = f(a, b)` lane by lane. The three have one length. A macro for the reason of `map_sum`.
+macro_rules! zip {
+    ($s:expr, $a:expr, $b:expr, $out:expr, |$va:ident, $vb:ident| $f:expr) => {{
+        let (s, a, b, out): (_, &[f32], &[f32], &mut [f32]) = ($s, $a, $b, $out);
+        assert!(a.len() == b.len() && b.len() == out.len(), "zip of unequal slices");
+        let lanes = $crate::simd::slice::width(s);
+        let whole = out.len() / lanes * lanes;
+        let mut i = 0;
+        while i < whole {
+            // SAFETY: `i + LANES <= len` of all three.
+            let ($va, $vb) = unsafe { (s.load(a.as_ptr().add(i)), s.load(b.as_ptr().add(i))) };
+            let result = $f;
+            // SAFETY: as above.
+            unsafe { s.store(out.as_mut_ptr().add(i), result) };
+            i += lanes;
+        }
+        let n = out.len() - whole;
+        if n > 0 {
+            // SAFETY: `n < LANES` floats are left of all three.
+            let ($va, $vb) = unsafe {
+                (s.load_n(a.as_ptr().add(whole), n, 0.0), s.load_n(b.as_ptr().add(whole), n, 0.0))
+            };
+            let result = $f;
+            // SAFETY: as above.
+            unsafe { s.store_n(out.as_mut_ptr().add(whole), n, result) };
+        }
+    }};
+}
+pub(crate) use zip;
 
 /// `x = e^(x * scale - shift)`; returns the sum. The softmax of scores, not yet divided.
 #[inline(always)]
 pub(crate) fn exp_sum<S: Simd>(s: S, x: &mut [f32], scale: f32, shift: f32) -> f32 {
     let (scale, shift) = (s.splat(scale), s.splat(-shift));
     // The padding adds e^-inf = 0.
-    map_sum(s, x, f32::NEG_INFINITY, |v| s.exp(s.fma(v, scale, shift)))
-}
-
-/// `out = f(a, b)` lane by lane. The three have one length.
-#[inline(always)]
-pub(crate) fn zip<S: Simd>(s: S, a: &[f32], b: &[f32], out: &mut [f32], f: impl Fn(S::V, S::V) -> S::V) {
-    assert!(a.len() == b.len() && b.len() == out.len(), "zip of unequal slices");
-    let whole = out.len() / S::LANES * S::LANES;
-    let mut i = 0;
-    while i < whole {
-        // SAFETY: `i + LANES <= len` of all three.
-        unsafe {
-            let v = f(s.load(a.as_ptr().add(i)), s.load(b.as_ptr().add(i)));
-            s.store(out.as_mut_ptr().add(i), v);
-        }
-        i += S::LANES;
-    }
-    let n = out.len() - whole;
-    if n > 0 {
-        // SAFETY: `n < LANES` floats are left of all three.
-        unsafe {
-            let v = f(s.load_n(a.as_ptr().add(whole), n, 0.0), s.load_n(b.as_ptr().add(whole), n, 0.0));
-            s.store_n(out.as_mut_ptr().add(whole), n, v);
-        }
-    }
+    map_sum!(s, x, f32::NEG_INFINITY, |v| s.exp(s.fma(v, scale, shift)))
 }
 
 /// `y = a * x + b * y`.
@@ -121,7 +141,7 @@ pub(crate) fn axpby<S: Simd>(s: S, a: f32, x: &[f32], b: f32, y: &mut [f32]) {
 #[inline(always)]
 pub(crate) fn scale<S: Simd>(s: S, x: &mut [f32], factor: f32) {
     let factor = s.splat(factor);
-    map_sum(s, x, 0.0, |v| s.mul(v, factor));
+    map_sum!(s, x, 0.0, |v| s.mul(v, factor));
 }
 
 /// `v / (1 + e^-v)`.

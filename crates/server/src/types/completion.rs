@@ -90,7 +90,8 @@ pub(crate) struct CompletionChoice {
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub(crate) struct CompletionLogprobs {
     pub(crate) tokens: Vec<String>,
-    pub(crate) token_logprobs: Vec<f32>,
+    /// As wide as the numbers of `top_logprobs`, so that the same value is written the same way.
+    pub(crate) token_logprobs: Vec<f64>,
     pub(crate) top_logprobs: Vec<Map<String, Value>>,
     /// Where each token begins in `text`, in characters.
     pub(crate) text_offset: Vec<usize>,
