@@ -18,20 +18,20 @@ fn context_lens(turns: &[Turn]) -> Vec<usize> {
     turns.iter().map(|turn| turn.cached + turn.new).collect()
 }
 
-/// Runs `check` for every size, step, block size and activation type, and for the published models' sizes.
+/// Runs `check` for every activation type with every size, step and block size, with the published models' sizes, and with
+/// contexts long enough to be split.
 fn cases<B: Backend>(backend: &B, mut check: impl FnMut(Sizes, &[Turn], usize, DType)) {
-    for sizes in SIZES {
-        for turns in steps() {
-            for block_size in BLOCK_SIZES {
-                for dtype in backend.capabilities().activation_dtypes {
+    let turn = |cached, new| Turn { cached, new };
+    for dtype in backend.capabilities().activation_dtypes {
+        for sizes in SIZES {
+            for turns in steps() {
+                for block_size in BLOCK_SIZES {
                     check(sizes, &turns, block_size, dtype);
                 }
             }
         }
-    }
-    let turns = [Turn { cached: 70, new: 1 }, Turn { cached: 3, new: 40 }];
-    for dtype in backend.capabilities().activation_dtypes {
-        check(PUBLISHED, &turns, 64, dtype);
+        check(PUBLISHED, &[turn(70, 1), turn(3, 40)], 64, dtype);
+        check(SIZES[1], &[turn(1100, 1), turn(600, 3), turn(0, 150)], 16, dtype);
     }
 }
 

@@ -11,7 +11,7 @@ use crate::{Activation, Backend, HeadForm, HeadWeight};
 
 /// [N, K]: multiples of nothing, of a SIMD vector, of a block; more rows than a block; and
 /// more of both than a cache tile.
-const SIZES: [[usize; 2]; 6] = [[1, 1], [5, 33], [150, 300], [64, 128], [131, 264], [520, 1040]];
+const SIZES: [[usize; 2]; 6] = [[1, 1], [5, 33], [150, 300], [64, 128], [131, 264], [264, 1040]];
 
 /// [`Backend::linear`] of dense activations with every format of weight.
 pub fn linear<B: Backend>(backend: &B) {

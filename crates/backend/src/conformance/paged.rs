@@ -43,7 +43,7 @@ impl Sizes {
 }
 
 /// Steps: decode only, prefill only, and mixed, with chunks that go on from a cached prefix, contexts around a
-/// block's end, a prefill of one row, and contexts long enough to be split.
+/// block's end, and a prefill of one row.
 pub(super) fn steps() -> Vec<Vec<Turn>> {
     let turn = |cached, new| Turn { cached, new };
     vec![
@@ -51,7 +51,6 @@ pub(super) fn steps() -> Vec<Vec<Turn>> {
         vec![turn(15, 1), turn(16, 1), turn(130, 1)],
         vec![turn(0, 17)],
         vec![turn(33, 1), turn(0, 1), turn(5, 9), turn(0, 33), turn(48, 16), turn(20, 1)],
-        vec![turn(1100, 1), turn(600, 3), turn(0, 150)],
     ]
 }
 

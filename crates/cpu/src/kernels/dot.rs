@@ -15,10 +15,14 @@ use crate::view::Mat;
 
 /// Weight rows per register tile.
 const TILE_ROWS: usize = 4;
+/// Passes over rows in L1 that are cheaper than writing them widened.
+const STREAMED_PASSES: usize = 4;
+/// The largest `TILE_TOKENS`.
+const MAX_TILE_TOKENS: usize = 3;
 /// Tokens that share one pass over the weight rows of a task; a multiple of every `TILE_TOKENS`.
 const TOKEN_BLOCK: usize = 60;
 /// Columns of K per pass: four widened rows of it fill half of a 32 KiB L1.
-const SPAN: usize = 256;
+const SPAN: usize = 1024;
 
 /// Input rows: every row, or chosen ones, of an F32 matrix.
 #[derive(Clone, Copy)]
@@ -58,7 +62,8 @@ pub(crate) struct TileSize;
 impl TileSize {
     /// Floats of `tile` for `rows` weight rows and any number of tokens.
     pub(crate) fn floats(w: &WeightRows<'_>, rows: usize, tokens: usize) -> usize {
-        TILE_ROWS * widened_row(w) + rows * tokens.min(TOKEN_BLOCK) * MAX_LANES
+        // The last tile of a block of tokens may be narrower than its room.
+        TILE_ROWS * widened_row(w) + rows * (tokens.min(TOKEN_BLOCK) + MAX_TILE_TOKENS) * MAX_LANES
     }
 }
 
@@ -117,7 +122,7 @@ struct Columns {
 impl MatMul<'_> {
     #[inline(always)]
     fn typed<S: Simd, E: Elem, const SCALED: bool>(self, s: S) {
-        if self.x.len() <= S::TILE_TOKENS {
+        if self.x.len() <= STREAMED_PASSES * S::TILE_TOKENS {
             self.streamed::<S, E, SCALED>(s);
         } else {
             self.blocked::<S, E, SCALED>(s);
@@ -161,12 +166,17 @@ impl MatMul<'_> {
         }
     }
 
+    /// Tokens in passes of at most `TILE_TOKENS`: after the first the rows are in L1.
     #[inline(always)]
     fn stream_rows<S: Simd, E: Elem, const R: usize, const SCALED: bool>(&mut self, s: S, n: usize) {
-        match self.x.len() {
-            1 => self.stream_tile::<S, E, R, 1, SCALED>(s, n),
-            2 => self.stream_tile::<S, E, R, 2, SCALED>(s, n),
-            _ => self.stream_tile::<S, E, R, 3, SCALED>(s, n),
+        let mut t = 0;
+        while t < self.x.len() {
+            match (self.x.len() - t).min(S::TILE_TOKENS) {
+                1 => self.stream_tile::<S, E, R, 1, SCALED>(s, n, t),
+                2 => self.stream_tile::<S, E, R, 2, SCALED>(s, n, t),
+                _ => self.stream_tile::<S, E, R, 3, SCALED>(s, n, t),
+            }
+            t += S::TILE_TOKENS;
         }
     }
 
@@ -175,17 +185,27 @@ impl MatMul<'_> {
         &mut self,
         s: S,
         n: usize,
+        t: usize,
     ) {
         let columns = self.columns(&(0..self.w.data.cols));
         let w = std::array::from_fn(|r| self.w.data.row(n + r).cast::<E>());
-        let x = std::array::from_fn(|t| self.x.row(t));
+        let x = std::array::from_fn(|i| self.x.row(t + i));
         let scales = self.scales::<R>(n, 0);
         let mut total = [[s.zero(); T]; R];
+        // Rows follow each other closely, so the next group's are asked for as this one's are read.
+        let ahead = if R == TILE_ROWS && t == 0 { R * self.w.data.stride } else { 0 };
         // SAFETY: rows `n..n + R` and the T inputs exist and have K columns, and so have the rows' scales.
-        unsafe { tile::<S, E, R, T, SCALED>(s, w, x, scales, E::FACTOR, columns, &mut total) };
-        for (r, row) in total.iter().enumerate() {
-            for (t, &v) in row.iter().enumerate() {
-                self.y[t * self.ldy + n + r - self.rows.start] = s.sum(v);
+        unsafe { tile::<S, E, R, T, SCALED>(s, w, x, scales, E::FACTOR, columns, ahead, &mut total) };
+        self.finish(s, n, t, &total);
+    }
+
+    #[inline(always)]
+    fn finish<S: Simd, const R: usize, const T: usize>(&mut self, s: S, n: usize, t: usize, total: &[[S::V; T]; R]) {
+        let n = n - self.rows.start;
+        for i in 0..T {
+            let y = &mut self.y[(t + i) * self.ldy + n..][..R];
+            for r in 0..R {
+                y[r] = s.sum(total[r][i]);
             }
         }
     }
@@ -247,20 +267,32 @@ impl MatMul<'_> {
                 // SAFETY: as above.
                 unsafe { slice::widen(s, row, dst) };
                 *w = dst.as_ptr();
+                let next = row.wrapping_add(R * self.w.data.stride);
+                for line in (0..cols.len()).step_by(64 / size_of::<E>()) {
+                    s.prefetch(next.wrapping_add(line).cast());
+                }
             }
         }
+        // The partial sums of a tile lie together.
+        let group = (n - self.rows.start) * tokens.len().next_multiple_of(S::TILE_TOKENS) * S::LANES;
+        let mut totals = totals[group..].chunks_exact_mut(R * S::TILE_TOKENS * S::LANES);
         let mut t = tokens.start;
         while t + S::TILE_TOKENS <= tokens.end {
+            let totals = totals.next().expect("room for every tile");
             if S::TILE_TOKENS == 3 {
-                self.block_tile::<S, E, R, 3, SCALED>(s, n, t, tokens, &cols, w, totals);
+                self.block_tile::<S, E, R, 3, SCALED>(s, n, t, &cols, w, totals);
             } else {
-                self.block_tile::<S, E, R, 2, SCALED>(s, n, t, tokens, &cols, w, totals);
+                self.block_tile::<S, E, R, 2, SCALED>(s, n, t, &cols, w, totals);
             }
             t += S::TILE_TOKENS;
         }
-        while t < tokens.end {
-            self.block_tile::<S, E, R, 1, SCALED>(s, n, t, tokens, &cols, w, totals);
-            t += 1;
+        if t < tokens.end {
+            let totals = totals.next().expect("room for every tile");
+            if tokens.end - t == 2 {
+                self.block_tile::<S, E, R, 2, SCALED>(s, n, t, &cols, w, totals);
+            } else {
+                self.block_tile::<S, E, R, 1, SCALED>(s, n, t, &cols, w, totals);
+            }
         }
     }
 
@@ -270,44 +302,39 @@ impl MatMul<'_> {
         s: S,
         n: usize,
         t: usize,
-        tokens: &Range<usize>,
         cols: &Range<usize>,
         w: [*const f32; R],
         totals: &mut [f32],
     ) {
-        let place = |r: usize, i: usize| {
-            ((n + r - self.rows.start) * TOKEN_BLOCK.min(tokens.len()) + t + i - tokens.start) * S::LANES
-        };
+        let kept = totals[..R * T * S::LANES].as_mut_ptr();
         let mut total = [[s.zero(); T]; R];
         if cols.start > 0 {
-            for (r, row) in total.iter_mut().enumerate() {
-                for (i, v) in row.iter_mut().enumerate() {
-                    let kept = &totals[place(r, i)..][..S::LANES];
-                    // SAFETY: the slice has `LANES` floats.
-                    *v = unsafe { s.load(kept.as_ptr()) };
+            for r in 0..R {
+                for i in 0..T {
+                    // SAFETY: `kept` has `R * T` vectors.
+                    total[r][i] = unsafe { s.load(kept.add((r * T + i) * S::LANES)) };
                 }
             }
         }
         let x = std::array::from_fn(|i| self.x.row(t + i).wrapping_add(cols.start));
         let (scales, columns) = (self.scales::<R>(n, cols.start), self.columns(cols));
         // SAFETY: the widened rows and the inputs have the span's columns, and the rows have scales for them.
-        unsafe { tile::<S, f32, R, T, SCALED>(s, w, x, scales, E::FACTOR, columns, &mut total) };
-        let last = cols.end == self.w.data.cols;
-        for (r, row) in total.iter().enumerate() {
-            for (i, &v) in row.iter().enumerate() {
-                if last {
-                    self.y[(t + i) * self.ldy + n + r - self.rows.start] = s.sum(v);
-                } else {
-                    let keep = &mut totals[place(r, i)..][..S::LANES];
-                    // SAFETY: the slice has `LANES` floats.
-                    unsafe { s.store(keep.as_mut_ptr(), v) };
-                }
+        unsafe { tile::<S, f32, R, T, SCALED>(s, w, x, scales, E::FACTOR, columns, 0, &mut total) };
+        if cols.end == self.w.data.cols {
+            return self.finish(s, n, t, &total);
+        }
+        for r in 0..R {
+            for i in 0..T {
+                // SAFETY: `kept` has `R * T` vectors.
+                unsafe { s.store(kept.add((r * T + i) * S::LANES), total[r][i]) };
             }
         }
     }
 }
 
 /// `total[r][t] += Σ_k w[r][k] x[t][k]`, by lanes; with `SCALED`, each block's sum times its scale.
+///
+/// While it reads, it asks for what lies `ahead` elements on.
 ///
 /// # Safety
 /// `columns.len` elements can be read at every `w` and `x`, and with `SCALED` a scale per block at every `scales`.
@@ -319,6 +346,7 @@ unsafe fn tile<S: Simd, E: Elem, const R: usize, const T: usize, const SCALED: b
     scales: [*const f32; R],
     factor: f32,
     columns: Columns,
+    ahead: usize,
     total: &mut [[S::V; T]; R],
 ) {
     let (mut i, mut end, mut block) = (0, columns.first, 0);
@@ -329,6 +357,11 @@ unsafe fn tile<S: Simd, E: Elem, const R: usize, const T: usize, const SCALED: b
         unsafe {
             while i + S::LANES <= end {
                 let wv: [S::V; R] = load_all::<S, E, R>(s, &w, i);
+                if ahead > 0 && (i - start) * size_of::<E>() % 64 == 0 {
+                    for w in w {
+                        s.prefetch(w.wrapping_add(i + ahead).cast());
+                    }
+                }
                 for t in 0..T {
                     let xv = s.load(x[t].add(i));
                     for r in 0..R {
