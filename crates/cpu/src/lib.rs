@@ -3,6 +3,13 @@
 //! Weights are read where they lie, FP8 widened in registers; sums are F32 in an order that depends on neither the batch nor
 //! the number of threads. Knows no models.
 
+// Kernels must end up inside the function that carries the target features, see `simd`.
+#![allow(clippy::inline_always)]
+// Register tiles are arrays indexed by two loop variables at once.
+#![allow(clippy::needless_range_loop)]
+// Memory is untyped bytes; `view` checks the alignment for the element type when it borrows.
+#![allow(clippy::cast_ptr_alignment)]
+
 mod buffer;
 mod isa;
 mod kernels;

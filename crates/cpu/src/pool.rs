@@ -137,6 +137,7 @@ impl Pool {
         if num_tasks <= 1 || self.workers.is_empty() {
             shared.work(task, num_tasks, &mut self.scratch);
         } else {
+            #[allow(clippy::transmute_ptr_to_ptr)] // a cast cannot lengthen the lifetime
             // SAFETY: only the lifetime changes; `run` does not return before every worker has left the job.
             let erased = unsafe { std::mem::transmute::<*const Task<'_>, *const Task<'static>>(task) };
             let job = Job { task: erased, num_tasks, caller: std::thread::current() };

@@ -43,7 +43,7 @@ fn shortcuts_draw_what_a_sort_draws() {
             let mut logits: Vec<f32> =
                 (0..VOCAB).map(|_| (random.float() + random.float() + random.float()) * spread).collect();
             if round % 4 == 0 {
-                logits.iter_mut().for_each(|z| *z = z.round());
+                logits = logits.iter().map(|z| z.round()).collect();
             }
             let row = RowSampling {
                 temperature: [0.3, 1.0, 1.7][random.below(3)],

@@ -15,8 +15,6 @@ use crate::view::Mat;
 
 /// Weight rows per register tile.
 const TILE_ROWS: usize = 4;
-/// Passes over rows in L1 that are cheaper than writing them widened.
-const STREAMED_PASSES: usize = 4;
 /// The largest `TILE_TOKENS`.
 const MAX_TILE_TOKENS: usize = 3;
 /// Tokens that share one pass over the weight rows of a task; a multiple of every `TILE_TOKENS`.
@@ -122,7 +120,7 @@ struct Columns {
 impl MatMul<'_> {
     #[inline(always)]
     fn typed<S: Simd, E: Elem, const SCALED: bool>(self, s: S) {
-        if self.x.len() <= STREAMED_PASSES * S::TILE_TOKENS {
+        if self.x.len() <= S::STREAMED_TOKENS {
             self.streamed::<S, E, SCALED>(s);
         } else {
             self.blocked::<S, E, SCALED>(s);
@@ -191,21 +189,32 @@ impl MatMul<'_> {
         let w = std::array::from_fn(|r| self.w.data.row(n + r).cast::<E>());
         let x = std::array::from_fn(|i| self.x.row(t + i));
         let scales = self.scales::<R>(n, 0);
-        let mut total = [[s.zero(); T]; R];
         // Rows follow each other closely, so the next group's are asked for as this one's are read.
         let ahead = if R == TILE_ROWS && t == 0 { R * self.w.data.stride } else { 0 };
-        // SAFETY: rows `n..n + R` and the T inputs exist and have K columns, and so have the rows' scales.
-        unsafe { tile::<S, E, R, T, SCALED>(s, w, x, scales, E::FACTOR, columns, ahead, &mut total) };
-        self.finish(s, n, t, &total);
+        let mut total = [0.0; TILE_ROWS * MAX_TILE_TOKENS * MAX_LANES];
+        let sums = total.as_mut_ptr();
+        s.call(Tile::<E, R, T, SCALED> {
+            w,
+            x,
+            scales,
+            factor: E::FACTOR,
+            columns,
+            ahead,
+            fresh: true,
+            total: sums,
+        });
+        self.finish::<S, R, T>(s, n, t, &total);
     }
 
+    /// Sums the lanes of a tile's `R * T` vectors.
     #[inline(always)]
-    fn finish<S: Simd, const R: usize, const T: usize>(&mut self, s: S, n: usize, t: usize, total: &[[S::V; T]; R]) {
-        let n = n - self.rows.start;
+    fn finish<S: Simd, const R: usize, const T: usize>(&mut self, s: S, n: usize, t: usize, total: &[f32]) {
+        let (n, total) = (n - self.rows.start, &total[..R * T * S::LANES]);
         for i in 0..T {
             let y = &mut self.y[(t + i) * self.ldy + n..][..R];
             for r in 0..R {
-                y[r] = s.sum(total[r][i]);
+                // SAFETY: `total` has `R * T` vectors.
+                y[r] = s.sum(unsafe { s.load(total.as_ptr().add((r * T + i) * S::LANES)) });
             }
         }
     }
@@ -306,100 +315,113 @@ impl MatMul<'_> {
         w: [*const f32; R],
         totals: &mut [f32],
     ) {
-        let kept = totals[..R * T * S::LANES].as_mut_ptr();
-        let mut total = [[s.zero(); T]; R];
-        if cols.start > 0 {
-            for r in 0..R {
-                for i in 0..T {
-                    // SAFETY: `kept` has `R * T` vectors.
-                    total[r][i] = unsafe { s.load(kept.add((r * T + i) * S::LANES)) };
-                }
-            }
-        }
+        let total = totals[..R * T * S::LANES].as_mut_ptr();
         let x = std::array::from_fn(|i| self.x.row(t + i).wrapping_add(cols.start));
-        let (scales, columns) = (self.scales::<R>(n, cols.start), self.columns(cols));
-        // SAFETY: the widened rows and the inputs have the span's columns, and the rows have scales for them.
-        unsafe { tile::<S, f32, R, T, SCALED>(s, w, x, scales, E::FACTOR, columns, 0, &mut total) };
+        let (scales, columns, fresh) = (self.scales::<R>(n, cols.start), self.columns(cols), cols.start == 0);
+        s.call(Tile::<f32, R, T, SCALED> {
+            w,
+            x,
+            scales,
+            factor: E::FACTOR,
+            columns,
+            ahead: 0,
+            fresh,
+            total,
+        });
         if cols.end == self.w.data.cols {
-            return self.finish(s, n, t, &total);
-        }
-        for r in 0..R {
-            for i in 0..T {
-                // SAFETY: `kept` has `R * T` vectors.
-                unsafe { s.store(kept.add((r * T + i) * S::LANES), total[r][i]) };
-            }
+            self.finish::<S, R, T>(s, n, t, totals);
         }
     }
 }
 
 /// `total[r][t] += Σ_k w[r][k] x[t][k]`, by lanes; with `SCALED`, each block's sum times its scale.
 ///
-/// While it reads, it asks for what lies `ahead` elements on.
-///
-/// # Safety
-/// `columns.len` elements can be read at every `w` and `x`, and with `SCALED` a scale per block at every `scales`.
-#[inline(always)]
-unsafe fn tile<S: Simd, E: Elem, const R: usize, const T: usize, const SCALED: bool>(
-    s: S,
+/// Called, not inlined: alone in its function it gets all registers. Whoever makes one promises that `columns.len` elements
+/// can be read at every `w` and `x`, a scale per block at every `scales` if `SCALED`, and `R * T` vectors be written at `total`.
+struct Tile<E, const R: usize, const T: usize, const SCALED: bool> {
     w: [*const E; R],
     x: [*const f32; T],
     scales: [*const f32; R],
     factor: f32,
     columns: Columns,
+    /// How far on, in elements, the rows lie that are asked for meanwhile; 0: nowhere.
     ahead: usize,
-    total: &mut [[S::V; T]; R],
-) {
-    let (mut i, mut end, mut block) = (0, columns.first, 0);
-    while i < columns.len {
-        let start = i;
-        let mut acc = if SCALED { [[s.zero(); T]; R] } else { *total };
-        // SAFETY: `i + LANES <= end <= len`; the ragged end reads what is left of the block.
-        unsafe {
-            while i + S::LANES <= end {
-                let wv: [S::V; R] = load_all::<S, E, R>(s, &w, i);
-                if ahead > 0 && (i - start) * size_of::<E>() % 64 == 0 {
-                    for w in w {
-                        s.prefetch(w.wrapping_add(i + ahead).cast());
-                    }
-                }
-                for t in 0..T {
-                    let xv = s.load(x[t].add(i));
-                    for r in 0..R {
-                        acc[r][t] = s.fma(wv[r], xv, acc[r][t]);
-                    }
-                }
-                i += S::LANES;
-            }
-            if i < end {
-                for r in 0..R {
-                    let wv = E::load_n(s, w[r].add(i), end - i);
-                    for t in 0..T {
-                        acc[r][t] = s.fma(wv, s.load_n(x[t].add(i), end - i, 0.0), acc[r][t]);
-                    }
-                }
-                i = end;
-            }
-        }
-        if SCALED {
+    /// Nothing is summed yet.
+    fresh: bool,
+    total: *mut f32,
+}
+
+impl<E: Elem, const R: usize, const T: usize, const SCALED: bool> Kernel for Tile<E, R, T, SCALED> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { w, x, columns, .. } = self;
+        let mut total = [[s.zero(); T]; R];
+        if !self.fresh {
             for r in 0..R {
-                // SAFETY: the block has a scale, and its elements can be read.
-                let scale = unsafe {
-                    if E::hides_nan(s, w[r].add(start), end - start) {
-                        f32::NAN
-                    } else {
-                        *scales[r].add(block) * factor
-                    }
-                };
-                let scale = s.splat(scale);
                 for t in 0..T {
-                    total[r][t] = s.fma(acc[r][t], scale, total[r][t]);
+                    // SAFETY: `total` has `R * T` vectors.
+                    total[r][t] = unsafe { s.load(self.total.add((r * T + t) * S::LANES)) };
                 }
             }
-        } else {
-            *total = acc;
         }
-        block += 1;
-        end = (end + columns.block).min(columns.len);
+        let (mut i, mut end, mut block) = (0, columns.first, 0);
+        while i < columns.len {
+            let start = i;
+            let mut acc = if SCALED { [[s.zero(); T]; R] } else { total };
+            // SAFETY: `i + LANES <= end <= len`; the ragged end reads what is left of the block.
+            unsafe {
+                while i + S::LANES <= end {
+                    let wv: [S::V; R] = load_all::<S, E, R>(s, &w, i);
+                    if self.ahead > 0 && ((i - start) * size_of::<E>()).is_multiple_of(64) {
+                        for w in w {
+                            s.prefetch(w.wrapping_add(i + self.ahead).cast());
+                        }
+                    }
+                    for t in 0..T {
+                        let xv = s.load(x[t].add(i));
+                        for r in 0..R {
+                            acc[r][t] = s.fma(wv[r], xv, acc[r][t]);
+                        }
+                    }
+                    i += S::LANES;
+                }
+                if i < end {
+                    for r in 0..R {
+                        let wv = E::load_n(s, w[r].add(i), end - i);
+                        for t in 0..T {
+                            acc[r][t] = s.fma(wv, s.load_n(x[t].add(i), end - i, 0.0), acc[r][t]);
+                        }
+                    }
+                    i = end;
+                }
+            }
+            if SCALED {
+                for r in 0..R {
+                    // SAFETY: the block has a scale, and its elements can be read.
+                    let scale = unsafe {
+                        if E::hides_nan(s, w[r].add(start), end - start) {
+                            f32::NAN
+                        } else {
+                            *self.scales[r].add(block) * self.factor
+                        }
+                    };
+                    let scale = s.splat(scale);
+                    for t in 0..T {
+                        total[r][t] = s.fma(acc[r][t], scale, total[r][t]);
+                    }
+                }
+            } else {
+                total = acc;
+            }
+            block += 1;
+            end = (end + columns.block).min(columns.len);
+        }
+        for r in 0..R {
+            for t in 0..T {
+                // SAFETY: `total` has `R * T` vectors.
+                unsafe { s.store(self.total.add((r * T + t) * S::LANES), total[r][t]) };
+            }
+        }
     }
 }
 

@@ -92,7 +92,7 @@ pub(crate) fn mla_attention(
                 let bufs = scratch.floats.get(task.floats());
                 // SAFETY: the part belongs to this task.
                 let part = unsafe { parts.part(index * state_floats, state_floats) };
-                cpu.isa.run(Split { task: &task, split, part, bufs });
+                cpu.isa.run(Split { task: &task, index: split, part, bufs });
             }
         });
         pool.run(groups, &|group, _| {
@@ -229,7 +229,7 @@ impl Kernel for Whole<'_> {
 /// One split of several that run side by side.
 struct Split<'a> {
     task: &'a Task<'a>,
-    split: usize,
+    index: usize,
     part: &'a mut [f32],
     bufs: &'a mut [f32],
 }
@@ -237,7 +237,7 @@ struct Split<'a> {
 impl Kernel for Split<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        self.task.split(s, self.split, self.part, self.bufs);
+        self.task.split(s, self.index, self.part, self.bufs);
     }
 }
 

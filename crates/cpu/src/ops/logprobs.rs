@@ -22,11 +22,11 @@ pub(crate) fn logprobs(cpu: &Cpu, logits: &Tensor<Cpu>, tokens: &Tensor<Cpu>, ou
         assert!((tokens[row] as usize) < logits.cols, "{OP}: token {} of {}", tokens[row], logits.cols);
         let buf = scratch.floats.get(BLOCK);
         let candidates = &mut scratch.candidates;
-        cpu.isa.run(Row { logits, token: tokens[row], row, chosen, top_ids, top, buf, candidates });
+        cpu.isa.run(LogprobsRow { logits, token: tokens[row], row, chosen, top_ids, top, buf, candidates });
     });
 }
 
-struct Row<'a> {
+struct LogprobsRow<'a> {
     logits: Mat<'a>,
     token: u32,
     row: usize,
@@ -37,7 +37,7 @@ struct Row<'a> {
     candidates: &'a mut Vec<(f32, u32)>,
 }
 
-impl Kernel for Row<'_> {
+impl Kernel for LogprobsRow<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let logits = self.logits.f32_row(self.row);
@@ -90,6 +90,7 @@ pub(crate) fn largest(values: &[f32], n: usize, out: &mut Vec<(f32, u32)>) {
 }
 
 /// Larger values first, then lower indices; NaN counts as -inf.
+#[allow(clippy::trivially_copy_pass_by_ref)] // what sorts take
 pub(crate) fn best_first(a: &(f32, u32), b: &(f32, u32)) -> std::cmp::Ordering {
     let key = |x: f32| if x.is_nan() { f32::NEG_INFINITY } else { x };
     key(b.0).partial_cmp(&key(a.0)).expect("NaN was replaced").then(a.1.cmp(&b.1))

@@ -78,7 +78,7 @@ fn widened<'a>(isa: Available, pool: &mut Pool, mat: Mat<'a>, room: &'a mut Floa
         let dst = Shared::new(room);
         let chunks = Chunks::rows(mat.rows, mat.cols, pool.threads());
         pool.run(chunks.count(), &|task, _| {
-            isa.run(WidenRows { mat, stride, rows: chunks.range(task), dst })
+            isa.run(WidenRows { mat, stride, rows: chunks.range(task), dst });
         });
     }
     Mat::from_f32(room, mat.rows, mat.cols, stride)

@@ -73,9 +73,13 @@ impl Kernel for RouteRows<'_> {
             }
             if self.routing.norm_topk_prob {
                 let sum = weights.iter().sum::<f32>() + 1e-20;
-                weights.iter_mut().for_each(|weight| *weight /= sum);
+                for weight in weights.iter_mut() {
+                    *weight /= sum;
+                }
             }
-            weights.iter_mut().for_each(|weight| *weight *= self.routing.routed_scaling_factor);
+            for weight in weights {
+                *weight *= self.routing.routed_scaling_factor;
+            }
         }
     }
 }

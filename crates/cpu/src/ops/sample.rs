@@ -117,8 +117,12 @@ impl Kernel for Draw<'_> {
                 noisiest(row, z.iter().copied().zip(0..).filter(|&(v, _)| v >= floor), first_of(z, max), max);
             return;
         }
-        mass.copy_from_slice(z);
-        slice::exp_sum(s, mass, 1.0, max);
+        if row.top_p < 1.0 {
+            mass.copy_from_slice(z);
+            slice::exp_sum(s, mass, 1.0, max);
+        } else {
+            mass.fill(0.0);
+        }
         let cut = cut(row, top_k, z, mass, max, floor, bins);
         candidates.clear();
         candidates.extend(z.iter().copied().zip(0..).filter(|&(v, _)| v >= floor && bin(max, v) <= cut));
@@ -127,21 +131,39 @@ impl Kernel for Draw<'_> {
             candidates.truncate(k);
         }
         if row.top_p < 1.0 {
-            candidates.sort_unstable_by(best_first);
-            let of = |&(_, token): &(f32, u32)| f64::from(mass[token as usize]);
-            // Without `top_k` what is left is everything above the floor, listed or not.
-            let total = match top_k {
-                Some(_) => candidates.iter().map(of).sum::<f64>(),
-                None => bins.iter().map(|bin| bin.1).sum(),
-            };
-            let mut reached = 0.0;
-            let last = candidates.iter().position(|candidate| {
-                reached += of(candidate);
-                reached >= f64::from(row.top_p) * total
-            });
-            candidates.truncate(last.map_or(candidates.len(), |last| last + 1));
+            keep_top_p(row.top_p, top_k.is_some(), candidates, mass, bins, |value| bin(max, value) == cut);
         }
         *token = noisiest(row, candidates.iter().copied(), first_of(z, max), max);
+    }
+}
+
+/// Drops what comes after the smallest set, largest first, that reaches `top_p`.
+fn keep_top_p(
+    top_p: f32,
+    limited: bool,
+    candidates: &mut Vec<(f32, u32)>,
+    mass: &[f32],
+    bins: &[(usize, f64)],
+    in_last_bin: impl Fn(f32) -> bool,
+) {
+    let of = |&(_, token): &(f32, u32)| f64::from(mass[token as usize]);
+    // After `top_k` the mass is that of the candidates. Without, it is that of all bins, and the set ends in the last bin:
+    // what lies before it is kept, in whatever order.
+    let (total, settled) = if limited {
+        (candidates.iter().map(of).sum(), 0)
+    } else {
+        candidates.sort_by_key(|candidate| in_last_bin(candidate.0));
+        (bins.iter().map(|bin| bin.1).sum::<f64>(), candidates.partition_point(|c| !in_last_bin(c.0)))
+    };
+    let (before, open) = candidates.split_at_mut(settled);
+    open.sort_unstable_by(best_first);
+    let mut reached = before.iter().map(of).sum::<f64>();
+    let last = open.iter().position(|candidate| {
+        reached += of(candidate);
+        reached >= f64::from(top_p) * total
+    });
+    if let Some(last) = last {
+        candidates.truncate(settled + last + 1);
     }
 }
 
@@ -171,8 +193,7 @@ fn cut(
         }
     }
     let total = bins.iter().map(|bin| bin.1).sum::<f64>();
-    // Summed in another order than the candidates will be: a little more, so that rounding never cuts one off.
-    let wanted = f64::from(row.top_p) * total * (1.0 + 1e-9);
+    let wanted = f64::from(row.top_p) * total;
     let (mut count, mut reached) = (0, 0.0);
     let end = bins.iter().position(|bin| {
         count += bin.0;

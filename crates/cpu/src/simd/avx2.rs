@@ -1,5 +1,6 @@
 //! AVX2 with FMA and F16C: 8 lanes.
 
+#[allow(clippy::wildcard_imports)] // every second line is an instruction
 use std::arch::x86_64::*;
 
 use super::{Kernel, Simd};
@@ -37,14 +38,16 @@ impl Simd for Avx2 {
     type V = __m256;
     const LANES: usize = 8;
     const TILE_TOKENS: usize = 2;
+    const STREAMED_TOKENS: usize = 6;
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) {
         #[target_feature(enable = "avx2,fma,f16c")]
+        #[inline(never)]
         fn go<K: Kernel>(kernel: K, s: Avx2) {
             kernel.run(s);
         }
-        has!(go(kernel, self))
+        has!(go(kernel, self));
     }
 
     #[inline(always)]
@@ -199,6 +202,6 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn prefetch(self, p: *const u8) {
-        has!(_mm_prefetch::<_MM_HINT_T0>(p.cast()))
+        has!(_mm_prefetch::<_MM_HINT_T0>(p.cast()));
     }
 }

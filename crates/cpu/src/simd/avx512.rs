@@ -1,5 +1,6 @@
 //! AVX-512: 16 lanes.
 
+#[allow(clippy::wildcard_imports)] // every second line is an instruction
 use std::arch::x86_64::*;
 
 use super::{Kernel, Simd};
@@ -38,14 +39,16 @@ impl Simd for Avx512 {
     type V = __m512;
     const LANES: usize = 16;
     const TILE_TOKENS: usize = 3;
+    const STREAMED_TOKENS: usize = 12;
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+        #[inline(never)]
         fn go<K: Kernel>(kernel: K, s: Avx512) {
             kernel.run(s);
         }
-        has!(go(kernel, self))
+        has!(go(kernel, self));
     }
 
     #[inline(always)]
@@ -190,7 +193,7 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn prefetch(self, p: *const u8) {
-        has!(_mm_prefetch::<_MM_HINT_T0>(p.cast()))
+        has!(_mm_prefetch::<_MM_HINT_T0>(p.cast()));
     }
 
     #[inline(always)]

@@ -40,6 +40,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     const LANES: usize;
     /// Tokens per register tile of four weight rows.
     const TILE_TOKENS: usize;
+    /// Up to so many tokens a weight is widened in registers for every tile, which is cheaper than writing it widened.
+    const STREAMED_TOKENS: usize;
 
     /// A call that carries the target features: keeps large kernels from being inlined at every use.
     fn call<K: Kernel>(self, kernel: K);
@@ -127,11 +129,11 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// 2^n e^r with |r| <= ln 2 / 2; ln 2 in two parts, the first short enough for `n * LN2_HIGH` to be exact.
     #[inline(always)]
     fn exp(self, v: Self::V) -> Self::V {
-        const LN2_HIGH: f32 = 0.693_359_375;
+        const LN2_HIGH: f32 = 355.0 / 512.0;
         const LN2_LOW: f32 = -2.121_944_4e-4;
         // Minimax polynomial of (e^r - 1 - r) / r², highest power first (Cephes, expf).
         const P: [f32; 6] =
-            [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.000_000_1e-1];
+            [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
         let v = self.min(self.splat(89.0), self.max(self.splat(-104.0), v));
         let n = self.round(self.mul(v, self.splat(std::f32::consts::LOG2_E)));
         let r = self.fma(n, self.splat(-LN2_HIGH), v);

@@ -32,6 +32,7 @@ impl Simd for Portable {
     type V = V;
     const LANES: usize = LANES;
     const TILE_TOKENS: usize = 2;
+    const STREAMED_TOKENS: usize = 2;
 
     #[inline(never)]
     fn call<K: Kernel>(self, kernel: K) {

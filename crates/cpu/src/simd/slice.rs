@@ -91,13 +91,12 @@ macro_rules! zip {
         }
         let n = out.len() - whole;
         if n > 0 {
+            let (a, b, out) = (&a[whole..], &b[whole..], &mut out[whole..]);
             // SAFETY: `n < LANES` floats are left of all three.
-            let ($va, $vb) = unsafe {
-                (s.load_n(a.as_ptr().add(whole), n, 0.0), s.load_n(b.as_ptr().add(whole), n, 0.0))
-            };
+            let ($va, $vb) = unsafe { (s.load_n(a.as_ptr(), n, 0.0), s.load_n(b.as_ptr(), n, 0.0)) };
             let result = $f;
             // SAFETY: as above.
-            unsafe { s.store_n(out.as_mut_ptr().add(whole), n, result) };
+            unsafe { s.store_n(out.as_mut_ptr(), n, result) };
         }
     }};
 }
