@@ -41,7 +41,7 @@ fn decode_step(c: &mut Criterion) {
         kv_memory_fraction: 0.5,
         log_every_steps: u64::MAX,
     };
-    let comm = Arc::new(r1_comm::Local::group(1, 0).remove(0));
+    let comm = Arc::new(r1_comm::Local::single());
     let model = DeepSeek::load(Arc::new(machine.cpu), comm, &checkpoint, &config, options, &mut |_| {});
     let mut bench =
         OneBatchBench::new(model.expect("the bundled model loads"), &engine).expect("room for a cache");

@@ -36,7 +36,7 @@ impl Load {
     /// # Panics
     /// When it cannot be loaded.
     pub fn open<B: Backend>(self, backend: Arc<B>, dir: &Path) -> DeepSeek<B> {
-        self.open_rank(backend, Arc::new(Local::group(1, 0).remove(0)), dir)
+        self.open_rank(backend, Arc::new(Local::single()), dir)
     }
 
     /// Loads `comm`'s rank of the checkpoint in `dir`.

@@ -49,7 +49,7 @@ pub fn start_tiny<B: Backend>(backend: Arc<B>, max_num_seqs: usize) -> Handle {
         Handle::channel(EngineInfo { max_model_len, vocab_size: config.vocab_size, max_queued: 64 });
     r1_engine::spawn(inbox, engine, move |progress| {
         let checkpoint = Checkpoint::open(&tiny_dir())?;
-        DeepSeek::load(backend, Arc::new(Local::group(1, 0).remove(0)), &checkpoint, &config, options, progress)
+        DeepSeek::load(backend, Arc::new(Local::single()), &checkpoint, &config, options, progress)
     });
     loop {
         match handle.status() {

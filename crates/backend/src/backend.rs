@@ -81,7 +81,7 @@ pub struct Capabilities {
 /// captured. A failure surfaces from the [`Ticket`] that [`flush`](Backend::flush) gives. Shapes are checked at every call by
 /// [`shape`](crate::shape); a wrong one is a bug of the caller and panics with the operation's and the argument's name.
 /// Unless said otherwise `x` and `out` have one of the activation dtypes (F32 or BF16), accumulation is F32, and `out` must
-/// not overlap an input.
+/// not share a buffer with an input, whether or not the views overlap.
 ///
 /// T tokens, S sequences, L rows of logits, D hidden size, V vocabulary, H local heads, C = kv_lora_rank,
 /// R = qk_rope_head_dim, P = qk_nope_head_dim, U = v_head_dim, E experts, k experts per token, I intermediate size.

@@ -64,11 +64,12 @@ impl RowSampling {
 
 /// One step's sampling parameters; cleared and refilled every step, so that its vectors keep their room.
 ///
-/// A row is drawn so, with all arithmetic in F32:
+/// A row is drawn so, with all arithmetic in F32 except the running sum of step 4:
 /// 1. tokens outside the mask get -inf; `bias` is added (-inf forbids a token);
 /// 2. a seen token's logit is divided (if positive) or multiplied (if not) by `repetition_penalty`; then
 ///    `frequency_penalty * output_count + presence_penalty * (output_count > 0)` is subtracted;
-/// 3. at temperature 0, or when one token is left, the largest logit wins, the lowest id among equals;
+/// 3. at temperature 0, when the largest logit is not finite, or when dividing it by the temperature overflows, the largest
+///    logit wins, the lowest id among equals;
 /// 4. logits are divided by the temperature; tokens below `max + ln(min_p)` are dropped; of the rest the `top_k` largest
 ///    are kept (ties: the lower id); of those the smallest set, largest first, whose probabilities (renormalised over what
 ///    is left) reach `top_p`;

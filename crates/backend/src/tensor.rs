@@ -161,6 +161,7 @@ impl<B: Backend> Tensor<B> {
     /// When the sizes do not multiply to the last dimension.
     pub fn split_last(&self, parts: &[usize]) -> Self {
         let (&last, front) = self.shape().split_last().expect("split_last: a tensor without dimensions");
+        assert!(!parts.is_empty(), "split_last: no parts");
         assert_eq!(last, parts.iter().product::<usize>(), "split_last: {parts:?} of {:?}", self.shape);
         let mut shape = front.to_vec();
         let mut strides = self.strides()[..front.len()].to_vec();

@@ -82,7 +82,7 @@ pub struct Fp8Activation<B: Backend> {
 pub struct Activation<B: Backend> {
     /// `[T, K]` F32 or BF16.
     pub dense: Tensor<B>,
-    /// The same values quantised; written by whoever writes `dense`.
+    /// The values of `dense`, after its rounding, quantised; written by whoever writes `dense`.
     pub fp8: Option<Fp8Activation<B>>,
 }
 

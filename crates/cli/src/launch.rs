@@ -152,6 +152,6 @@ pub(crate) fn load<B: Backend>(
     options: ModelOptions,
     progress: &mut dyn FnMut(f32),
 ) -> Result<DeepSeek<B>, ModelError> {
-    let comm = Arc::new(Local::group(1, 0).remove(0));
+    let comm = Arc::new(Local::single());
     DeepSeek::load(backend, comm, &source.checkpoint, &source.config, options, progress)
 }

@@ -88,6 +88,11 @@ impl Local {
         (0..world_size).map(rank).collect()
     }
 
+    /// A group of one: every operation is what it is for one rank, and costs nothing.
+    pub fn single() -> Self {
+        Self::group(1, 0).remove(0)
+    }
+
     fn alone(&self) -> bool {
         self.group.world_size() == 1
     }

@@ -123,14 +123,20 @@ impl Cpu {
         self.engine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What the system can still give: what it says now, and what it said at the start less what was taken since, whichever
+    /// is less.
+    fn left_bytes(&self) -> Option<usize> {
+        let owned = self.owned_bytes.load(Ordering::Relaxed);
+        let left = self.budget_bytes.map(|budget| budget.saturating_sub(owned));
+        left.into_iter().chain(memory::available_bytes()).min()
+    }
+
     /// Refuses what the machine cannot hold.
     fn check_room(&self, size_bytes: usize, what: &dyn Fn() -> String) -> Result<(), BackendError> {
         if size_bytes < SMALL_BYTES {
             return Ok(());
         }
-        let owned = self.owned_bytes.load(Ordering::Relaxed);
-        let left = self.budget_bytes.map(|budget| budget.saturating_sub(owned));
-        match left.into_iter().chain(memory::available_bytes()).min() {
+        match self.left_bytes() {
             Some(left) if size_bytes > left => Err(out_of_memory(size_bytes, what(), Some(left))),
             _ => Ok(()),
         }
@@ -162,6 +168,10 @@ impl Backend for Cpu {
             fp8_activations: false,
             asynchronous: false,
         }
+    }
+
+    fn free_bytes(&self) -> Option<usize> {
+        self.left_bytes()
     }
 
     fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor<Self>, BackendError> {

@@ -1,4 +1,5 @@
-//! The conformance suite under every instruction set that this machine has, with one thread and with several.
+//! The conformance suite under every instruction set that this machine has, with one thread and with several, and a whole
+//! decoder layer against the oracle.
 
 use r1_cpu::{Cpu, CpuOptions, Isa};
 
@@ -9,13 +10,13 @@ fn cpu(isa: Isa, threads: usize) -> Cpu {
 }
 
 mod avx512 {
-    r1_backend::conformance_tests!(&super::cpu(r1_cpu::Isa::Avx512, 2));
+    r1_backend::conformance_tests!(&super::cpu(r1_cpu::Isa::Avx512, 2), oracle: &r1_reference::Reference::new());
 }
 
 mod avx2 {
-    r1_backend::conformance_tests!(&super::cpu(r1_cpu::Isa::Avx2, 3));
+    r1_backend::conformance_tests!(&super::cpu(r1_cpu::Isa::Avx2, 3), oracle: &r1_reference::Reference::new());
 }
 
 mod portable {
-    r1_backend::conformance_tests!(&super::cpu(r1_cpu::Isa::Portable, 1));
+    r1_backend::conformance_tests!(&super::cpu(r1_cpu::Isa::Portable, 1), oracle: &r1_reference::Reference::new());
 }

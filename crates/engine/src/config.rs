@@ -4,6 +4,9 @@ use r1_backend::{Backend, BackendError};
 use r1_model::{DeepSeek, ModelError};
 use r1_sched::{SchedConfig, SchedError};
 
+/// Tokens of KV cache on a device that cannot say how much memory it has; one full context where that is more.
+const UNKNOWN_MEMORY_TOKENS: usize = 65_536;
+
 /// How an engine runs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EngineConfig {
@@ -59,7 +62,7 @@ impl EngineConfig {
         let useful = self.max_num_seqs.saturating_mul(self.max_model_len.div_ceil(self.block_size));
         let block_bytes = model.kv_bytes_per_token() * self.block_size;
         let num_blocks = match model.backend().free_bytes() {
-            None => useful,
+            None => useful.min(UNKNOWN_MEMORY_TOKENS.max(self.max_model_len).div_ceil(self.block_size)),
             Some(free_bytes) => {
                 let have_bytes = (free_bytes as f64 * self.kv_memory_fraction) as usize;
                 let fits = have_bytes / block_bytes;
