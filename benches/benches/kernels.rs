@@ -78,7 +78,7 @@ fn experts(c: &mut Criterion) {
     let weights = filled(cpu, &mut random, &[1, top_k]);
     let out = cpu.alloc(&[1, hidden], DType::F32).expect("memory");
     machine.bench(c, "experts", "8 of V3's experts, 1 row", bytes, || {
-        cpu.experts(&x, &ids, &weights, &experts, &out)
+        cpu.experts(&x, &ids, &weights, &experts, &out);
     });
 }
 
@@ -130,7 +130,7 @@ fn small(c: &mut Criterion) {
         (filled(cpu, &mut random, &[rows, hidden]), cpu.alloc(&[rows, hidden], DType::F32).expect("memory"));
     let (norm, out) = (random.tensor(cpu, &[hidden], DType::BF16), Activation::dense(out));
     machine.bench(c, "rms_norm", "64 rows of 7168", 2 * rows * hidden * 4, || {
-        cpu.rms_norm(&x, &norm, 1e-6, &out)
+        cpu.rms_norm(&x, &norm, 1e-6, &out);
     });
 
     let logits = filled(cpu, &mut random, &[1, vocab]);

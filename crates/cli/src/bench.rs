@@ -86,34 +86,24 @@ fn measure<B: Backend>(bench: &mut OneBatchBench<B>, batch: OneBatch) -> Result<
 fn report(batch: OneBatch, times: &OneBatchTimes) -> String {
     let OneBatch { batch_size, input_tokens, output_tokens } = batch;
     let per_second = |tokens: usize, took: Duration| tokens as f64 / took.as_secs_f64();
-    let line = |what: &str, latency: Duration, tokens| {
-        format!(
-            "{what} latency: {:6.5} s, throughput: {:9.2} token/s\n",
-            latency.as_secs_f64(),
-            per_second(tokens, latency)
-        )
+    let step = |what: &str, latency: Duration, tokens| {
+        let seconds = latency.as_secs_f64();
+        format!("{what} latency: {seconds:6.5} s, throughput: {:9.2} token/s\n", per_second(tokens, latency))
     };
-    let mut out = line("Prefill.", times.prefill, batch_size * input_tokens);
-    for &step in times.decode_steps.iter().take(SHOWN_STEPS) {
-        out += &line("Decode. ", step, batch_size);
-    }
+    let mut lines = vec![step("Prefill.", times.prefill, batch_size * input_tokens)];
+    let shown = times.decode_steps.iter().take(SHOWN_STEPS);
+    lines.extend(shown.map(|&latency| step("Decode. ", latency, batch_size)));
     let mut sorted = times.decode_steps.clone();
     sorted.sort_unstable();
-    if let Some(&median) = sorted.get(sorted.len() / 2) {
-        out += &format!(
-            "Decode.  median latency: {:6.5} s, median throughput: {:9.2} token/s\n",
-            median.as_secs_f64(),
-            per_second(batch_size, median)
-        );
-    }
+    lines.extend(sorted.get(sorted.len() / 2).map(|&median| {
+        let seconds = median.as_secs_f64();
+        let rate = per_second(batch_size, median);
+        format!("Decode.  median latency: {seconds:6.5} s, median throughput: {rate:9.2} token/s\n")
+    }));
     let total = times.prefill + times.decode_steps.iter().sum::<Duration>();
-    let tokens = batch_size * (input_tokens + output_tokens);
-    out += &format!(
-        "Total. latency: {:6.3} s, throughput: {:9.2} token/s\n",
-        total.as_secs_f64(),
-        per_second(tokens, total)
-    );
-    out
+    let rate = per_second(batch_size * (input_tokens + output_tokens), total);
+    lines.push(format!("Total. latency: {:6.3} s, throughput: {rate:9.2} token/s\n", total.as_secs_f64()));
+    lines.concat()
 }
 
 #[cfg(test)]
@@ -125,7 +115,7 @@ mod tests {
         let batch = OneBatch { batch_size: 1, input_tokens: 128, output_tokens: 3 };
         let times = OneBatchTimes {
             prefill: Duration::from_micros(196_350),
-            decode_steps: vec![Duration::from_micros(21_000), Duration::from_micros(20_980)],
+            decode_steps: vec![Duration::from_millis(21), Duration::from_micros(20_980)],
         };
         let expected = "\
 Prefill. latency: 0.19635 s, throughput:    651.90 token/s

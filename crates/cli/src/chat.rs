@@ -139,7 +139,7 @@ impl<'a> Chat<'a> {
             // Blank lines part events, and a colon begins a comment.
             let Some(data) = line.strip_prefix("data: ") else { continue };
             if data == "[DONE]" {
-                return printer.finish();
+                return Ok(printer.finish());
             }
             let event: Value = serde_json::from_str(data).context("the server sent a malformed event")?;
             fail_on_error(&event)?;
@@ -186,8 +186,8 @@ impl Printer {
         Ok(out.flush()?)
     }
 
-    fn finish(self) -> Result<String> {
+    fn finish(self) -> String {
         println!("{}", if self.reasoning && self.colour { RESET } else { "" });
-        Ok(self.content)
+        self.content
     }
 }

@@ -4,7 +4,7 @@
 //! A backend lists the suite as its own tests, with an expression that gives a reference to it, and one that gives a
 //! reference to the oracle, with which a whole decoder layer is compared:
 //!
-//! ```ignore
+//! ```text
 //! r1_backend::conformance_tests!(&MyBackend::new(), oracle: &Reference::new());
 //! ```
 //!
