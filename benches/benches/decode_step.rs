@@ -13,6 +13,9 @@ use r1_engine::{EngineConfig, OneBatch, OneBatchBench};
 use r1_model::{DeepSeek, Fp8Compute, MlaForm, ModelOptions, WeightFormat};
 use r1_weights::{Checkpoint, ModelConfig};
 
+/// Few enough that one step prefills the largest batch: then all sequences decode side by side from first to last.
+const INPUT_TOKENS: usize = 32;
+
 fn decode_step(c: &mut Criterion) {
     let machine = Machine::measure();
     let ceiling = machine.read_bytes_per_s;
@@ -55,8 +58,8 @@ fn decode_step(c: &mut Criterion) {
                 let (mut total, mut left) = (Duration::ZERO, steps as usize);
                 while left > 0 {
                     // A run ends at the context limit; its first token comes from the prefill.
-                    let output_tokens = (left + 1).min(max_model_len - 128);
-                    let batch = OneBatch { batch_size, input_tokens: 128, output_tokens };
+                    let output_tokens = (left + 1).min(max_model_len - INPUT_TOKENS);
+                    let batch = OneBatch { batch_size, input_tokens: INPUT_TOKENS, output_tokens };
                     let times = bench.run(batch, |step| best = best.min(step)).expect("the batch runs");
                     total += times.decode_steps.iter().sum::<Duration>();
                     left -= times.decode_steps.len();
