@@ -78,6 +78,17 @@ pub struct Fp8Activation<B: Backend> {
     pub power_of_two_scales: bool,
 }
 
+impl<B: Backend> Fp8Activation<B> {
+    /// Rows `range`.
+    pub fn rows(&self, range: Range<usize>) -> Self {
+        Self {
+            data: self.data.rows(range.clone()),
+            scales: self.scales.rows(range),
+            power_of_two_scales: self.power_of_two_scales,
+        }
+    }
+}
+
 /// What a linear reads. The dense form is always there; where the FP8 form is too, FP8 weights are applied to it (W8A8).
 pub struct Activation<B: Backend> {
     /// `[T, K]` F32 or BF16.
@@ -113,14 +124,7 @@ impl<B: Backend> Activation<B> {
 
     /// Rows `range`.
     pub fn rows(&self, range: Range<usize>) -> Self {
-        Self {
-            dense: self.dense.rows(range.clone()),
-            fp8: self.fp8.as_ref().map(|q| Fp8Activation {
-                data: q.data.rows(range.clone()),
-                scales: q.scales.rows(range),
-                power_of_two_scales: q.power_of_two_scales,
-            }),
-        }
+        Self { dense: self.dense.rows(range.clone()), fp8: self.fp8.as_ref().map(|fp8| fp8.rows(range)) }
     }
 }
 

@@ -81,7 +81,7 @@ impl<B: Backend> Mla<B> {
         rope: &RopeTable<B>,
         batch: &Batch<B>,
         cache: &LatentCache<B>,
-        scratch: &MlaRows<B>,
+        scratch: &MlaScratch<B>,
         out: &Tensor<B>,
     ) {
         let (nope, v_dim) = (self.nope_dim, self.w_uv.rows.len());
@@ -108,11 +108,7 @@ impl<B: Backend> Mla<B> {
             backend.gather_latent(cache, batch, batch.prefills(), &context);
             let latent = Activation {
                 dense: context.narrow(1, 0..latent_dim),
-                fp8: scratch.latent_fp8.as_ref().map(|fp8| Fp8Activation {
-                    data: fp8.data.rows(rows.clone()),
-                    scales: fp8.scales.rows(rows.clone()),
-                    power_of_two_scales: fp8.power_of_two_scales,
-                }),
+                fp8: scratch.latent_fp8.as_ref().map(|fp8| fp8.rows(rows.clone())),
             };
             backend.quantize(&latent);
             let kv = scratch.kv.rows(rows);
@@ -126,22 +122,8 @@ impl<B: Backend> Mla<B> {
     }
 }
 
-/// Space for attention in the largest step.
+/// Space for attention: rows for the largest step, or a view of the first rows for one step.
 pub(crate) struct MlaScratch<B: Backend> {
-    qkv: QkvScratch<B>,
-    q: Tensor<B>,
-    kv_a: Tensor<B>,
-    q_latent: Tensor<B>,
-    o_latent: Tensor<B>,
-    attended: Activation<B>,
-    context: Tensor<B>,
-    latent_fp8: Option<Fp8Activation<B>>,
-    kv: Tensor<B>,
-    max_expanded_tokens: usize,
-}
-
-/// The first rows of [`MlaScratch`], for one step.
-pub(crate) struct MlaRows<B: Backend> {
     qkv: QkvScratch<B>,
     /// `[T, H (P + R)]`.
     q: Tensor<B>,
@@ -155,6 +137,7 @@ pub(crate) struct MlaRows<B: Backend> {
     attended: Activation<B>,
     /// `[max_expanded_tokens, C + R]`.
     context: Tensor<B>,
+    /// FP8 form of the context's latent part. Its dense form is a view of `context`.
     latent_fp8: Option<Fp8Activation<B>>,
     /// `[max_expanded_tokens, H (P + U)]`.
     kv: Tensor<B>,
@@ -185,7 +168,6 @@ impl<B: Backend> MlaScratch<B> {
             o_latent: backend.alloc(&[rows, heads, latent], dtype)?,
             attended: Activation::alloc(backend, rows, heads * v_dim, dtype, fp8)?,
             context: backend.alloc(&[expanded, cached], dtype)?,
-            // The dense form is a view of `context`, so only the FP8 form has memory of its own.
             latent_fp8: match fp8 {
                 Some(_) => Activation::alloc(backend, expanded, latent, dtype, fp8)?.fp8,
                 None => None,
@@ -195,9 +177,10 @@ impl<B: Backend> MlaScratch<B> {
         })
     }
 
-    pub(crate) fn rows(&self, batch: &Batch<B>) -> MlaRows<B> {
+    /// The first rows, for one step.
+    pub(crate) fn rows(&self, batch: &Batch<B>) -> Self {
         let rows = 0..batch.num_tokens;
-        MlaRows {
+        Self {
             qkv: QkvScratch {
                 q_a: self.qkv.q_a.rows(rows.clone()),
                 q_a_normed: self.qkv.q_a_normed.rows(rows.clone()),
@@ -207,12 +190,9 @@ impl<B: Backend> MlaScratch<B> {
             q_latent: self.q_latent.rows(rows.clone()),
             o_latent: self.o_latent.rows(rows.clone()),
             attended: self.attended.rows(rows),
+            // Attention takes as many of these as the step's prefills have context.
             context: self.context.clone(),
-            latent_fp8: self.latent_fp8.as_ref().map(|fp8| Fp8Activation {
-                data: fp8.data.clone(),
-                scales: fp8.scales.clone(),
-                power_of_two_scales: fp8.power_of_two_scales,
-            }),
+            latent_fp8: self.latent_fp8.as_ref().map(|fp8| fp8.rows(0..self.max_expanded_tokens)),
             kv: self.kv.clone(),
             max_expanded_tokens: self.max_expanded_tokens,
         }
