@@ -23,12 +23,20 @@ pub struct Load {
     pub fp8: Fp8Compute,
     /// Absorbed, expanded, or by size.
     pub form: MlaForm,
+    /// First layer and the one after the last; `None` is all of them.
+    pub layers: Option<[usize; 2]>,
 }
 
 impl Load {
     /// F32 activations, weights as stored.
     pub fn f32(form: MlaForm) -> Self {
-        Self { dtype: DType::F32, weights: WeightFormat::AsStored, fp8: Fp8Compute::WeightOnly, form }
+        Self {
+            dtype: DType::F32,
+            weights: WeightFormat::AsStored,
+            fp8: Fp8Compute::WeightOnly,
+            form,
+            layers: None,
+        }
     }
 
     /// Loads the checkpoint in `dir` on one rank.
@@ -60,7 +68,7 @@ impl Load {
             max_logit_rows: MAX_TOKENS,
             max_model_len: MAX_TOKENS,
             max_expanded_tokens: MAX_TOKENS,
-            layers: None,
+            layers: self.layers.map(|[first, end]| first..end),
             rank: Rank(comm.rank()),
             world_size: comm.world_size(),
         };
@@ -83,12 +91,24 @@ pub struct Feed<'a> {
 /// # Panics
 /// When a step fails.
 pub fn teacher_force<B: Backend>(model: &DeepSeek<B>, feeds: &[Feed<'_>]) -> Vec<Vec<f32>> {
-    let backend = &**model.backend();
-    let vocab_size = model.config().vocab_size;
+    teacher_force_stages(&[model], feeds)
+}
+
+/// As [`teacher_force`], through the pipeline stages of one model on one backend.
+///
+/// # Panics
+/// When a step fails.
+pub fn teacher_force_stages<B: Backend>(stages: &[&DeepSeek<B>], feeds: &[Feed<'_>]) -> Vec<Vec<f32>> {
+    let backend = &**stages[0].backend();
+    let config = stages[0].config();
+    let vocab_size = config.vocab_size;
     let blocks_each =
         feeds.iter().map(|feed| feed.tokens.len().div_ceil(BLOCK_SIZE)).max().expect("a sequence");
     let num_blocks = blocks_each * feeds.len();
-    let caches = model.alloc_cache(num_blocks, BLOCK_SIZE).expect("a small cache");
+    let caches: Vec<_> = stages
+        .iter()
+        .map(|stage| stage.alloc_cache(num_blocks, BLOCK_SIZE).expect("a small cache"))
+        .collect();
     // Neighbours in a sequence lie far from each other, and no sequence has block 0 first.
     let block = |seq: usize, index: usize| num_blocks - 1 - (index * feeds.len() + seq);
     let mut done = vec![0; feeds.len()];
@@ -140,9 +160,18 @@ pub fn teacher_force<B: Backend>(model: &DeepSeek<B>, feeds: &[Feed<'_>]) -> Vec
         };
         let all_rows: Vec<u32> = (0..num_tokens as u32).collect();
         let out = backend.alloc(&[num_tokens, vocab_size], DType::F32).expect("small logits");
-        let output = StageOutput::Logits { rows: &upload(&all_rows), logits: &out };
-        model.forward(&StageInput::Tokens(&upload(&ids)), &batch, &caches, &output);
-        backend.flush().wait().expect("the step runs");
+        let hidden = backend.alloc(&[num_tokens, config.hidden_size], stages[0].options().activation_dtype);
+        let (hidden, ids, all_rows) = (hidden.expect("a small tensor"), upload(&ids), upload(&all_rows));
+        for (i, stage) in stages.iter().enumerate() {
+            let input = if i == 0 { StageInput::Tokens(&ids) } else { StageInput::Hidden(&hidden) };
+            let output = if i + 1 == stages.len() {
+                StageOutput::Logits { rows: &all_rows, logits: &out }
+            } else {
+                StageOutput::Hidden(&hidden)
+            };
+            stage.forward(&input, &batch, &caches[i], &output);
+            stage.finish().expect("the step runs");
+        }
         let mut host = vec![0.0; num_tokens * vocab_size];
         backend.download(&out, HostSliceMut::F32(&mut host)).expect("the logits are there");
         let mut at = 0;

@@ -12,8 +12,8 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace")
 }
 
-/// Crates in `crates/` and the ones each depends on, dev-dependencies aside.
-fn from_cargo() -> Arrows {
+/// The packages in `crates/` as cargo describes them.
+fn packages() -> Vec<serde_json::Value> {
     let output = Command::new(env!("CARGO"))
         .args(["metadata", "--format-version", "1", "--no-deps", "--offline"])
         .current_dir(root())
@@ -26,6 +26,11 @@ fn from_cargo() -> Arrows {
         let manifest = package["manifest_path"].as_str().expect("a path");
         Path::new(manifest).starts_with(root().join("crates"))
     };
+    packages.iter().filter(ours).cloned().collect()
+}
+
+/// Crates in `crates/` and the ones each depends on, dev-dependencies aside.
+fn from_cargo() -> Arrows {
     let short = |name: &str| name.strip_prefix("r1-").map(str::to_owned);
     let entry = |package: &serde_json::Value| {
         let name = short(package["name"].as_str().expect("a name")).expect("packages are named r1-<folder>");
@@ -33,7 +38,7 @@ fn from_cargo() -> Arrows {
         let needs = needs.filter(|need| need["kind"].is_null());
         (name, needs.filter_map(|need| short(need["name"].as_str().expect("a name"))).collect())
     };
-    packages.iter().filter(ours).map(entry).collect()
+    packages().iter().map(entry).collect()
 }
 
 /// The rows `| `crate` | sentence | knows | …` of the table under "## Crates".
@@ -69,24 +74,40 @@ fn arrows_point_down() {
     }
 }
 
-/// Only `server` and `cli` know HTTP, and only the oracle and the wiring know candle.
+/// Only `server` and `cli` know HTTP, only the oracle knows candle, and so on.
 #[test]
 fn outside_crates_stay_where_they_belong() {
     for (dependency, allowed) in [
         ("axum", &["server"][..]),
+        ("tower", &["server"]),
+        ("tower-http", &["server"]),
         ("ureq", &["cli"]),
+        ("clap", &["cli"]),
         ("tokenizers", &["text"]),
         ("minijinja", &["text"]),
         ("candle-core", &["reference"]),
+        ("candle-nn", &["reference"]),
         ("memmap2", &["weights"]),
+        ("safetensors", &[]),
     ] {
-        for name in from_cargo().keys() {
-            let manifest =
-                fs::read_to_string(root().join("crates").join(name).join("Cargo.toml")).expect("a manifest");
-            let uses = manifest.lines().any(|line| line.starts_with(&format!("{dependency}.workspace")));
+        for package in packages() {
+            let name = package["name"].as_str().expect("a name").trim_start_matches("r1-").to_owned();
+            let mut needs = package["dependencies"].as_array().expect("dependencies").iter();
+            let uses = needs.any(|need| need["kind"].is_null() && need["name"] == dependency);
             assert!(!uses || allowed.contains(&name.as_str()), "{name} uses {dependency}");
         }
     }
+}
+
+/// Nothing but the wiring is switched by features.
+#[test]
+fn code_is_written_once() {
+    visit(&root().join("crates"), &mut |path, text| {
+        let switched = ["cfg(feature", "cfg!(feature"].iter().any(|switch| text.contains(switch));
+        let allowed =
+            ["cli", "gpu", "comm"].iter().any(|name| path.starts_with(root().join("crates").join(name)));
+        assert!(!switched || allowed, "{} is switched by a feature", path.display());
+    });
 }
 
 /// Unsafe code is forbidden in every crate that does not need it.
@@ -104,17 +125,20 @@ fn unsafe_code_is_where_it_must_be() {
 /// Every source file says what it is for.
 #[test]
 fn every_file_opens_with_its_purpose() {
-    fn visit(folder: &Path) {
-        for entry in fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path()) {
-            if entry.is_dir() {
-                visit(&entry);
-            } else if entry.extension().is_some_and(|extension| extension == "rs") {
-                let text = fs::read_to_string(&entry).expect("text");
-                assert!(text.starts_with("//! "), "{} does not open with //!", entry.display());
-            }
-        }
-    }
     for folder in ["crates", "tests/src", "tests/tests", "benches/src", "benches/benches"] {
-        visit(&root().join(folder));
+        visit(&root().join(folder), &mut |path, text| {
+            assert!(text.starts_with("//! "), "{} does not open with //!", path.display());
+        });
+    }
+}
+
+/// Shows every Rust file below `folder`.
+fn visit(folder: &Path, look: &mut dyn FnMut(&Path, &str)) {
+    for entry in fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path()) {
+        if entry.is_dir() {
+            visit(&entry, look);
+        } else if entry.extension().is_some_and(|extension| extension == "rs") {
+            look(&entry, &fs::read_to_string(&entry).expect("text"));
+        }
     }
 }

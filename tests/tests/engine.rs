@@ -115,13 +115,19 @@ fn logprobs_are_of_the_models_own_distribution() {
     assert!(none.iter().all(Option::is_none));
 }
 
-struct Broken;
+/// A grammar that panics, in one of its two calls.
+struct Broken {
+    accepts: bool,
+}
 
 impl TokenConstraint for Broken {
-    fn accept(&mut self, _: TokenId) {}
+    fn accept(&mut self, _: TokenId) {
+        assert!(self.accepts, "this grammar is broken");
+    }
 
-    fn fill_mask(&mut self, _: &mut [u32]) {
-        panic!("this grammar is broken");
+    fn fill_mask(&mut self, mask: &mut [u32]) {
+        assert!(!self.accepts, "this grammar is broken");
+        mask.fill(u32::MAX);
     }
 }
 
@@ -130,12 +136,14 @@ fn a_panic_in_a_step_fails_that_step_only() {
     let engine = engine();
     let params = SamplingParams { temperature: 0.0, max_tokens: 4, ..SamplingParams::default() };
     let (whole, ..) = run(&engine, params.clone());
-    let broken = Request { constraint: Some(Box::new(Broken)), ..request(params.clone()) };
-    let (_, _, reason) = collect(engine.submit(broken).expect("accepted"));
-    assert_eq!(reason, Err(EngineError::Step("this grammar is broken".into())));
-    let (again, _, reason) = run(&engine, params);
-    assert_eq!((again, reason), (whole, Ok(FinishReason::Length)));
-    assert_eq!(engine.stats().failed_steps_total, 1);
+    for accepts in [true, false] {
+        let broken = Request { constraint: Some(Box::new(Broken { accepts })), ..request(params.clone()) };
+        let (_, _, reason) = collect(engine.submit(broken).expect("accepted"));
+        assert_eq!(reason, Err(EngineError::Step("this grammar is broken".into())));
+        let (again, _, reason) = run(&engine, params.clone());
+        assert_eq!((again, reason), (whole.clone(), Ok(FinishReason::Length)));
+    }
+    assert_eq!(engine.stats().failed_steps_total, 2);
     idle(&engine);
 }
 

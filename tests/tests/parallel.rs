@@ -1,4 +1,4 @@
-//! Tensor-parallel ranks compute what one rank does, each from its own shard of the checkpoint.
+//! Tensor-parallel ranks and pipeline stages compute what one rank does, each from its own part of the checkpoint.
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use r1_comm::Local;
 use r1_cpu::{Cpu, CpuOptions};
 use r1_model::MlaForm;
 use r1_reference::Reference;
-use r1_tests::{Feed, Gap, Golden, Load, teacher_force};
+use r1_tests::{Feed, Gap, Golden, Load, teacher_force, teacher_force_stages};
 
 /// The cuts of `toy_ragged_fp8` fall inside FP8 scale blocks.
 fn ranks_match<B: Backend>(make: impl Fn() -> B + Sync, name: &str, world: usize) {
@@ -58,4 +58,22 @@ fn cpu_ranks_match() {
 fn reference_ranks_match() {
     ranks_match(Reference::new, "toy_v3_f32", 2);
     ranks_match(Reference::new, "toy_ragged_fp8", 2);
+}
+
+/// Layers cut into stages give the bits of the whole.
+#[test]
+fn stages_match() {
+    let golden = Golden::open("toy_v3_f32");
+    let ids = golden.input_ids();
+    let feeds = [Feed { tokens: &ids, chunk: 9 }, Feed { tokens: &ids, chunk: 1 }];
+    let backend = Arc::new(Cpu::new(CpuOptions { threads: Some(2), isa: None }).expect("a CPU"));
+    let load = Load::f32(MlaForm::Auto);
+    let whole = load.open(backend.clone(), &golden.dir);
+    let last = whole.config().num_hidden_layers;
+    assert!(last >= 3, "three stages need three layers");
+    let stages = [[0, 1], [1, 2], [2, last]].map(|layers| {
+        let load = Load { layers: Some(layers), ..load };
+        load.open(backend.clone(), &golden.dir)
+    });
+    assert_eq!(teacher_force_stages(&stages.each_ref(), &feeds), teacher_force(&whole, &feeds));
 }

@@ -67,7 +67,7 @@ impl fmt::Debug for Ticket {
 /// What a backend can do beyond the operations themselves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Capabilities {
-    /// Element types that activations and caches may have; the first is what `--dtype auto` takes.
+    /// Element types that activations and caches may have.
     pub activation_dtypes: Vec<DType>,
     /// FP8 weights can be applied to FP8 activations (W8A8).
     pub fp8_activations: bool,
@@ -114,7 +114,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn import(&self, host: &HostTensor) -> Result<Tensor<Self>, BackendError>;
 
     /// As [`import`](Backend::import), for the `[N, K]` data of a [`Weight`]. A backend may lay it out as its linears like it;
-    /// nobody but its own `linear`, `per_head` and `experts` reads the result.
+    /// nobody but its own `linear`, `per_head` and `experts` reads the result, and they read what
+    /// [`import`](Backend::import) gives too: a tied head is the embedding's table.
     fn import_matrix(&self, host: &HostTensor) -> Result<Tensor<Self>, BackendError> {
         self.import(host)
     }

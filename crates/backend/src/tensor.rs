@@ -163,13 +163,16 @@ impl<B: Backend> Tensor<B> {
         let (&last, front) = self.shape().split_last().expect("split_last: a tensor without dimensions");
         assert!(!parts.is_empty(), "split_last: no parts");
         assert_eq!(last, parts.iter().product::<usize>(), "split_last: {parts:?} of {:?}", self.shape);
-        let mut shape = front.to_vec();
-        let mut strides = self.strides()[..front.len()].to_vec();
-        for (i, &part) in parts.iter().enumerate() {
-            shape.push(part);
-            strides.push(parts[i + 1..].iter().product());
+        let len = front.len() + parts.len();
+        assert!(len <= 4, "split_last: {parts:?} of {:?} has more than 4 dimensions", self.shape);
+        let (mut shape, mut strides) = ([0; 4], [0; 4]);
+        shape[..front.len()].copy_from_slice(front);
+        shape[front.len()..len].copy_from_slice(parts);
+        strides[..front.len()].copy_from_slice(&self.strides()[..front.len()]);
+        for (i, stride) in strides[front.len()..len].iter_mut().enumerate() {
+            *stride = parts[i + 1..].iter().product();
         }
-        Self { shape: Dims::new(&shape), strides: Dims::new(&strides), ..self.clone() }
+        Self { shape: Dims::new(&shape[..len]), strides: Dims::new(&strides[..len]), ..self.clone() }
     }
 
     /// The dense elements under another shape of equal size.

@@ -160,7 +160,7 @@ pub(crate) struct ServeArgs {
     pub(crate) api_key: Vec<String>,
 
     /// Most requests that may wait; one more gets a 429.
-    #[arg(long, value_name = "N", default_value_t = 1024)]
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = at_least_one)]
     pub(crate) max_queued_requests: usize,
 
     /// Largest request body in bytes.
@@ -281,6 +281,10 @@ fn share(text: &str) -> Result<f64, String> {
         .ok()
         .filter(|share| *share > 0.0 && *share <= 1.0)
         .ok_or_else(|| "a share above 0 and at most 1".into())
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "a whole number of at least 1".into())
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {

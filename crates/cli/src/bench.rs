@@ -24,10 +24,10 @@ pub(crate) fn one_batch(args: &OneBatchArgs) -> Result<()> {
         eprintln!("note: {note}");
     }
     let source = Source::open(&args.model)?;
-    let mut launch = Launch::new(&args.model, &source)?;
     if args.batch_size == 0 || args.input_len == 0 || args.output_len == 0 {
         bail!("--batch-size, --input-len and --output-len must be at least 1");
     }
+    let mut launch = Launch::new(&args.model, &source, args.batch_size)?;
     let max_model_len = launch.engine.max_model_len;
     if args.input_len + args.output_len > max_model_len {
         bail!(
@@ -38,10 +38,6 @@ pub(crate) fn one_batch(args: &OneBatchArgs) -> Result<()> {
     }
     // The KV cache need not be larger than this batch.
     launch.engine.max_model_len = args.input_len + args.output_len;
-    launch.engine.max_num_seqs = args.batch_size;
-    launch.engine.max_num_batched_tokens = launch.engine.max_num_batched_tokens.max(args.batch_size);
-    launch.model.max_logit_rows = args.batch_size;
-    launch.model.max_batched_tokens = launch.engine.max_num_batched_tokens;
     let device = AnyDevice::open(&args.model)?;
     println!("{} on {}; {}", source.name, device.describe(), launch.precision(&source));
     let batch = OneBatch {

@@ -186,8 +186,17 @@ impl Printer {
         Ok(out.flush()?)
     }
 
-    fn finish(self) -> String {
-        println!("{}", if self.reasoning && self.colour { RESET } else { "" });
-        self.content
+    fn finish(mut self) -> String {
+        println!();
+        std::mem::take(&mut self.content)
+    }
+}
+
+impl Drop for Printer {
+    /// A reply that breaks off while it reasons must not leave the terminal dim.
+    fn drop(&mut self) {
+        if self.reasoning && self.colour {
+            print!("{RESET}");
+        }
     }
 }

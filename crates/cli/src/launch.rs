@@ -16,8 +16,8 @@ use crate::source::Source;
 
 /// What runs a model; generic code goes through [`AnyDevice::with`].
 pub(crate) enum AnyDevice {
-    Cpu(Cpu),
-    Reference(Reference),
+    Cpu(Arc<Cpu>),
+    Reference(Arc<Reference>),
 }
 
 /// Code that runs on whichever device was chosen.
@@ -34,9 +34,12 @@ impl AnyDevice {
         match args.device {
             Device::Auto | Device::Cpu => {
                 let threads = args.threads.map(usize::from);
-                Ok(Self::Cpu(Cpu::new(CpuOptions { threads, isa: None })?))
+                Ok(Self::Cpu(Arc::new(Cpu::new(CpuOptions { threads, isa: None })?)))
             }
-            Device::Reference => Ok(Self::Reference(Reference::new())),
+            Device::Reference if args.threads.is_some() => {
+                bail!("--threads does not bind --device reference; leave it out or take --device cpu")
+            }
+            Device::Reference => Ok(Self::Reference(Arc::new(Reference::new()))),
             Device::Cuda => bail!("--device cuda is not in this build yet; --device cpu runs everywhere"),
             Device::Rocm => bail!("--device rocm is not in this build yet; --device cpu runs everywhere"),
             Device::Emu => bail!("--device emu is not in this build yet; --device cpu runs everywhere"),
@@ -54,8 +57,8 @@ impl AnyDevice {
     /// Runs generic code on the device.
     pub(crate) fn with<F: OnDevice>(self, code: F) -> F::Output {
         match self {
-            Self::Cpu(backend) => code.run(Arc::new(backend)),
-            Self::Reference(backend) => code.run(Arc::new(backend)),
+            Self::Cpu(backend) => code.run(backend),
+            Self::Reference(backend) => code.run(backend),
         }
     }
 }
@@ -67,8 +70,8 @@ pub(crate) struct Launch {
 }
 
 impl Launch {
-    /// Checks the arguments against the model.
-    pub(crate) fn new(args: &ModelArgs, source: &Source) -> Result<Self> {
+    /// Checks the arguments against the model, for a batch of at most `max_num_seqs` sequences.
+    pub(crate) fn new(args: &ModelArgs, source: &Source, max_num_seqs: usize) -> Result<Self> {
         let (activation_dtype, weights) = match args.dtype {
             Dtype::Auto | Dtype::Float32 => (DType::F32, WeightFormat::AsStored),
             Dtype::Bfloat16 => (DType::BF16, WeightFormat::WidenToBf16),
@@ -100,7 +103,7 @@ impl Launch {
         if max_model_len < 2 {
             bail!("--max-model-len {max_model_len} leaves no room for a prompt and a reply");
         }
-        let (max_num_seqs, max_num_batched_tokens) = (args.max_num_seqs, args.max_num_batched_tokens);
+        let max_num_batched_tokens = args.max_num_batched_tokens;
         if max_num_seqs == 0 || max_num_batched_tokens < max_num_seqs {
             bail!(
                 "--max-num-batched-tokens {max_num_batched_tokens} must be at least --max-num-seqs {max_num_seqs}, and that \

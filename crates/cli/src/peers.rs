@@ -3,6 +3,7 @@
 
 use anyhow::{Result, bail};
 use clap::Args;
+use r1_core::Topology;
 
 /// Flags that do not do anything here yet, or never will.
 #[derive(Debug, Args)]
@@ -73,12 +74,17 @@ pub(crate) struct PeerArgs {
 impl PeerArgs {
     /// Refuses what is asked for and not built; gives a note for each flag that has nothing to do.
     pub(crate) fn check(&self) -> Result<Vec<&'static str>> {
+        let Self { tp, pp, dp, ep, .. } = *self;
+        let topology = Topology { tp, pp, dp, ep }.validate()?;
+        if self.nnodes == 0 {
+            bail!("--nnodes is 0; it must be at least 1");
+        }
         let one_worker = "this build runs one worker; leave the flag out or give 1";
         let refusals = [
-            (self.tp > 1, "--tp", one_worker),
-            (self.pp > 1, "--pp", one_worker),
-            (self.dp > 1, "--dp", one_worker),
-            (self.ep > 1, "--ep", one_worker),
+            (topology.tp > 1, "--tp", one_worker),
+            (topology.pp > 1, "--pp", one_worker),
+            (topology.dp > 1, "--dp", one_worker),
+            (topology.ep > 1, "--ep", one_worker),
             (self.nnodes > 1, "--nnodes", one_worker),
             (self.node_rank > 0, "--node-rank", "this build runs on one node"),
             (self.dist_init_addr.is_some(), "--dist-init-addr", "this build runs on one node"),
@@ -151,6 +157,7 @@ mod tests {
     #[test]
     fn what_has_nothing_to_do_is_noted() {
         assert!(check("--tp 1 --nnodes 1 --node-rank 0").unwrap().is_empty());
+        assert!(check("--tp 0").unwrap_err().to_string().contains("tp is 0"));
         let notes =
             check("--trust-remote-code --enable-torch-compile --torch-compile-max-bs 8 --enforce-eager")
                 .unwrap();

@@ -24,7 +24,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         tracing::info!("{note}");
     }
     let source = Source::open(&args.model)?;
-    let launch = Launch::new(&args.model, &source)?;
+    let launch = Launch::new(&args.model, &source, args.model.max_num_seqs)?;
     let device = AnyDevice::open(&args.model)?;
     let model = served_model(args, &source)?;
     let banner = Banner {
@@ -40,15 +40,25 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         vocab_size: source.config.vocab_size,
         max_queued: args.max_queued_requests,
     });
-    let thread = device.with(Spawn { inbox, launch, source });
-    let served = tokio::runtime::Builder::new_multi_thread()
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
-        .context("cannot start the network threads")?
-        .block_on(serve(args, model, engine.clone(), banner));
+        .context("cannot start the network threads")?;
+    // A port that is taken is known before minutes of loading.
+    let listener = runtime
+        .block_on(TcpListener::bind(banner.address))
+        .with_context(|| format!("cannot listen on {}; choose another --port", banner.address))?;
+    // Port 0 asks the system for a free one.
+    let banner = Banner { address: listener.local_addr()?, ..banner };
+    let thread = device.with(Spawn { inbox, launch, source });
+    let served = runtime.block_on(serve(args, listener, model, engine.clone(), banner));
+    let loading = matches!(engine.status(), Status::Loading { .. });
     engine.stop();
-    // The engine ends within a step; a panic of its thread was reported when it happened.
-    let _ = thread.join();
+    if !loading {
+        // The engine ends within a step; a panic of its thread was reported when it happened. A thread that still loads
+        // ends with the process: it has nothing to save.
+        let _ = thread.join();
+    }
     served
 }
 
@@ -147,12 +157,13 @@ impl Banner {
     }
 }
 
-async fn serve(args: &ServeArgs, model: ServedModel, engine: Handle, banner: Banner) -> Result<()> {
-    let listener = TcpListener::bind(banner.address)
-        .await
-        .with_context(|| format!("cannot listen on {}; choose another --port", banner.address))?;
-    // Port 0 asks the system for a free one.
-    let banner = Banner { address: listener.local_addr()?, ..banner };
+async fn serve(
+    args: &ServeArgs,
+    listener: TcpListener,
+    model: ServedModel,
+    engine: Handle,
+    banner: Banner,
+) -> Result<()> {
     let config = ServerConfig {
         root_path: args.root_path.clone(),
         api_keys: args.api_key.clone(),

@@ -69,7 +69,7 @@ fn sixteen_streams_with_disconnects_leave_nothing_behind() {
                     let body = chat(&json!({"stream": true, "temperature": 0.6, "seed": state >> 33}));
                     let mut stream =
                         server.open("POST", "/v1/chat/completions", &body).expect("a connection");
-                    let patience = if state >> 63 == 1 { (state >> 40) % 20_000 } else { u64::MAX };
+                    let patience = if state >> 63 == 1 { 12 + (state >> 40) % 20_000 } else { u64::MAX };
                     let mut text = Vec::new();
                     stream.by_ref().take(patience).read_to_end(&mut text).expect("a reply");
                     let text = String::from_utf8_lossy(&text);

@@ -22,7 +22,7 @@ mod view;
 
 use std::convert::Infallible;
 use std::ops::Range;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use r1_backend::{
@@ -85,6 +85,8 @@ pub struct Cpu {
     threads: usize,
     engine: Mutex<Engine>,
     owned_bytes: Meter,
+    /// Imported in place: pages of a file that the system counts as available, but that every step reads.
+    mapped_bytes: AtomicUsize,
     /// What the system could give when the backend was made: zeroed memory is lent untouched, so what is left shrinks late.
     budget_bytes: Option<usize>,
 }
@@ -104,6 +106,7 @@ impl Cpu {
             threads,
             engine: Mutex::new(Engine { pool, workspace: Workspace::default() }),
             owned_bytes: Meter::default(),
+            mapped_bytes: AtomicUsize::new(0),
             budget_bytes: memory::available_bytes(),
         })
     }
@@ -171,7 +174,8 @@ impl Backend for Cpu {
     }
 
     fn free_bytes(&self) -> Option<usize> {
-        self.left_bytes()
+        let mapped = self.mapped_bytes.load(Ordering::Relaxed);
+        self.left_bytes().map(|left| left.saturating_sub(mapped))
     }
 
     fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor<Self>, BackendError> {
@@ -190,6 +194,7 @@ impl Backend for Cpu {
         let bytes = host.bytes();
         let in_place = bytes.as_ptr().addr().is_multiple_of(host.dtype().size_bytes());
         let buffer = if in_place {
+            self.mapped_bytes.fetch_add(bytes.len(), Ordering::Relaxed);
             Buffer::host(host.clone())
         } else {
             let what = || format!("a copy of misaligned weights {:?} {}", host.shape(), host.dtype());

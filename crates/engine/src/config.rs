@@ -61,6 +61,8 @@ impl EngineConfig {
     pub fn sched<B: Backend>(&self, model: &DeepSeek<B>) -> Result<SchedConfig, StartError> {
         let useful = self.max_num_seqs.saturating_mul(self.max_model_len.div_ceil(self.block_size));
         let block_bytes = model.kv_bytes_per_token() * self.block_size;
+        // Slots are counted in 32 bits.
+        let useful = useful.min(u32::MAX as usize / self.block_size);
         let num_blocks = match model.backend().free_bytes() {
             None => useful.min(UNKNOWN_MEMORY_TOKENS.max(self.max_model_len).div_ceil(self.block_size)),
             Some(free_bytes) => {

@@ -142,7 +142,7 @@ pub struct EngineInfo {
 pub struct Stats {
     /// Sequences in the running batch.
     pub running: usize,
-    /// Sequences waiting, those included that the engine thread has not seen yet.
+    /// Sequences waiting: not yet seen by the engine thread, not yet scheduled, or preempted.
     pub waiting: usize,
     /// Blocks of the KV cache.
     pub kv_blocks_total: usize,
@@ -150,7 +150,7 @@ pub struct Stats {
     pub kv_blocks_used: usize,
     /// Tokens per block.
     pub kv_block_size_tokens: usize,
-    /// Prompt tokens computed since start.
+    /// Prompt tokens computed since start, each once however often its sequence was preempted.
     pub prompt_tokens_total: u64,
     /// Tokens generated since start.
     pub generation_tokens_total: u64,
@@ -275,7 +275,7 @@ impl Handle {
     /// Counters and gauges as of the last step.
     pub fn stats(&self) -> Stats {
         let mut stats = lock(&self.shared.stats).clone();
-        stats.waiting = self.shared.queued.load(Ordering::Relaxed);
+        stats.waiting += self.shared.queued.load(Ordering::Relaxed);
         stats
     }
 
@@ -314,6 +314,7 @@ impl Handle {
         let id = SeqId(self.shared.next_id.fetch_add(1, Ordering::Relaxed));
         let (sender, events) = mpsc::unbounded_channel();
         if self.commands.send(Command::Submit { id, request, events: sender }).is_err() {
+            self.shared.queued.fetch_sub(1, Ordering::Relaxed);
             return Err(SubmitError::NotRunning("its thread has ended".into()));
         }
         Ok(Generation { id, events, commands: self.commands.clone(), ended: false })
@@ -348,7 +349,7 @@ impl Inbox {
         *lock(&self.shared.status) = status;
     }
 
-    /// Publishes the statistics of a step (`waiting` is kept by the handle).
+    /// Publishes the statistics of a step. `waiting` holds the preempted sequences only; the handle counts the others.
     pub fn set_stats(&self, stats: Stats) {
         *lock(&self.shared.stats) = stats;
     }

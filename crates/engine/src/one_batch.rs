@@ -26,7 +26,7 @@ pub struct OneBatch {
 /// How long it took.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OneBatchTimes {
-    /// Until every sequence had its first token.
+    /// Until every sequence had its first token; steps that decode for some while others prefill are part of it.
     pub prefill: Duration,
     /// Each step after that.
     pub decode_steps: Vec<Duration>,
@@ -43,7 +43,17 @@ pub enum OneBatchError {
     Sched(#[from] r1_sched::SchedError),
     /// A step failed.
     #[error(transparent)]
-    Backend(#[from] r1_backend::BackendError),
+    Step(#[from] r1_model::StepError),
+    /// The cache was too small for the batch, so parts of it were computed twice.
+    #[error(
+        "the KV cache holds {kv_blocks} blocks, too few for this batch: {preemptions} sequences were preempted"
+    )]
+    Preempted {
+        /// Blocks of the cache.
+        kv_blocks: usize,
+        /// How often.
+        preemptions: u64,
+    },
 }
 
 impl Lives for BTreeMap<SeqId, Live> {
@@ -118,6 +128,11 @@ impl<B: Backend> OneBatchBench<B> {
             } else {
                 prefill += took;
             }
+        }
+        let stats = self.state.stats();
+        if stats.preemptions > 0 {
+            let (kv_blocks, preemptions) = (stats.blocks_total, stats.preemptions);
+            return Err(OneBatchError::Preempted { kv_blocks, preemptions });
         }
         Ok(OneBatchTimes { prefill, decode_steps })
     }

@@ -1,8 +1,8 @@
 //! Runs one begun step on the device: inputs, forward pass, sampling, tokens back.
 
-use r1_backend::{Backend, BackendError, HostSliceMut, LatentCache, SamplingBatch};
-use r1_core::{SeqId, TokenId};
-use r1_model::{DeepSeek, StageInput, StageOutput};
+use r1_backend::{Backend, BackendError, HostSliceMut, LatentCache, LogprobsOut, SamplingBatch};
+use r1_core::{FinishReason, SeqId, TokenId};
+use r1_model::{DeepSeek, StageInput, StageOutput, StepError};
 use r1_sched::{Plan, State};
 
 use crate::TokenLogprobs;
@@ -15,6 +15,8 @@ pub(crate) struct Drawn {
     pub(crate) seq: SeqId,
     pub(crate) token: TokenId,
     pub(crate) logprobs: Option<TokenLogprobs>,
+    /// Set when the token ends its sequence.
+    pub(crate) finish: Option<FinishReason>,
 }
 
 /// Where a step finds the sampling state of its sequences.
@@ -52,7 +54,7 @@ impl<B: Backend> Runner<B> {
         state: &State,
         plan: &Plan,
         lives: &mut impl Lives,
-    ) -> Result<Vec<Drawn>, BackendError> {
+    ) -> Result<Vec<Drawn>, StepError> {
         let backend = self.model.backend().clone();
         let vocab_size = self.model.config().vocab_size;
         let step = self.inputs.fill(&*backend, state, plan);
@@ -75,7 +77,7 @@ impl<B: Backend> Runner<B> {
         if num_top.is_some() {
             backend.logprobs(&step.logits, &step.drawn, &step.logprobs);
         }
-        backend.flush().wait()?;
+        self.model.finish()?;
 
         self.drawn.clear();
         self.drawn.resize(seqs.len(), 0);
@@ -87,10 +89,10 @@ impl<B: Backend> Runner<B> {
         Ok(seqs
             .iter()
             .enumerate()
-            .map(|(row, &seq)| Drawn {
-                seq,
-                token: TokenId(self.drawn[row]),
-                logprobs: lives.get(seq).logprobs().map(|n| logprobs.row(row, n)),
+            .map(|(row, &seq)| {
+                let (token, live) = (TokenId(self.drawn[row]), lives.get(seq));
+                let logprobs = live.logprobs().map(|n| logprobs.row(row, n));
+                Drawn { seq, token, logprobs, finish: live.accept(token) }
             })
             .collect())
     }
@@ -106,11 +108,7 @@ struct LogprobRows {
 }
 
 impl LogprobRows {
-    fn download<B: Backend>(
-        &mut self,
-        backend: &B,
-        out: &r1_backend::LogprobsOut<B>,
-    ) -> Result<(), BackendError> {
+    fn download<B: Backend>(&mut self, backend: &B, out: &LogprobsOut<B>) -> Result<(), BackendError> {
         let rows = out.chosen.dim(0);
         self.num_top = out.top.dim(1);
         self.chosen.resize(rows, 0.0);

@@ -52,6 +52,9 @@ struct Active {
     events: mpsc::UnboundedSender<Event>,
     live: Live,
     scheduled: bool,
+    prompt_len: usize,
+    /// Prompt tokens that have been computed at least once.
+    prompt_done: usize,
 }
 
 impl Lives for BTreeMap<SeqId, Active> {
@@ -122,18 +125,26 @@ impl<B: Backend> Engine<B> {
                 self.step(&chosen);
             }
         }
+        // From here on nothing is submitted; what came before is answered below.
+        self.inbox.set_status(Status::Stopped);
+        while let Some(command) = self.inbox.poll() {
+            if let Command::Submit { events, .. } = command {
+                self.inbox.dequeued(1);
+                let _ = events.send(Event::Failed(EngineError::Stopped));
+            }
+        }
         let waiting = self.active.values().filter(|active| !active.scheduled).count();
         self.inbox.dequeued(waiting);
         for active in self.active.values() {
             let _ = active.events.send(Event::Failed(EngineError::Stopped));
         }
-        self.inbox.set_status(Status::Stopped);
     }
 
     fn take(&mut self, command: Command) {
         match command {
             Command::Submit { id, request, events } => {
                 let live = Live::new(request.params.clone(), request.constraint, &request.prompt);
+                let prompt_len = request.prompt.len();
                 let added = self.state.add(NewSequence {
                     id,
                     prompt: request.prompt,
@@ -142,7 +153,10 @@ impl<B: Backend> Engine<B> {
                 });
                 match added {
                     Ok(()) => {
-                        self.active.insert(id, Active { events, live, scheduled: false });
+                        self.active.insert(
+                            id,
+                            Active { events, live, scheduled: false, prompt_len, prompt_done: 0 },
+                        );
                     }
                     Err(error) => {
                         self.inbox.dequeued(1);
@@ -207,15 +221,20 @@ impl<B: Backend> Engine<B> {
     }
 
     fn commit(&mut self, id: r1_sched::StepId, chosen: &Plan, drawn: Vec<Drawn>) {
-        self.stats.prompt_tokens_total += chosen.prefill.iter().map(|chunk| chunk.len as u64).sum::<u64>();
+        for chunk in &chosen.prefill {
+            if let Some(active) = self.active.get_mut(&chunk.seq) {
+                let done = (chunk.start + chunk.len).min(active.prompt_len).max(active.prompt_done);
+                self.stats.prompt_tokens_total += (done - active.prompt_done) as u64;
+                active.prompt_done = done;
+            }
+        }
         self.stats.generation_tokens_total += drawn.len() as u64;
         self.interval.tokens += drawn.len() as u64;
         self.interval.steps += 1;
         let mut outcomes = Vec::with_capacity(drawn.len());
         let mut gone = Vec::new();
-        for Drawn { seq, token, logprobs } in drawn {
-            let active = self.active.get_mut(&seq).expect("a sequence in a step is active");
-            let finish = active.live.accept(token);
+        for Drawn { seq, token, logprobs, finish } in drawn {
+            let active = &self.active[&seq];
             if active.events.send(Event::Token { token, logprobs }).is_err() {
                 gone.push(seq);
             }
@@ -235,6 +254,8 @@ impl<B: Backend> Engine<B> {
     fn publish(&mut self) {
         let sched = self.state.stats();
         self.stats.running = sched.running;
+        let unscheduled = self.active.values().filter(|active| !active.scheduled).count();
+        self.stats.waiting = sched.waiting.saturating_sub(unscheduled);
         self.stats.kv_blocks_used = sched.blocks_used;
         self.stats.preemptions_total = sched.preemptions;
         let elapsed = self.interval.since.elapsed().as_secs_f64();

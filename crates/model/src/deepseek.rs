@@ -14,13 +14,13 @@ use r1_core::DType;
 use r1_weights::ModelConfig;
 
 use crate::mla::{Mla, MlaScratch};
-use crate::{Fp8Compute, ModelOptions};
+use crate::{Fp8Compute, ModelOptions, StepError};
 
 /// What a stage starts from.
 pub enum StageInput<'a, B: Backend> {
     /// The first stage: `[T]` U32 token ids.
     Tokens(&'a Tensor<B>),
-    /// A later one: the residual stream `[T, D]` of the stage before.
+    /// A later one: the residual stream `[T, D]` of the stage before, which this stage adds to in place.
     Hidden(&'a Tensor<B>),
 }
 
@@ -33,7 +33,7 @@ pub enum StageOutput<'a, B: Backend> {
         /// `[L, V]` F32.
         logits: &'a Tensor<B>,
     },
-    /// An earlier one: the residual stream `[T, D]`.
+    /// An earlier one: where the residual stream `[T, D]` goes; a middle stage gives its input again.
     Hidden(&'a Tensor<B>),
 }
 
@@ -199,6 +199,12 @@ impl<B: Backend> DeepSeek<B> {
             .collect()
     }
 
+    /// Closes a step: waits for it and gives the first failure of the device or of a collective.
+    pub fn finish(&self) -> Result<(), StepError> {
+        self.backend.flush().wait()?;
+        Ok(self.comm.check()?)
+    }
+
     /// Enqueues one step. `caches` has one entry per layer of the stage.
     ///
     /// # Panics
@@ -215,15 +221,15 @@ impl<B: Backend> DeepSeek<B> {
         assert!(rows.end <= self.options.max_batched_tokens, "a step of {} tokens", rows.end);
         assert_eq!(caches.len(), self.layers.len(), "one cache per layer");
         let eps = self.config.rms_norm_eps as f32;
-        let residual = match (input, &self.embedding) {
-            (StageInput::Tokens(ids), Some(embedding)) => {
-                let residual = ws.residual.rows(rows.clone());
-                backend.embed(ids, &embedding.table, 0, &residual);
-                residual
-            }
-            (StageInput::Hidden(hidden), None) => (*hidden).clone(),
-            _ => panic!("token ids go to the first stage, hidden states to the others"),
+        let residual = match (input, output) {
+            (StageInput::Hidden(hidden), _) | (_, StageOutput::Hidden(hidden)) => (*hidden).clone(),
+            _ => ws.residual.rows(rows.clone()),
         };
+        match (input, &self.embedding) {
+            (StageInput::Tokens(ids), Some(embedding)) => backend.embed(ids, &embedding.table, 0, &residual),
+            (StageInput::Hidden(_), None) => {}
+            _ => panic!("token ids go to the first stage, hidden states to the others"),
+        }
         let normed = ws.normed.rows(rows.clone());
         let block_out = ws.block_out.rows(rows.clone());
         let dense = ws.dense.as_ref().map(|scratch| mlp_rows(scratch, rows.clone()));
@@ -268,10 +274,7 @@ impl<B: Backend> DeepSeek<B> {
                 backend.linear(&Activation::dense(last), &head.lm_head, logits);
             }
             (StageOutput::Hidden(hidden), None) => {
-                assert!(
-                    residual.shares_buffer(hidden),
-                    "a stage's hidden output is the residual it was given"
-                );
+                assert!(residual.shares_buffer(hidden), "a middle stage's output is the tensor it was given");
             }
             _ => panic!("logits come from the last stage, hidden states from the others"),
         }

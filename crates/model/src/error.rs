@@ -1,6 +1,6 @@
 //! What can go wrong while a model is laid out and loaded.
 
-use r1_backend::BackendError;
+use r1_backend::{BackendError, CommError};
 use r1_weights::WeightsError;
 
 /// A model that cannot be loaded.
@@ -30,4 +30,15 @@ pub enum ModelError {
         /// Ranks.
         world: usize,
     },
+}
+
+/// A step that failed on the device or between the ranks.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum StepError {
+    /// On the device.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// Between the ranks.
+    #[error(transparent)]
+    Comm(#[from] CommError),
 }

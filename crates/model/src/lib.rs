@@ -10,6 +10,6 @@ mod options;
 mod registry;
 
 pub use deepseek::{DeepSeek, StageInput, StageOutput};
-pub use error::ModelError;
+pub use error::{ModelError, StepError};
 pub use options::{Fp8Compute, MlaForm, ModelOptions, WeightFormat};
 pub use registry::{KnownModel, ModelStatus, Reasoning, Registry};

@@ -99,16 +99,15 @@ impl Kernel for Draw<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let Self { row, z, mass, candidates, bins, token } = self;
-        if row.temperature > 0.0 {
-            let temperature = s.splat(row.temperature);
-            slice::map_sum!(s, z, 0.0, |v| s.div(v, temperature));
-        }
-        let max = slice::max(s, z);
-        // At infinity differences mean nothing, and noise changes nothing.
-        if row.temperature <= 0.0 || !max.is_finite() {
-            *token = first_of(z, max);
+        let largest = slice::max(s, z);
+        // At infinity differences mean nothing, and noise changes nothing; a temperature that small is greedy.
+        if row.temperature <= 0.0 || !(largest / row.temperature).is_finite() {
+            *token = first_of(z, largest);
             return;
         }
+        let temperature = s.splat(row.temperature);
+        slice::map_sum!(s, z, 0.0, |v| s.div(v, temperature));
+        let max = slice::max(s, z);
         let floor = if row.min_p > 0.0 { max + row.min_p.ln() } else { f32::NEG_INFINITY };
         let top_k =
             if row.top_k == 0 || row.top_k as usize >= z.len() { None } else { Some(row.top_k as usize) };
