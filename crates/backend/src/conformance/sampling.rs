@@ -116,6 +116,8 @@ pub fn sample_single<B: Backend>(backend: &B) {
             RowSampling::greedy(),
             plain.clone(),
             RowSampling { temperature: 0.01, ..plain.clone() },
+            RowSampling { temperature: 1e-38, ..plain.clone() },
+            RowSampling { temperature: 1e-40, ..plain.clone() },
             RowSampling { temperature: 50.0, ..plain.clone() },
             RowSampling { top_k: 1, ..plain.clone() },
             RowSampling { top_k: 3, ..plain.clone() },
