@@ -1,6 +1,8 @@
 //! Shared measuring code of the benches: the memory's ceiling, random tensors, and lines that set one against the other.
 #![forbid(unsafe_code)]
 
+mod synthetic;
+
 use std::cell::Cell;
 use std::hint::black_box;
 use std::process::Command;
@@ -11,6 +13,8 @@ use criterion::{BenchmarkId, Criterion, Throughput};
 use r1_backend::{Backend, HostTensor, Tensor};
 use r1_core::DType;
 use r1_cpu::{Cpu, CpuOptions};
+
+pub use synthetic::Synthetic;
 
 /// Bytes read to measure the ceiling: far more than any cache.
 const CEILING_BYTES: usize = 1 << 30;
