@@ -46,7 +46,7 @@ pub fn start_tiny<B: Backend>(backend: Arc<B>, max_num_seqs: usize) -> Handle {
         log_every_steps: 1000,
     };
     let (handle, inbox) =
-        Handle::channel(EngineInfo { max_model_len, vocab_size: config.vocab_size, max_queued: 64 });
+        Handle::channel(EngineInfo { max_model_len, vocab_size: config.vocab_size, max_num_seqs, max_queued: 64 });
     r1_engine::spawn(inbox, engine, move |progress| {
         let checkpoint = Checkpoint::open(&tiny_dir())?;
         DeepSeek::load(backend, Arc::new(Local::single()), &checkpoint, &config, options, progress)

@@ -189,6 +189,7 @@ fn the_queue_is_bounded_and_stopping_fails_what_runs() {
         assert!(running.len() < 1000, "the queue has no end");
     };
     assert_eq!(full, SubmitError::QueueFull { max_queued: 64 });
+    assert!(running.len() >= 8 + 64, "8 run and 64 wait, {} were accepted", running.len());
     engine.stop();
     for generation in running {
         let (_, _, reason) = collect(generation);

@@ -1,6 +1,5 @@
 //! The command line, in our words; the peers' words are aliases.
 
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -54,7 +53,7 @@ pub(crate) struct ModelArgs {
     #[arg(long, alias = "model-path", value_name = "MODEL")]
     pub(crate) model: Option<String>,
 
-    /// The same, without the flag.
+    /// The model, as for --model.
     #[arg(value_name = "MODEL", conflicts_with = "model")]
     pub(crate) model_positional: Option<String>,
 
@@ -100,15 +99,33 @@ pub(crate) struct ModelArgs {
     pub(crate) max_num_seqs: usize,
 
     /// Most tokens in one step; longer prompts are prefilled in chunks.
-    #[arg(long, alias = "chunked-prefill-size", value_name = "TOKENS", default_value_t = 1024)]
+    #[arg(
+        long,
+        alias = "chunked-prefill-size",
+        value_name = "TOKENS",
+        default_value_t = 1024,
+        allow_hyphen_values = true,
+        value_parser = tokens_per_step
+    )]
     pub(crate) max_num_batched_tokens: usize,
 
-    /// Share of the memory that is free after loading that the KV cache may take, on any device [default: 0.5].
+    /// Share of the memory that is free after loading that the KV cache may take, on any device.
     #[arg(long, alias = "mem-fraction-static", value_name = "SHARE", default_value_t = 0.5, value_parser = share)]
     pub(crate) gpu_memory_utilization: f64,
 
     #[command(flatten)]
     pub(crate) peers: PeerArgs,
+}
+
+impl ServeArgs {
+    /// The keys of the command line, else the one of the environment; an empty variable counts as unset.
+    pub(crate) fn api_keys(&self) -> Vec<String> {
+        if self.api_key.is_empty() {
+            std::env::var("R1_API_KEY").into_iter().filter(|key| !key.is_empty()).collect()
+        } else {
+            self.api_key.clone()
+        }
+    }
 }
 
 impl ModelArgs {
@@ -143,9 +160,9 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_enum, default_value_t = ReasoningParser::DeepseekR1)]
     pub(crate) reasoning_parser: ReasoningParser,
 
-    /// Address to listen on.
+    /// Address or name to listen on; 0.0.0.0 is every address of the machine.
     #[arg(long, default_value = "127.0.0.1")]
-    pub(crate) host: IpAddr,
+    pub(crate) host: String,
 
     /// Port to listen on.
     #[arg(long, default_value_t = 8000)]
@@ -155,8 +172,8 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "PATH", default_value = "")]
     pub(crate) root_path: String,
 
-    /// A key that clients must send; may be given more than once.
-    #[arg(long, value_name = "KEY", env = "R1_API_KEY", hide_env_values = true, action = clap::ArgAction::Append)]
+    /// A key that clients must send; may be given more than once [env: R1_API_KEY].
+    #[arg(long, value_name = "KEY", action = clap::ArgAction::Append)]
     pub(crate) api_key: Vec<String>,
 
     /// Most requests that may wait; one more gets a 429.
@@ -281,6 +298,15 @@ fn share(text: &str) -> Result<f64, String> {
         .ok()
         .filter(|share| *share > 0.0 && *share <= 1.0)
         .ok_or_else(|| "a share above 0 and at most 1".into())
+}
+
+fn tokens_per_step(text: &str) -> Result<usize, String> {
+    if text.starts_with('-') {
+        return Err("prefill is always chunked; give the most tokens of one step, as large as the longest prompt to have \
+                    none in pieces"
+            .into());
+    }
+    at_least_one(text)
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {

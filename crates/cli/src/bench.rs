@@ -1,6 +1,6 @@
 //! `r1-serve bench one-batch`: the latency of one batch, in the words of SGLang's `bench_one_batch`.
 
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,7 +29,7 @@ pub(crate) fn one_batch(args: &OneBatchArgs) -> Result<()> {
     }
     let mut launch = Launch::new(&args.model, &source, args.batch_size)?;
     let max_model_len = launch.engine.max_model_len;
-    if args.input_len + args.output_len > max_model_len {
+    if args.input_len.saturating_add(args.output_len) > max_model_len {
         bail!(
             "--input-len {} and --output-len {} together are more than the context of {max_model_len} tokens",
             args.input_len,
@@ -39,7 +39,7 @@ pub(crate) fn one_batch(args: &OneBatchArgs) -> Result<()> {
     // The KV cache need not be larger than this batch.
     launch.engine.max_model_len = args.input_len + args.output_len;
     let device = AnyDevice::open(&args.model)?;
-    println!("{} on {}; {}", source.name, device.describe(), launch.precision(&source));
+    writeln!(io::stdout(), "{} on {}; {}", source.name, device.describe(), launch.precision(&source))?;
     let batch = OneBatch {
         batch_size: args.batch_size,
         input_tokens: args.input_len,
@@ -64,18 +64,17 @@ impl OnDevice for Run {
         let model = load(backend, &self.source, self.launch.model, &mut progress)?;
         bar.finish_and_clear();
         let mut bench = OneBatchBench::new(model, &self.launch.engine)?;
-        println!("Warmup ...");
+        writeln!(io::stdout(), "Warmup ...")?;
         let warmup = self.batch.output_tokens.min(WARMUP_OUTPUT_TOKENS);
         measure(&mut bench, OneBatch { output_tokens: warmup, ..self.batch })?;
-        println!("Benchmark ...");
+        writeln!(io::stdout(), "Benchmark ...")?;
         measure(&mut bench, self.batch)
     }
 }
 
 fn measure<B: Backend>(bench: &mut OneBatchBench<B>, batch: OneBatch) -> Result<()> {
     let times = bench.run(batch, |_| {}).context("a step failed")?;
-    print!("{}", report(batch, &times));
-    Ok(())
+    Ok(io::stdout().write_all(report(batch, &times).as_bytes())?)
 }
 
 /// The lines of one run. A batch that generates one token per sequence has no decode steps.

@@ -16,27 +16,33 @@ pub(crate) fn run(args: &ChatArgs) -> Result<()> {
     if let Some(prompt) = &args.prompt {
         return chat.ask(prompt);
     }
-    if io::stdin().is_terminal() {
+    let terminal = io::stdin().is_terminal();
+    if terminal {
         println!("Talking to {} at {}. /clear begins anew, /quit or Ctrl-D ends.", chat.model, chat.base);
     }
     let mut lines = io::stdin().lock().lines();
+    let mut failed = None;
     loop {
-        print!("> ");
-        io::stdout().flush()?;
+        if terminal {
+            print!("> ");
+            io::stdout().flush()?;
+        }
         let Some(line) = lines.next() else {
-            println!();
-            return Ok(());
+            if terminal {
+                println!();
+            }
+            return failed.map_or(Ok(()), Err);
         };
         match line?.trim() {
             "" => {}
             "/quit" | "/exit" => return Ok(()),
             "/clear" => chat.clear(),
-            // One failed question does not end the conversation.
-            question => {
-                if let Err(error) = chat.ask(question) {
-                    eprintln!("error: {error:#}");
-                }
-            }
+            // One failed question does not end the conversation; a script learns of it from the exit code.
+            question => match chat.ask(question) {
+                Err(error) if terminal => eprintln!("error: {error:#}"),
+                Err(error) => failed = Some(error),
+                Ok(()) => {}
+            },
         }
     }
 }
@@ -53,7 +59,8 @@ struct Chat<'a> {
 
 impl<'a> Chat<'a> {
     fn connect(args: &'a ChatArgs) -> Result<Self> {
-        let base = args.url.trim_end_matches('/').trim_end_matches("/v1").to_owned();
+        let base = args.url.trim_end_matches('/').trim_end_matches("/v1");
+        let base = if base.contains("://") { base.to_owned() } else { format!("http://{base}") };
         if !base.starts_with("http://") {
             bail!(
                 "--url {} is not supported: only http:// is; put a TLS proxy in front to reach https servers",
@@ -133,7 +140,8 @@ impl<'a> Chat<'a> {
             fail_on_error(&reply)?;
             bail!("the server answered {}", response.status());
         }
-        let mut printer = Printer { colour: self.colour, reasoning: false, content: String::new() };
+        let mut printer =
+            Printer { colour: self.colour, reasoning: false, content: String::new(), cut: false };
         for line in BufReader::new(response.body_mut().as_reader()).lines() {
             let line = line.context("the server broke off")?;
             // Blank lines part events, and a colon begins a comment.
@@ -144,6 +152,9 @@ impl<'a> Chat<'a> {
             let event: Value = serde_json::from_str(data).context("the server sent a malformed event")?;
             fail_on_error(&event)?;
             printer.print(&event["choices"][0]["delta"])?;
+            if event["choices"][0]["finish_reason"] == "length" {
+                printer.cut = true;
+            }
         }
         bail!("the server broke off before the end of its reply")
     }
@@ -164,6 +175,8 @@ struct Printer {
     colour: bool,
     reasoning: bool,
     content: String,
+    /// The reply was cut off by a limit.
+    cut: bool,
 }
 
 impl Printer {
@@ -187,7 +200,7 @@ impl Printer {
     }
 
     fn finish(mut self) -> String {
-        println!();
+        println!("{}", if self.cut { " […]" } else { "" });
         std::mem::take(&mut self.content)
     }
 }

@@ -23,21 +23,24 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     for note in args.model.peers.check()? {
         tracing::info!("{note}");
     }
+    if args.model.model().is_none() && args.served_model_name.len() > 1 {
+        bail!(
+            "--served-model-name takes every name that follows it ({}), and no model is named; put the model before it or use \
+             --model",
+            args.served_model_name.join(", ")
+        );
+    }
+    if args.api_key.iter().any(String::is_empty) {
+        bail!("--api-key is empty; no client can send an empty key");
+    }
     let source = Source::open(&args.model)?;
     let launch = Launch::new(&args.model, &source, args.model.max_num_seqs)?;
     let device = AnyDevice::open(&args.model)?;
     let model = served_model(args, &source)?;
-    let banner = Banner {
-        name: model.names[0].clone(),
-        device: device.describe(),
-        precision: launch.precision(&source),
-        address: SocketAddr::new(args.host, args.port),
-        has_template: model.template.is_some(),
-        needs_key: !args.api_key.is_empty(),
-    };
     let (engine, inbox) = Handle::channel(EngineInfo {
         max_model_len: launch.engine.max_model_len,
         vocab_size: source.config.vocab_size,
+        max_num_seqs: launch.engine.max_num_seqs,
         max_queued: args.max_queued_requests,
     });
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -45,11 +48,20 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         .build()
         .context("cannot start the network threads")?;
     // A port that is taken is known before minutes of loading.
-    let listener = runtime
-        .block_on(TcpListener::bind(banner.address))
-        .with_context(|| format!("cannot listen on {}; choose another --port", banner.address))?;
+    let listener =
+        runtime.block_on(TcpListener::bind((args.host.as_str(), args.port))).with_context(|| {
+            format!("cannot listen on {}:{}; choose another --host or --port", args.host, args.port)
+        })?;
     // Port 0 asks the system for a free one.
-    let banner = Banner { address: listener.local_addr()?, ..banner };
+    let address = listener.local_addr()?;
+    let banner = Banner {
+        name: model.names[0].clone(),
+        device: device.describe(),
+        precision: launch.precision(&source),
+        address,
+        has_template: model.template.is_some(),
+        needs_key: !args.api_keys().is_empty(),
+    };
     let thread = device.with(Spawn { inbox, launch, source });
     let served = runtime.block_on(serve(args, listener, model, engine.clone(), banner));
     let loading = matches!(engine.status(), Status::Loading { .. });
@@ -166,39 +178,35 @@ async fn serve(
 ) -> Result<()> {
     let config = ServerConfig {
         root_path: args.root_path.clone(),
-        api_keys: args.api_key.clone(),
+        api_keys: args.api_keys(),
         max_body_bytes: args.max_body_bytes,
         strict_model_name: args.strict_model_name,
         shutdown_timeout: args.shutdown_timeout,
         ..ServerConfig::default()
     };
-    let (start, mut started) = watch::channel(None);
     let watched = engine.clone();
+    let (start, mut outcome) = watch::channel(None);
     tokio::spawn(async move { start.send_replace(Some(until_ready(&watched, &banner).await)) });
-    let mut outcome = started.clone();
-    let shutdown = async move {
-        let failed = async {
-            // The sender ends without a value only together with this runtime.
-            if started.wait_for(|outcome| matches!(outcome, Some(Err(_)))).await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        };
-        tokio::select! {
-            () = failed => {}
-            () = signal() => {
-                tracing::info!("stopping; a second signal ends the process at once");
-                tokio::spawn(async {
-                    signal().await;
-                    std::process::exit(130);
-                });
-            }
+    let shutdown = async {
+        signal().await;
+        tracing::info!("stopping; a second signal ends the process at once");
+        tokio::spawn(async {
+            signal().await;
+            std::process::exit(130);
+        });
+    };
+    let loading_failed = async {
+        match outcome.wait_for(|outcome| matches!(outcome, Some(Err(_)))).await.as_deref() {
+            Ok(Some(Err(why))) => why.clone(),
+            // The sender ends without a failure only together with this runtime.
+            _ => std::future::pending().await,
         }
     };
-    r1_server::serve(listener, config, model, engine, shutdown).await.context("the server failed")?;
-    if let Some(Err(why)) = &*outcome.borrow_and_update() {
-        bail!("{why}");
+    tokio::select! {
+        served = r1_server::serve(listener, config, model, engine, shutdown) => served.context("the server failed"),
+        // Nothing was ever served, so there is nothing to drain.
+        why = loading_failed => bail!("{why}"),
     }
-    Ok(())
 }
 
 /// Follows the loading of the model; gives why it failed.

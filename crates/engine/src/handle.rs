@@ -73,11 +73,19 @@ pub enum SubmitError {
     /// The engine stopped or could not start.
     #[error("the engine is not running: {0}")]
     NotRunning(String),
-    /// As many requests wait as the queue holds.
-    #[error("the queue is full: {max_queued} requests wait already (--max-queued-requests)")]
+    /// As many requests run and wait as there are seats in the batch and places in the queue.
+    #[error("the queue is full: {max_queued} requests may wait (--max-queued-requests), and no more do")]
     QueueFull {
         /// Size of the queue.
         max_queued: usize,
+    },
+    /// More generations at once than could ever be admitted.
+    #[error("{choices} generations in one request are more than run and wait together: {capacity}")]
+    TooManyChoices {
+        /// Generations of the request.
+        choices: usize,
+        /// Seats in the batch and places in the queue.
+        capacity: usize,
     },
     /// No token to continue from.
     #[error("the prompt is empty; it must hold at least one token")]
@@ -133,7 +141,9 @@ pub struct EngineInfo {
     pub max_model_len: usize,
     /// Rows of the embedding table.
     pub vocab_size: usize,
-    /// Most requests that may wait.
+    /// Most sequences in the running batch.
+    pub max_num_seqs: usize,
+    /// Most requests that may wait beyond those.
     pub max_queued: usize,
 }
 
@@ -142,7 +152,7 @@ pub struct EngineInfo {
 pub struct Stats {
     /// Sequences in the running batch.
     pub running: usize,
-    /// Sequences waiting: not yet seen by the engine thread, not yet scheduled, or preempted.
+    /// Sequences that were accepted and neither run nor have ended; preempted ones are among them.
     pub waiting: usize,
     /// Blocks of the KV cache.
     pub kv_blocks_total: usize,
@@ -186,7 +196,8 @@ struct Shared {
     status: Mutex<Status>,
     started: Instant,
     stats: Mutex<Stats>,
-    queued: AtomicUsize,
+    /// Generations that were accepted and have not ended.
+    in_flight: AtomicUsize,
     next_id: AtomicU64,
 }
 
@@ -251,7 +262,7 @@ impl Handle {
             status: Mutex::new(Status::Loading { progress: 0.0, elapsed: Duration::ZERO }),
             started: Instant::now(),
             stats: Mutex::default(),
-            queued: AtomicUsize::new(0),
+            in_flight: AtomicUsize::new(0),
             next_id: AtomicU64::new(1),
         });
         (Self { shared: shared.clone(), commands }, Inbox { shared, commands: receiver })
@@ -275,18 +286,51 @@ impl Handle {
     /// Counters and gauges as of the last step.
     pub fn stats(&self) -> Stats {
         let mut stats = lock(&self.shared.stats).clone();
-        stats.waiting += self.shared.queued.load(Ordering::Relaxed);
+        // Both are read at slightly different times, so the difference may miss by what a step changes.
+        stats.waiting = self.shared.in_flight.load(Ordering::Relaxed).saturating_sub(stats.running);
         stats
     }
 
     /// Hands a request to the engine.
     pub fn submit(&self, request: Request) -> Result<Generation, SubmitError> {
+        let mut generations = self.submit_all(vec![request])?;
+        Ok(generations.remove(0))
+    }
+
+    /// Hands requests to the engine, all or none.
+    pub fn submit_all(&self, requests: Vec<Request>) -> Result<Vec<Generation>, SubmitError> {
         match self.status() {
             Status::Ready => {}
             Status::Loading { .. } => return Err(SubmitError::Loading),
             Status::Failed(why) => return Err(SubmitError::NotRunning(why)),
             Status::Stopped => return Err(SubmitError::NotRunning("it was asked to stop".into())),
         }
+        for request in &requests {
+            self.check(request)?;
+        }
+        let EngineInfo { max_num_seqs, max_queued, .. } = self.shared.info;
+        let (choices, capacity) = (requests.len(), max_num_seqs.saturating_add(max_queued));
+        if choices > capacity {
+            return Err(SubmitError::TooManyChoices { choices, capacity });
+        }
+        let admitted = self.shared.in_flight.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |in_flight| {
+            (in_flight + choices <= capacity).then_some(in_flight + choices)
+        });
+        if admitted.is_err() {
+            return Err(SubmitError::QueueFull { max_queued });
+        }
+        let mut generations = Vec::with_capacity(choices);
+        for request in requests {
+            let id = SeqId(self.shared.next_id.fetch_add(1, Ordering::Relaxed));
+            let (sender, events) = mpsc::unbounded_channel();
+            // An engine that is gone lets go of the other end, so the generation fails at its first event.
+            let _ = self.commands.send(Command::Submit { id, request, events: sender });
+            generations.push(Generation { id, events, commands: self.commands.clone(), ended: false });
+        }
+        Ok(generations)
+    }
+
+    fn check(&self, request: &Request) -> Result<(), SubmitError> {
         let info = &self.shared.info;
         request.params.validate()?;
         if request.prompt.is_empty() {
@@ -299,25 +343,9 @@ impl Handle {
         }
         let (prompt_tokens, max_tokens) = (request.prompt.len(), request.params.max_tokens as usize);
         if prompt_tokens + max_tokens > info.max_model_len {
-            return Err(SubmitError::TooLong {
-                prompt_tokens,
-                max_tokens,
-                max_model_len: info.max_model_len,
-            });
+            return Err(SubmitError::TooLong { prompt_tokens, max_tokens, max_model_len: info.max_model_len });
         }
-        let admitted = self.shared.queued.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |queued| {
-            (queued < info.max_queued).then_some(queued + 1)
-        });
-        if admitted.is_err() {
-            return Err(SubmitError::QueueFull { max_queued: info.max_queued });
-        }
-        let id = SeqId(self.shared.next_id.fetch_add(1, Ordering::Relaxed));
-        let (sender, events) = mpsc::unbounded_channel();
-        if self.commands.send(Command::Submit { id, request, events: sender }).is_err() {
-            self.shared.queued.fetch_sub(1, Ordering::Relaxed);
-            return Err(SubmitError::NotRunning("its thread has ended".into()));
-        }
-        Ok(Generation { id, events, commands: self.commands.clone(), ended: false })
+        Ok(())
     }
 
     /// Asks the engine thread to end; whatever still runs gets `Failed(Stopped)`.
@@ -349,14 +377,14 @@ impl Inbox {
         *lock(&self.shared.status) = status;
     }
 
-    /// Publishes the statistics of a step. `waiting` holds the preempted sequences only; the handle counts the others.
+    /// Publishes the statistics of a step; `waiting` is counted by the handle.
     pub fn set_stats(&self, stats: Stats) {
         *lock(&self.shared.stats) = stats;
     }
 
-    /// Says that `count` requests left the queue: they run, ended, or were refused.
-    pub fn dequeued(&self, count: usize) {
-        self.shared.queued.fetch_sub(count, Ordering::Relaxed);
+    /// Says that `count` generations ended: finished, failed, or aborted. Each must be reported once.
+    pub fn ended(&self, count: usize) {
+        self.shared.in_flight.fetch_sub(count, Ordering::Relaxed);
     }
 
     /// Facts about the served model.
@@ -383,7 +411,7 @@ mod tests {
     }
 
     fn info() -> EngineInfo {
-        EngineInfo { max_model_len: 32, vocab_size: 8, max_queued: 1 }
+        EngineInfo { max_model_len: 32, vocab_size: 8, max_num_seqs: 1, max_queued: 1 }
     }
 
     #[test]
@@ -407,10 +435,17 @@ mod tests {
         assert!(matches!(handle.submit(unknown).err(), Some(SubmitError::UnknownToken { .. })));
         assert!(inbox.poll().is_none());
 
+        let two = || vec![request(), request()];
+        let too_many = vec![request(), request(), request()];
+        let refused = handle.submit_all(too_many).err();
+        assert_eq!(refused, Some(SubmitError::TooManyChoices { choices: 3, capacity: 2 }));
         let _first = handle.submit(request()).unwrap();
+        assert_eq!(handle.submit_all(two()).err(), Some(SubmitError::QueueFull { max_queued: 1 }));
+        let _second = handle.submit(request()).unwrap();
         assert_eq!(handle.submit(request()).err(), Some(SubmitError::QueueFull { max_queued: 1 }));
-        inbox.dequeued(1);
-        handle.submit(request()).unwrap();
+        assert_eq!(handle.stats().waiting, 2);
+        inbox.ended(2);
+        assert_eq!(handle.submit_all(two()).unwrap().len(), 2);
     }
 
     #[test]

@@ -44,15 +44,13 @@ pub enum OneBatchError {
     /// A step failed.
     #[error(transparent)]
     Step(#[from] r1_model::StepError),
-    /// The cache was too small for the batch, so parts of it were computed twice.
-    #[error(
-        "the KV cache holds {kv_blocks} blocks, too few for this batch: {preemptions} sequences were preempted"
-    )]
-    Preempted {
+    /// The batch does not run side by side in the memory that is free.
+    #[error("the batch takes {needed} KV blocks and the cache has {kv_blocks}; make the batch smaller or shorter")]
+    TooLarge {
+        /// Blocks of the batch.
+        needed: usize,
         /// Blocks of the cache.
         kv_blocks: usize,
-        /// How often.
-        preemptions: u64,
     },
 }
 
@@ -87,6 +85,14 @@ impl<B: Backend> OneBatchBench<B> {
         batch: OneBatch,
         mut each: impl FnMut(Duration),
     ) -> Result<OneBatchTimes, OneBatchError> {
+        let (each_takes, kv_blocks) = {
+            let config = self.state.config();
+            (config.blocks_for(batch.input_tokens + batch.output_tokens), config.num_blocks)
+        };
+        let needed = batch.batch_size.saturating_mul(each_takes);
+        if needed > kv_blocks {
+            return Err(OneBatchError::TooLarge { needed, kv_blocks });
+        }
         let vocab_size = self.model().config().vocab_size as u64;
         let mut lives = BTreeMap::new();
         for _ in 0..batch.batch_size {
@@ -128,11 +134,6 @@ impl<B: Backend> OneBatchBench<B> {
             } else {
                 prefill += took;
             }
-        }
-        let stats = self.state.stats();
-        if stats.preemptions > 0 {
-            let (kv_blocks, preemptions) = (stats.blocks_total, stats.preemptions);
-            return Err(OneBatchError::Preempted { kv_blocks, preemptions });
         }
         Ok(OneBatchTimes { prefill, decode_steps })
     }

@@ -129,12 +129,11 @@ impl<B: Backend> Engine<B> {
         self.inbox.set_status(Status::Stopped);
         while let Some(command) = self.inbox.poll() {
             if let Command::Submit { events, .. } = command {
-                self.inbox.dequeued(1);
+                self.inbox.ended(1);
                 let _ = events.send(Event::Failed(EngineError::Stopped));
             }
         }
-        let waiting = self.active.values().filter(|active| !active.scheduled).count();
-        self.inbox.dequeued(waiting);
+        self.inbox.ended(self.active.len());
         for active in self.active.values() {
             let _ = active.events.send(Event::Failed(EngineError::Stopped));
         }
@@ -159,7 +158,7 @@ impl<B: Backend> Engine<B> {
                         );
                     }
                     Err(error) => {
-                        self.inbox.dequeued(1);
+                        self.inbox.ended(1);
                         let _ = events.send(Event::Failed(EngineError::Step(error.to_string())));
                     }
                 }
@@ -172,10 +171,8 @@ impl<B: Backend> Engine<B> {
     /// Ends a sequence whose client left, or whose step failed.
     fn abort(&mut self, id: SeqId) {
         self.state.abort(id);
-        if let Some(active) = self.active.remove(&id)
-            && !active.scheduled
-        {
-            self.inbox.dequeued(1);
+        if self.active.remove(&id).is_some() {
+            self.inbox.ended(1);
         }
     }
 
@@ -185,7 +182,6 @@ impl<B: Backend> Engine<B> {
             let active = self.active.get_mut(&chunk.seq).expect("a planned sequence is active");
             if !active.scheduled {
                 active.scheduled = true;
-                self.inbox.dequeued(1);
                 let _ = active.events.send(Event::Scheduled { cached_tokens: 0 });
             }
         }
@@ -242,6 +238,7 @@ impl<B: Backend> Engine<B> {
         }
         for finished in commit(&mut self.state, id, &outcomes) {
             if let Some(active) = self.active.remove(&finished.seq) {
+                self.inbox.ended(1);
                 let _ = active.events.send(Event::Finished(finished.reason));
             }
         }
@@ -254,8 +251,6 @@ impl<B: Backend> Engine<B> {
     fn publish(&mut self) {
         let sched = self.state.stats();
         self.stats.running = sched.running;
-        let unscheduled = self.active.values().filter(|active| !active.scheduled).count();
-        self.stats.waiting = sched.waiting.saturating_sub(unscheduled);
         self.stats.kv_blocks_used = sched.blocks_used;
         self.stats.preemptions_total = sched.preemptions;
         let elapsed = self.interval.since.elapsed().as_secs_f64();

@@ -151,7 +151,7 @@ fn answer(inbox: &Inbox, scripts: &[Script], record: &Mutex<Record>) {
         let mut record = record.lock().unwrap();
         match command {
             Command::Submit { id, request, events } => {
-                inbox.dequeued(1);
+                inbox.ended(1);
                 let script = scripts[num_asked.min(scripts.len() - 1)].clone();
                 num_asked += 1;
                 let top = request.params.logprobs;
