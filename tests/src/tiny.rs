@@ -45,8 +45,12 @@ pub fn start_tiny<B: Backend>(backend: Arc<B>, max_num_seqs: usize) -> Handle {
         kv_memory_fraction: 0.5,
         log_every_steps: 1000,
     };
-    let (handle, inbox) =
-        Handle::channel(EngineInfo { max_model_len, vocab_size: config.vocab_size, max_num_seqs, max_queued: 64 });
+    let (handle, inbox) = Handle::channel(EngineInfo {
+        max_model_len,
+        vocab_size: config.vocab_size,
+        max_num_seqs,
+        max_queued: 64,
+    });
     r1_engine::spawn(inbox, engine, move |progress| {
         let checkpoint = Checkpoint::open(&tiny_dir())?;
         DeepSeek::load(backend, Arc::new(Local::single()), &checkpoint, &config, options, progress)

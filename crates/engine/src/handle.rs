@@ -313,9 +313,10 @@ impl Handle {
         if choices > capacity {
             return Err(SubmitError::TooManyChoices { choices, capacity });
         }
-        let admitted = self.shared.in_flight.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |in_flight| {
-            (in_flight + choices <= capacity).then_some(in_flight + choices)
-        });
+        let admitted =
+            self.shared.in_flight.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |in_flight| {
+                (in_flight + choices <= capacity).then_some(in_flight + choices)
+            });
         if admitted.is_err() {
             return Err(SubmitError::QueueFull { max_queued });
         }
@@ -343,7 +344,11 @@ impl Handle {
         }
         let (prompt_tokens, max_tokens) = (request.prompt.len(), request.params.max_tokens as usize);
         if prompt_tokens + max_tokens > info.max_model_len {
-            return Err(SubmitError::TooLong { prompt_tokens, max_tokens, max_model_len: info.max_model_len });
+            return Err(SubmitError::TooLong {
+                prompt_tokens,
+                max_tokens,
+                max_model_len: info.max_model_len,
+            });
         }
         Ok(())
     }

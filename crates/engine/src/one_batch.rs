@@ -45,7 +45,9 @@ pub enum OneBatchError {
     #[error(transparent)]
     Step(#[from] r1_model::StepError),
     /// The batch does not run side by side in the memory that is free.
-    #[error("the batch takes {needed} KV blocks and the cache has {kv_blocks}; make the batch smaller or shorter")]
+    #[error(
+        "the batch takes {needed} KV blocks and the cache has {kv_blocks}; make the batch smaller or shorter"
+    )]
     TooLarge {
         /// Blocks of the batch.
         needed: usize,

@@ -71,15 +71,23 @@ pub(crate) fn chat(app: &App, body: &[u8]) -> Result<Job, ApiError> {
     let rendered = template.render(&input).map_err(text_error)?;
     let tokens = app.model.tokenizer.encode_prompt(&rendered, max_prompt_tokens(app)).map_err(text_error)?;
     let separate = request.separate_reasoning && app.model.reasoning_parser == ReasoningParser::DeepSeekR1;
+    let open_think = rendered.end() == PromptEnd::OpenThink;
+    // Whoever takes the tags apart needs the opening one too, which the prompt holds.
+    let echo = if open_think && !separate { from_think(&rendered.text()) } else { String::new() };
     let parser = ParserConfig {
-        start_inside_reasoning: rendered.end() == PromptEnd::OpenThink,
+        start_inside_reasoning: open_think,
         separate_reasoning: separate,
         stop: request.common.stop.clone(),
         include_stop: request.common.include_stop_str_in_output,
     };
     let logprobs = request.logprobs.then(|| request.top_logprobs.unwrap_or(0));
-    let prompts = vec![Tokenized { tokens, echo: String::new() }];
+    let prompts = vec![Tokenized { tokens, echo }];
     job(app, &request.common, Shape::Chat, &NAMES, model, logprobs, parser, prompts)
+}
+
+/// The end of a prompt from its last `<think>` on.
+fn from_think(prompt: &str) -> String {
+    prompt.rfind("<think>").map_or_else(String::new, |at| prompt[at..].to_owned())
 }
 
 /// Reads the body of `/v1/completions`.
@@ -245,7 +253,7 @@ fn sampling(
 fn max_tokens(app: &App, common: &Common, names: &Names, prompt_tokens: usize) -> Result<u32, ApiError> {
     let max_model_len = app.engine.info().max_model_len;
     let room = max_model_len.saturating_sub(prompt_tokens);
-    let asked = common.max_tokens.map(|asked| asked as usize);
+    let asked = common.max_tokens.map(|asked| usize::try_from(asked).unwrap_or(usize::MAX));
     let wanted = asked.unwrap_or(1);
     if wanted > room {
         let error = SubmitError::TooLong { prompt_tokens, max_tokens: wanted, max_model_len };
@@ -292,7 +300,7 @@ fn in_vocab(app: &App, param: &'static str, ids: &[u32]) -> Result<Vec<TokenId>,
 }
 
 /// A client's fault names its field; a fault of the model's files is ours.
-fn text_error(app: &App, error: TextError, names: &Names, max_tokens: Option<u32>) -> ApiError {
+fn text_error(app: &App, error: TextError, names: &Names, max_tokens: Option<u64>) -> ApiError {
     match error {
         TextError::TooLong { at_least, .. } => {
             let max_model_len = app.engine.info().max_model_len;

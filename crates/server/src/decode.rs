@@ -137,6 +137,8 @@ impl Decoder {
     }
 
     /// Takes the next token; `true` when a stop string is now complete. Tokens after that must not come.
+    ///
+    /// Stop strings act from the first token on: `min_tokens` holds back stop tokens only, which the engine does.
     pub(crate) fn push(&mut self, token: TokenId, logprobs: Option<TokenLogprobs>) -> bool {
         self.completion_tokens += 1;
         if let Some(logprobs) = logprobs {

@@ -177,6 +177,11 @@ impl From<SubmitError> for ApiError {
                 error.retry_after = Some(Duration::from_secs(1));
                 error
             }
+            SubmitError::TooManyChoices { .. } => {
+                let mut error = Self::bad_request(message);
+                error.param = Some("n".into());
+                error
+            }
             SubmitError::TooLong { .. } => Self::context_length("max_tokens", message),
             SubmitError::EmptyPrompt | SubmitError::UnknownToken { .. } => {
                 let mut error = Self::bad_request(message);

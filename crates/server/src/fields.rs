@@ -3,10 +3,10 @@
 
 use std::borrow::Cow;
 
-use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
 use crate::error::ApiError;
+use crate::types::value::Field;
 
 /// A known field that cannot be honoured yet.
 ///
@@ -109,8 +109,8 @@ impl Fields {
         }
     }
 
-    /// A field's value; absent and null are `None`, another type than `T` is a 400 that names the field.
-    pub(crate) fn take<T: DeserializeOwned>(&mut self, name: &'static str) -> Result<Option<T>, ApiError> {
+    /// A field's value; absent and null are `None`, what `T` cannot be is a 400 that names the field.
+    pub(crate) fn take<T: Field>(&mut self, name: &'static str) -> Result<Option<T>, ApiError> {
         match self.map.remove(name) {
             None | Some(Value::Null) => Ok(None),
             Some(value) => typed(name, value).map(Some),
@@ -118,7 +118,7 @@ impl Fields {
     }
 
     /// As [`take`](Self::take) for a field without which there is no request.
-    pub(crate) fn require<T: DeserializeOwned>(&mut self, name: &'static str) -> Result<T, ApiError> {
+    pub(crate) fn require<T: Field>(&mut self, name: &'static str) -> Result<T, ApiError> {
         self.take(name)?.ok_or_else(|| ApiError::bad_field(name, "missing; this field is required"))
     }
 
@@ -150,12 +150,9 @@ impl Fields {
     }
 }
 
-/// Reads one value, naming `param` when its type is wrong.
-pub(crate) fn typed<T: DeserializeOwned>(
-    param: impl Into<Cow<'static, str>>,
-    value: Value,
-) -> Result<T, ApiError> {
-    T::deserialize(value).map_err(|e| ApiError::bad_field(param, e))
+/// Reads one value, naming `param` when it is not what it must be.
+pub(crate) fn typed<T: Field>(param: impl Into<Cow<'static, str>>, value: Value) -> Result<T, ApiError> {
+    T::read(value).map_err(|problem| ApiError::bad_field(param, problem))
 }
 
 #[cfg(test)]
@@ -181,6 +178,7 @@ mod tests {
         assert_eq!(fields.take::<f32>("top_p").unwrap(), None);
         let error = fields.take::<f32>("temperature").unwrap_err();
         assert_eq!(error.param.as_deref(), Some("temperature"));
+        assert_eq!(error.message, "temperature: must be a number, not a string");
         assert!(Fields::parse(b"[1]").is_err() && Fields::parse(b"{").is_err());
     }
 }

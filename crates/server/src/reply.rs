@@ -47,7 +47,7 @@ pub(crate) struct Reply {
 }
 
 impl Reply {
-    /// Submits every choice; when one is refused, those before it are aborted.
+    /// Submits all choices or none; what is refused runs nothing and counts nowhere.
     pub(crate) fn start(
         app: &Arc<App>,
         log: Arc<RequestLog>,
@@ -57,22 +57,28 @@ impl Reply {
         let header = job.header.with_id(&log.id);
         let prompts: Vec<(u64, u64)> = job.prompt_tokens.iter().map(|&tokens| (tokens as u64, 0)).collect();
         log.prompt_tokens.store(prompts.iter().map(|p| p.0).sum(), Ordering::Relaxed);
-        let mut prompt_of = Vec::with_capacity(job.choices.len());
+        let prompt_of: Vec<usize> = job.choices.iter().map(|choice| choice.prompt).collect();
+        let (requests, waiting): (Vec<_>, Vec<_>) = job
+            .choices
+            .into_iter()
+            .map(|choice| (choice.request, (choice.prompt, choice.decoder, choice.echo)))
+            .unzip();
+        let generations = app.engine.submit_all(requests)?;
+        let submitted = Instant::now();
         let mut updates = SelectAll::new();
-        for (index, choice) in job.choices.into_iter().enumerate() {
-            prompt_of.push(choice.prompt);
-            let generation = app.engine.submit(choice.request)?;
+        for (index, (generation, (prompt, decoder, echo))) in generations.into_iter().zip(waiting).enumerate()
+        {
             let running = Choice {
                 app: app.clone(),
                 log: log.clone(),
                 generation: Some(generation),
-                decoder: Some(choice.decoder),
-                prompt_tokens: prompts[choice.prompt].0,
-                submitted: Instant::now(),
+                decoder: Some(decoder),
+                prompt_tokens: prompts[prompt].0,
+                submitted,
                 last_token: None,
                 ended: None,
             };
-            updates.push(running.updates(index, choice.echo));
+            updates.push(running.updates(index, echo));
         }
         Ok(Self {
             header,

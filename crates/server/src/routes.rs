@@ -35,8 +35,9 @@ pub fn router(config: ServerConfig, model: ServedModel, engine: Handle) -> Route
 }
 
 pub(crate) fn build(app: Arc<App>) -> Router {
-    let mut open = Router::new();
-    let mut keyed = Router::new();
+    // Without the checks a root path such as `/:a` is taken as it stands.
+    let mut open = Router::new().without_v07_checks();
+    let mut keyed = Router::new().without_v07_checks();
     for at in prefixes(&app.config.root_path) {
         open = open
             .route(&format!("{at}/health"), get(get_health))

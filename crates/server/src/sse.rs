@@ -66,18 +66,24 @@ impl Events {
             }
             Some(Err(error)) => {
                 self.pending.push_back(json_event(&error.body()));
+                self.pending.push_back(done());
                 self.reply = None;
             }
             None => {
                 if let Some(chunk) = render::usage_chunk(&reply.header, reply.usage()) {
                     self.pending.push_back(json_event(&chunk));
                 }
-                self.pending.push_back(Event::default().data("[DONE]"));
+                self.pending.push_back(done());
                 self.reply = None;
             }
         }
         Some(())
     }
+}
+
+/// What every stream ends with, after an error too.
+fn done() -> Event {
+    Event::default().data("[DONE]")
 }
 
 fn json_event(value: &impl Serialize) -> Event {

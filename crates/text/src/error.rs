@@ -60,7 +60,7 @@ pub enum TextError {
         reason: String,
     },
     /// A template variable that only the server sets.
-    #[error("chat_template_kwargs: {0} is reserved")]
+    #[error("{0} is reserved")]
     ReservedKwarg(String),
     /// An empty stop string would stop every reply before its first character.
     #[error("stop[{0}] is empty")]

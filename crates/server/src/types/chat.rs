@@ -1,11 +1,12 @@
 //! `/v1/chat/completions`: its request and its replies. Must not know the engine or the tokenizer.
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::common::{ChunkUsage, Common, Matched, Usage};
 use crate::error::ApiError;
 use crate::fields::{Fields, NOT_YET, NOT_YET_CHAT, typed};
+use crate::types::value::{Field, must_be};
 
 /// A chat request whose fields have the right types; ranges are checked where they are converted.
 pub(crate) struct ChatRequest {
@@ -33,10 +34,8 @@ pub(crate) struct ChatMessage {
 }
 
 /// Who speaks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
-    #[serde(alias = "developer")]
     System,
     User,
     Assistant,
@@ -54,17 +53,32 @@ impl Role {
     }
 }
 
-#[derive(Deserialize)]
-struct Thinking {
-    #[serde(rename = "type")]
-    kind: ThinkingKind,
+impl Field for Role {
+    fn read(value: Value) -> Result<Self, String> {
+        match String::read(value)?.as_str() {
+            "system" | "developer" => Ok(Self::System),
+            "user" => Ok(Self::User),
+            "assistant" => Ok(Self::Assistant),
+            "tool" => Ok(Self::Tool),
+            other => Err(format!("is {other:?}; it must be system, developer, user, assistant or tool")),
+        }
+    }
 }
 
-#[derive(Clone, Copy, Deserialize, PartialEq)]
-#[serde(rename_all = "lowercase")]
-enum ThinkingKind {
-    Enabled,
-    Disabled,
+/// Whether the model shall think.
+struct Thinking(bool);
+
+impl Field for Thinking {
+    fn read(value: Value) -> Result<Self, String> {
+        let Some(kind) = value.get("type") else {
+            return Err(must_be("an object with a `type`", &value));
+        };
+        match kind.as_str() {
+            Some("enabled") => Ok(Self(true)),
+            Some("disabled") => Ok(Self(false)),
+            _ => Err("`type` must be \"enabled\" or \"disabled\"".to_owned()),
+        }
+    }
 }
 
 impl ChatRequest {
@@ -83,10 +97,14 @@ impl ChatRequest {
         }
         let mut template_kwargs: Map<String, Value> =
             fields.take("chat_template_kwargs")?.unwrap_or_default();
-        if let Some(thinking) = fields.take::<Thinking>("thinking")? {
-            template_kwargs.insert("thinking".into(), Value::Bool(thinking.kind == ThinkingKind::Enabled));
-        }
         settle_thinking(&mut template_kwargs)?;
+        if let Some(Thinking(on)) = fields.take("thinking")? {
+            for name in THINKING_NAMES {
+                if template_kwargs.insert(name.into(), on.into()).is_some_and(|given| given != on) {
+                    return Err(ApiError::bad_field("thinking", "contradicts `chat_template_kwargs`"));
+                }
+            }
+        }
         let request = Self {
             common,
             messages,
@@ -104,10 +122,12 @@ impl ChatRequest {
     }
 }
 
-/// Templates call the switch `thinking` (DeepSeek) or `enable_thinking` (Qwen); clients do not know which, so one
-/// stands for both.
+/// Templates call the switch `thinking` (DeepSeek) or `enable_thinking` (Qwen).
+const THINKING_NAMES: [&str; 2] = ["thinking", "enable_thinking"];
+
+/// Clients do not know which name the template has, so one stands for both.
 fn settle_thinking(kwargs: &mut Map<String, Value>) -> Result<(), ApiError> {
-    const NAMES: [&str; 2] = ["thinking", "enable_thinking"];
+    const NAMES: [&str; 2] = THINKING_NAMES;
     kwargs.retain(|name, value| !(NAMES.contains(&name.as_str()) && value.is_null()));
     for name in NAMES {
         if kwargs.get(name).is_some_and(|value| !value.is_boolean()) {
@@ -145,6 +165,9 @@ fn read_message(index: usize, mut message: Map<String, Value>) -> Result<ChatMes
     if !tool_calls.is_empty() && role != Role::Assistant {
         return Err(ApiError::bad_field(at("tool_calls"), "only an assistant's message calls tools"));
     }
+    for (j, call) in tool_calls.iter().enumerate() {
+        check_tool_call(&at(&format!("tool_calls[{j}].function")), call)?;
+    }
     let content = match take("content") {
         Some(content) => read_content(&at("content"), content)?,
         None if role == Role::Assistant => String::new(),
@@ -153,6 +176,19 @@ fn read_message(index: usize, mut message: Map<String, Value>) -> Result<ChatMes
     let tool_call_id = take("tool_call_id").map(|v| typed(at("tool_call_id"), v)).transpose()?;
     let name = take("name").map(|v| typed(at("name"), v)).transpose()?;
     Ok(ChatMessage { role, content, tool_calls, tool_call_id, name })
+}
+
+/// Templates read both and fail in their own words where one is missing.
+fn check_tool_call(at: &str, call: &Value) -> Result<(), ApiError> {
+    let function = &call["function"];
+    if function["name"].as_str().is_none_or(str::is_empty) {
+        return Err(ApiError::bad_field(format!("{at}.name"), "must be the called function's name"));
+    }
+    let arguments = &function["arguments"];
+    if !arguments.is_string() && !arguments.is_object() {
+        return Err(ApiError::bad_field(format!("{at}.arguments"), "must be a string or an object"));
+    }
+    Ok(())
 }
 
 fn read_content(at: &str, content: Value) -> Result<String, ApiError> {

@@ -1,33 +1,50 @@
 //! Fields that chat and completions share, and usage. Must not know the engine or the tokenizer.
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::error::ApiError;
 use crate::fields::Fields;
+use crate::types::value::{Field, must_be};
 
 /// Most strings of one request's `stop`.
 pub(crate) const MAX_STOP_STRINGS: usize = 16;
 
 /// One string or several.
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "expected a string or a list of strings")]
-enum OneOrMany {
-    One(String),
-    Many(Vec<String>),
+struct OneOrMany(Vec<String>);
+
+impl Field for OneOrMany {
+    fn read(value: Value) -> Result<Self, String> {
+        match value {
+            Value::String(one) => Ok(Self(vec![one])),
+            Value::Array(_) => Vec::read(value).map(Self),
+            other => Err(must_be("a string or a list of strings", &other)),
+        }
+    }
 }
 
-#[derive(Deserialize)]
 struct StreamOptions {
-    include_usage: Option<bool>,
+    include_usage: bool,
 }
 
-/// A seed as clients send it: any 64-bit integer, signed or not.
-#[derive(Deserialize)]
-#[serde(untagged, expecting = "expected an integer of 64 bits")]
-enum Seed {
-    Unsigned(u64),
-    Signed(i64),
+impl Field for StreamOptions {
+    fn read(value: Value) -> Result<Self, String> {
+        let include_usage = match Map::read(value)?.remove("include_usage") {
+            None | Some(Value::Null) => false,
+            Some(given) => bool::read(given).map_err(|problem| format!("`include_usage` {problem}"))?,
+        };
+        Ok(Self { include_usage })
+    }
+}
+
+/// A seed as clients send it: any 64-bit integer; a signed one counts by its bits.
+struct Seed(u64);
+
+impl Field for Seed {
+    fn read(value: Value) -> Result<Self, String> {
+        let signed = i64::read(value.clone()).map(|seed| seed as u64);
+        signed.or_else(|_| u64::read(value)).map(Self)
+    }
 }
 
 /// What both endpoints let a client choose; `None` where the client is silent.
@@ -35,7 +52,8 @@ enum Seed {
 #[expect(clippy::struct_excessive_bools, reason = "the API's own switches, each independent of the others")]
 pub(crate) struct Common {
     pub(crate) model: Option<String>,
-    pub(crate) max_tokens: Option<u32>,
+    /// Wide enough that what is over the context is told so.
+    pub(crate) max_tokens: Option<u64>,
     pub(crate) temperature: Option<f32>,
     pub(crate) top_p: Option<f32>,
     /// -1 and 0 keep all.
@@ -67,7 +85,7 @@ impl Common {
     ) -> Result<Self, ApiError> {
         let mut max_tokens = None;
         for name in max_tokens_names {
-            let given = fields.take::<u32>(name)?;
+            let given = fields.take::<u64>(name)?;
             if given == Some(0) {
                 return Err(ApiError::bad_field(*name, "is 0; it must be at least 1"));
             }
@@ -80,11 +98,7 @@ impl Common {
         if fields.take::<usize>("best_of")?.is_some_and(|best_of| best_of != n) {
             return Err(ApiError::not_supported("best_of", "leave it out or set it to `n`"));
         }
-        let stop = match fields.take::<OneOrMany>("stop")? {
-            None => Vec::new(),
-            Some(OneOrMany::One(stop)) => vec![stop],
-            Some(OneOrMany::Many(stops)) => stops,
-        };
+        let stop = fields.take::<OneOrMany>("stop")?.map_or_else(Vec::new, |stop| stop.0);
         if stop.len() > MAX_STOP_STRINGS {
             let problem = format!("{} strings; at most {MAX_STOP_STRINGS} are allowed", stop.len());
             return Err(ApiError::bad_field("stop", problem));
@@ -95,7 +109,7 @@ impl Common {
         for ignored in ["user", "metadata"] {
             fields.take::<Value>(ignored)?;
         }
-        let include_usage = fields.take::<StreamOptions>("stream_options")?.and_then(|o| o.include_usage);
+        let stream_options = fields.take::<StreamOptions>("stream_options")?;
         Ok(Self {
             model: fields.take("model")?,
             max_tokens,
@@ -107,10 +121,7 @@ impl Common {
             presence_penalty: fields.take("presence_penalty")?,
             frequency_penalty: fields.take("frequency_penalty")?,
             logit_bias: fields.take("logit_bias")?,
-            seed: fields.take::<Seed>("seed")?.map(|seed| match seed {
-                Seed::Unsigned(seed) => seed,
-                Seed::Signed(seed) => seed as u64,
-            }),
+            seed: fields.take::<Seed>("seed")?.map(|seed| seed.0),
             n,
             stop,
             include_stop_str_in_output: fields.take("include_stop_str_in_output")?.unwrap_or(false),
@@ -119,7 +130,7 @@ impl Common {
             ignore_eos: fields.take("ignore_eos")?.unwrap_or(false),
             skip_special_tokens: fields.take("skip_special_tokens")?.unwrap_or(true),
             stream: fields.take("stream")?.unwrap_or(false),
-            include_usage: include_usage.unwrap_or(false),
+            include_usage: stream_options.is_some_and(|options| options.include_usage),
             return_tokens_as_token_ids: fields.take("return_tokens_as_token_ids")?.unwrap_or(false),
             priority: fields.take("priority")?.unwrap_or(0),
         })

@@ -1,11 +1,12 @@
 //! `/v1/completions`: its request and its replies. Must not know the engine or the tokenizer.
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::common::{ChunkUsage, Common, Matched};
 use crate::error::ApiError;
 use crate::fields::{Fields, NOT_YET, NOT_YET_COMPLETION};
+use crate::types::value::{Field, must_be};
 
 /// A completion request whose fields have the right types.
 pub(crate) struct CompletionRequest {
@@ -22,16 +23,23 @@ pub(crate) enum Prompt {
     Tokens(Vec<u32>),
 }
 
-#[derive(Deserialize)]
-#[serde(
-    untagged,
-    expecting = "expected a string, a list of strings, a list of token ids or a list of such lists"
-)]
-enum Prompts {
-    Text(String),
-    Tokens(Vec<u32>),
-    Texts(Vec<String>),
-    TokenLists(Vec<Vec<u32>>),
+struct Prompts(Vec<Prompt>);
+
+impl Field for Prompts {
+    fn read(value: Value) -> Result<Self, String> {
+        const FORMS: &str = "a string, a list of strings, a list of token ids or a list of such lists";
+        let prompts = match value {
+            Value::String(text) => vec![Prompt::Text(text)],
+            Value::Array(items) => match items.first() {
+                None | Some(Value::Number(_)) => vec![Prompt::Tokens(Vec::read(items.into())?)],
+                Some(Value::String(_)) => Vec::read(items.into())?.into_iter().map(Prompt::Text).collect(),
+                Some(Value::Array(_)) => Vec::read(items.into())?.into_iter().map(Prompt::Tokens).collect(),
+                Some(_) => return Err(format!("must be {FORMS}")),
+            },
+            other => return Err(must_be(FORMS, &other)),
+        };
+        Ok(Self(prompts))
+    }
 }
 
 impl CompletionRequest {
@@ -39,12 +47,7 @@ impl CompletionRequest {
     pub(crate) fn parse(mut fields: Fields) -> Result<Self, ApiError> {
         fields.refuse(&[NOT_YET, NOT_YET_COMPLETION])?;
         let common = Common::take(&mut fields, &["max_tokens"])?;
-        let prompts = match fields.require::<Prompts>("prompt")? {
-            Prompts::Text(text) => vec![Prompt::Text(text)],
-            Prompts::Tokens(tokens) => vec![Prompt::Tokens(tokens)],
-            Prompts::Texts(texts) => texts.into_iter().map(Prompt::Text).collect(),
-            Prompts::TokenLists(lists) => lists.into_iter().map(Prompt::Tokens).collect(),
-        };
+        let prompts = fields.require::<Prompts>("prompt")?.0;
         let request = Self {
             common,
             prompts,

@@ -4,3 +4,4 @@ pub(crate) mod chat;
 pub(crate) mod common;
 pub(crate) mod completion;
 pub(crate) mod models;
+pub(crate) mod value;

@@ -113,6 +113,7 @@ async fn neutral_and_unknown_values_are_accepted() {
 async fn bad_values_are_400_and_name_their_field() {
     let engine = Engine::saying("ok");
     let router = engine.router(ServerConfig::default());
+    let called = |call: Value| json!([{"role": "assistant", "tool_calls": [call]}]);
     let many_stops: Vec<String> = (0..17).map(|i| i.to_string()).collect();
     let shared = [
         ("temperature", json!("hot"), "temperature"),
@@ -176,6 +177,14 @@ async fn bad_values_are_400_and_name_their_field() {
             "messages[1].prefix",
         ),
         ("messages", json!([{"role": "user", "content": "x", "tool_calls": [{}]}]), "messages[0].tool_calls"),
+        ("messages", called(json!(1)), "messages[0].tool_calls[0].function.name"),
+        ("messages", called(json!({})), "messages[0].tool_calls[0].function.name"),
+        ("messages", called(json!({"function": {}})), "messages[0].tool_calls[0].function.name"),
+        (
+            "messages",
+            called(json!({"function": {"name": "f"}})),
+            "messages[0].tool_calls[0].function.arguments",
+        ),
         ("top_logprobs", json!(2), "top_logprobs"),
         ("logprobs", json!(2), "logprobs"),
         ("thinking", json!({"type": "maybe"}), "thinking"),
@@ -207,6 +216,59 @@ async fn bad_values_are_400_and_name_their_field() {
     let top = with(&chat_base(), &json!({"logprobs": true, "top_logprobs": 21}));
     assert_eq!(chat(&router, &top).await.refused(400)["param"], "top_logprobs");
     assert!(engine.asked().is_empty(), "nothing of this reaches the engine");
+}
+
+#[tokio::test]
+async fn complaints_speak_of_json_and_not_of_rust() {
+    let engine = Engine::saying("ok");
+    let router = engine.router(ServerConfig::default());
+    for (field, value, message) in [
+        ("max_tokens", json!("9"), "max_tokens: must be a whole number, not a string"),
+        ("temperature", json!([1]), "temperature: must be a number, not a list"),
+        ("stream", json!("yes"), "stream: must be true or false, not a string"),
+        ("model", json!(7), "model: must be a string, not 7"),
+        ("stream_options", json!(true), "stream_options: must be an object, not true or false"),
+        (
+            "stream_options",
+            json!({"include_usage": 1}),
+            "stream_options: `include_usage` must be true or false, not 1",
+        ),
+        ("stop_token_ids", json!({}), "stop_token_ids: must be a list, not an object"),
+        ("stop", json!(7), "stop: must be a string or a list of strings, not 7"),
+        ("n", json!(-1), "n: is -1; it must be a whole number from 0 to 18446744073709551615"),
+        ("messages", json!([7]), "messages: item 0 must be an object, not 7"),
+        ("thinking", json!({"type": "maybe"}), "thinking: `type` must be \"enabled\" or \"disabled\""),
+        ("chat_template_kwargs", json!({"tools": []}), "chat_template_kwargs: tools is reserved"),
+    ] {
+        let error = chat(&router, &with(&chat_base(), &json!({field: value}))).await.refused(400);
+        assert_eq!((&error["message"], &error["param"]), (&json!(message), &json!(field)));
+    }
+}
+
+#[tokio::test]
+async fn whole_numbers_may_be_written_as_floats() {
+    let engine = Engine::saying("ok");
+    let router = engine.router(ServerConfig::default());
+    let body = json!({"prompt": [5.0, 6], "max_tokens": 9.0, "n": 2.0, "seed": 3.0, "top_k": 4.0});
+    assert_eq!(complete(&router, &body).await.status, 200);
+    let asked = engine.asked();
+    assert_eq!((asked.len(), asked[0].prompt.len()), (2, 2));
+    let params = &asked[0].params;
+    assert_eq!((params.max_tokens, params.seed, params.top_k), (9, 3, Some(4)));
+}
+
+#[tokio::test]
+async fn thinking_must_not_contradict_the_templates_arguments() {
+    let engine = Engine::saying("ok");
+    let router = engine.router(ServerConfig::default());
+    for name in ["thinking", "enable_thinking"] {
+        let body = |given: bool| {
+            let switches = json!({"thinking": {"type": "disabled"}, "chat_template_kwargs": {name: given}});
+            with(&chat_base(), &switches)
+        };
+        assert_eq!(chat(&router, &body(true)).await.refused(400)["param"], "thinking");
+        assert_eq!(chat(&router, &body(false)).await.status, 200);
+    }
 }
 
 #[tokio::test]
@@ -348,6 +410,10 @@ async fn over_long_prompts_name_both_numbers() {
     assert_eq!((&error["code"], &error["param"]), (&json!("context_length_exceeded"), &json!("max_tokens")));
     let message = error["message"].as_str().unwrap();
     assert!(["256", "200", "57"].iter().all(|number| message.contains(number)), "{message}");
+    let huge = complete(&router, &json!({"prompt": ids, "max_tokens": 5_000_000_000u64})).await.refused(400);
+    assert_eq!((&huge["code"], &huge["param"]), (&json!("context_length_exceeded"), &json!("max_tokens")));
+    let message = huge["message"].as_str().unwrap();
+    assert!(["256", "200", "5000000000"].iter().all(|number| message.contains(number)), "{message}");
     let fits = json!({"prompt": ids, "max_tokens": 56});
     assert_eq!(complete(&router, &fits).await.status, 200);
 

@@ -24,7 +24,7 @@ fn hi() -> serde_json::Value {
 #[tokio::test]
 async fn every_path_answers_under_its_prefixes() {
     let engine = Engine::saying("ok");
-    for root_path in ["", "/proxy/models/main", "proxy/models/main/", "/v1", "/odd{id}"] {
+    for root_path in ["", "/proxy/models/main", "proxy/models/main/", "/v1", "/odd{id}", "/:a", "/*rest/:b"] {
         let router = engine.router(ServerConfig { root_path: root_path.into(), ..ServerConfig::default() });
         let root = root_path.trim_matches('/').replace('{', "%7B").replace('}', "%7D");
         let root = if root.is_empty() { root } else { format!("/{root}") };
@@ -137,15 +137,27 @@ async fn keys_guard_the_api_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn a_full_queue_is_429_and_frees_what_was_submitted() {
-    let (handle, inbox) = Handle::channel(EngineInfo { max_queued: 1, ..info() });
+async fn a_refused_request_runs_none_of_its_choices() {
+    let (handle, inbox) = Handle::channel(EngineInfo { max_num_seqs: 1, max_queued: 1, ..info() });
     inbox.set_status(Status::Ready);
+    let running = handle.submit(r1_engine::Request {
+        prompt: vec![r1_core::TokenId(5)],
+        params: r1_core::SamplingParams::default(),
+        priority: 0,
+        constraint: None,
+    });
+    assert!(matches!(inbox.poll(), Some(Command::Submit { .. })));
     let router = router(ServerConfig::default(), model(), handle);
-    let answer = complete(&router, &json!({"prompt": "hi", "n": 2})).await;
-    assert_eq!(answer.refused(429)["code"], "queue_full");
-    assert!(answer.headers.contains_key(header::RETRY_AFTER));
-    let Some(Command::Submit { id, .. }) = inbox.poll() else { panic!("nothing was submitted") };
-    assert!(matches!(inbox.poll(), Some(Command::Abort(aborted)) if aborted == id));
+    let full = complete(&router, &json!({"prompt": "hi", "n": 2})).await;
+    assert_eq!(full.refused(429)["code"], "queue_full");
+    assert!(full.headers.contains_key(header::RETRY_AFTER));
+    let never = complete(&router, &json!({"prompt": "hi", "n": 3})).await;
+    assert_eq!(never.refused(400)["param"], "n");
+    assert!(inbox.poll().is_none(), "nothing was submitted");
+    let metrics = get(&router, "/metrics").await.text;
+    let ended = r#"vllm:request_success_total{model_name="tiny-r1",finished_reason="abort"}"#;
+    assert!(!metrics.lines().any(|line| line.starts_with(ended) && !line.ends_with(" 0")), "{metrics}");
+    drop(running);
 }
 
 #[tokio::test]

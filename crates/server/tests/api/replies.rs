@@ -374,8 +374,28 @@ async fn without_a_reasoning_parser_the_tags_stay() {
     model.reasoning_parser = ReasoningParser::None;
     let router = router(ServerConfig::default(), model, engine.handle.clone());
     let message = chat(&router, &hi()).await.json()["choices"][0]["message"].clone();
-    assert_eq!(message["content"], "why\n</think>\n\nbecause");
+    assert_eq!(message["content"], "<think>\nwhy\n</think>\n\nbecause");
     assert_eq!((&message["reasoning"], &message["reasoning_content"]), (&Value::Null, &Value::Null));
+}
+
+#[tokio::test]
+async fn an_unseparated_reply_begins_with_the_prompts_tag_which_is_no_token() {
+    let engine = Engine::saying("why\n</think>\n\nbecause");
+    let router = engine.router(ServerConfig::default());
+    let body = with(&hi(), &json!({"separate_reasoning": false, "logprobs": true}));
+    let whole = chat(&router, &body).await.json();
+    let choice = &whole["choices"][0];
+    assert_eq!(choice["message"]["content"], "<think>\nwhy\n</think>\n\nbecause");
+    let num_tokens = tokenizer().encode("why\n</think>\n\nbecause").unwrap().len() + 1;
+    assert_eq!(choice["logprobs"]["content"].as_array().unwrap().len(), num_tokens);
+    assert_eq!(whole["usage"]["completion_tokens"], num_tokens);
+    let streamed = chat(&router, &with(&body, &json!({"stream": true}))).await.events();
+    assert_eq!(streamed[1]["choices"][0]["delta"], json!({"content": "<think>\n"}));
+    assert_eq!(add_up(&streamed)["choices"][0]["message"]["content"], choice["message"]["content"]);
+
+    let closed = with(&body, &json!({"thinking": {"type": "disabled"}}));
+    let reply = chat(&router, &closed).await.json();
+    assert_eq!(reply["choices"][0]["message"]["content"], "why\n</think>\n\nbecause");
 }
 
 #[tokio::test]
@@ -392,8 +412,7 @@ async fn a_failing_step_is_a_500_or_an_error_event_and_the_next_request_is_serve
     let body = with(&hi(), &json!({"stream": true})).to_string();
     let answer = send(&router, request(Method::POST, "/v1/chat/completions", &body)).await;
     assert_eq!(answer.status, 200);
-    let last = answer.text.lines().rfind(|line| line.starts_with("data: ")).unwrap();
-    let event: Value = serde_json::from_str(last.strip_prefix("data: ").unwrap()).unwrap();
-    assert_eq!(event["error"]["code"], "engine_error");
+    let events = answer.events();
+    assert_eq!(events[events.len() - 1]["error"]["code"], "engine_error");
     assert_eq!(chat(&router, &hi()).await.status, 200);
 }

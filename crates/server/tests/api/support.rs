@@ -98,6 +98,8 @@ struct Record {
     asked: Vec<Asked>,
     aborted: Vec<SeqId>,
     held: HashMap<SeqId, UnboundedSender<Event>>,
+    /// Ended by `Engine::release` and not reported yet.
+    released: usize,
 }
 
 /// A thread that answers the n-th request by the n-th script, and further ones by the last.
@@ -108,7 +110,12 @@ pub(crate) struct Engine {
 }
 
 pub(crate) fn info() -> EngineInfo {
-    EngineInfo { max_model_len: MAX_MODEL_LEN, vocab_size: tokenizer().vocab_size(), max_queued: 64 }
+    EngineInfo {
+        max_model_len: MAX_MODEL_LEN,
+        vocab_size: tokenizer().vocab_size(),
+        max_num_seqs: 64,
+        max_queued: 64,
+    }
 }
 
 impl Engine {
@@ -135,7 +142,9 @@ impl Engine {
 
     /// Ends every held generation.
     pub(crate) fn release(&self) {
-        for (_, events) in self.record.lock().unwrap().held.drain() {
+        let mut record = self.record.lock().unwrap();
+        record.released += record.held.len();
+        for (_, events) in record.held.drain() {
             let _ = events.send(Event::Finished(FinishReason::Length));
         }
     }
@@ -149,9 +158,9 @@ fn answer(inbox: &Inbox, scripts: &[Script], record: &Mutex<Record>) {
     let mut num_asked = 0;
     while let Some(command) = inbox.wait() {
         let mut record = record.lock().unwrap();
+        inbox.ended(std::mem::take(&mut record.released));
         match command {
             Command::Submit { id, request, events } => {
-                inbox.ended(1);
                 let script = scripts[num_asked.min(scripts.len() - 1)].clone();
                 num_asked += 1;
                 let top = request.params.logprobs;
@@ -172,10 +181,12 @@ fn answer(inbox: &Inbox, scripts: &[Script], record: &Mutex<Record>) {
                 }
                 if script.hold {
                     record.held.insert(id, events);
+                } else {
+                    inbox.ended(1);
                 }
             }
             Command::Abort(id) => {
-                record.held.remove(&id);
+                inbox.ended(usize::from(record.held.remove(&id).is_some()));
                 record.aborted.push(id);
             }
             Command::Stop => return,
