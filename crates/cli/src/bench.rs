@@ -27,7 +27,8 @@ pub(crate) fn one_batch(args: &OneBatchArgs) -> Result<()> {
     if args.batch_size == 0 || args.input_len == 0 || args.output_len == 0 {
         bail!("--batch-size, --input-len and --output-len must be at least 1");
     }
-    let mut launch = Launch::new(&args.model, &source, args.batch_size)?;
+    let tokens_per_step = args.model.max_num_batched_tokens.max(args.batch_size);
+    let mut launch = Launch::new(&args.model, &source, args.batch_size, tokens_per_step)?;
     let max_model_len = launch.engine.max_model_len;
     if args.input_len.saturating_add(args.output_len) > max_model_len {
         bail!(

@@ -70,8 +70,13 @@ pub(crate) struct Launch {
 }
 
 impl Launch {
-    /// Checks the arguments against the model, for a batch of at most `max_num_seqs` sequences.
-    pub(crate) fn new(args: &ModelArgs, source: &Source, max_num_seqs: usize) -> Result<Self> {
+    /// Checks the arguments against the model, for steps of at most that many sequences and tokens.
+    pub(crate) fn new(
+        args: &ModelArgs,
+        source: &Source,
+        max_num_seqs: usize,
+        max_num_batched_tokens: usize,
+    ) -> Result<Self> {
         let (activation_dtype, weights) = match args.dtype {
             Dtype::Auto | Dtype::Float32 => (DType::F32, WeightFormat::AsStored),
             Dtype::Bfloat16 => (DType::BF16, WeightFormat::WidenToBf16),
@@ -103,7 +108,6 @@ impl Launch {
         if max_model_len < 2 {
             bail!("--max-model-len {max_model_len} leaves no room for a prompt and a reply");
         }
-        let max_num_batched_tokens = args.max_num_batched_tokens;
         if max_num_seqs == 0 || max_num_batched_tokens < max_num_seqs {
             bail!(
                 "--max-num-batched-tokens {max_num_batched_tokens} must be at least --max-num-seqs {max_num_seqs}, and that \

@@ -34,7 +34,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         bail!("--api-key is empty; no client can send an empty key");
     }
     let source = Source::open(&args.model)?;
-    let launch = Launch::new(&args.model, &source, args.model.max_num_seqs)?;
+    let launch =
+        Launch::new(&args.model, &source, args.model.max_num_seqs, args.model.max_num_batched_tokens)?;
     let device = AnyDevice::open(&args.model)?;
     let model = served_model(args, &source)?;
     let (engine, inbox) = Handle::channel(EngineInfo {
