@@ -1,6 +1,7 @@
 //! Shared measuring code of the benches: the memory's ceiling, random tensors, and lines that set one against the other.
 #![forbid(unsafe_code)]
 
+mod model;
 mod synthetic;
 
 use std::cell::Cell;
@@ -14,6 +15,7 @@ use r1_backend::{Backend, HostTensor, Tensor};
 use r1_core::DType;
 use r1_cpu::{Cpu, CpuOptions};
 
+pub use model::{INPUT_TOKENS, MAX_MODEL_LEN, MAX_NUM_SEQS, load};
 pub use synthetic::Synthetic;
 
 /// Bytes read to measure the ceiling: far more than any cache.

@@ -1,0 +1,50 @@
+//! A model in an engine's own steps, for the benches.
+
+use std::sync::Arc;
+
+use r1_comm::Local;
+use r1_core::{DType, Rank};
+use r1_cpu::{Cpu, CpuOptions};
+use r1_engine::{EngineConfig, OneBatchBench};
+use r1_model::{DeepSeek, Fp8Compute, MlaForm, ModelOptions, WeightFormat};
+use r1_weights::{Checkpoint, ModelConfig};
+
+/// Largest batch of a bench.
+pub const MAX_NUM_SEQS: usize = 16;
+/// Longest context of a bench.
+pub const MAX_MODEL_LEN: usize = 1024;
+/// Tokens of a prompt: few enough that one step prefills the largest batch: then all sequences decode side by side from first to last.
+pub const INPUT_TOKENS: usize = 32;
+
+/// Loads a model on the CPU, with room for a prompt of the whole context in one step.
+///
+/// # Panics
+/// When it does not load.
+pub fn load(config: &ModelConfig, checkpoint: &Checkpoint, mla_form: MlaForm) -> OneBatchBench<Cpu> {
+    let options = ModelOptions {
+        activation_dtype: DType::F32,
+        weights: WeightFormat::AsStored,
+        fp8: Fp8Compute::WeightOnly,
+        mla_form,
+        max_batched_tokens: MAX_MODEL_LEN,
+        max_logit_rows: MAX_NUM_SEQS,
+        max_model_len: MAX_MODEL_LEN,
+        max_expanded_tokens: MAX_MODEL_LEN,
+        layers: None,
+        rank: Rank(0),
+        world_size: 1,
+    };
+    let engine = EngineConfig {
+        block_size: 64,
+        max_num_seqs: MAX_NUM_SEQS,
+        max_num_batched_tokens: MAX_MODEL_LEN,
+        max_model_len: MAX_MODEL_LEN,
+        kv_memory_fraction: 0.5,
+        log_every_steps: u64::MAX,
+    };
+    let cpu = Cpu::new(CpuOptions::default()).expect("a CPU backend");
+    let comm = Arc::new(Local::single());
+    let model =
+        DeepSeek::load(Arc::new(cpu), comm, checkpoint, config, options, &mut |_| {}).expect("it loads");
+    OneBatchBench::new(model, &engine).expect("room for a cache")
+}
