@@ -71,7 +71,8 @@ fn is_as_good_as_torch_in_bf16<B: Backend>(backend: &Arc<B>, name: &str) {
     }
 }
 
-const BF16_TOYS: [&str; 4] = ["toy_v3_bf16", "toy_moonlight", "toy_v2", "toy_v2_lite"];
+const BF16_TOYS: [&str; 6] =
+    ["toy_v3_bf16", "toy_v3_fp8", "toy_moonlight", "toy_v2", "toy_v2_lite", "toy_ragged_fp8"];
 
 #[test]
 fn cpu_in_bf16_is_as_close_as_torch() {
