@@ -99,6 +99,20 @@ fn outside_crates_stay_where_they_belong() {
     }
 }
 
+/// Only `server::convert` turns OpenAI's types into the engine's; `routes` hands a handle through and lists models.
+#[test]
+fn openai_and_engine_types_meet_in_one_place() {
+    let sources = root().join("crates/server/src");
+    let mut both = BTreeSet::new();
+    visit(&sources, &mut |path, text| {
+        if text.contains("r1_engine::") && text.contains("crate::types::") {
+            both.insert(path.strip_prefix(&sources).expect("a source").display().to_string());
+        }
+    });
+    let allowed = ["convert.rs", "routes.rs"].map(String::from);
+    assert_eq!(both, BTreeSet::from(allowed));
+}
+
 /// Nothing but the wiring is switched by features.
 #[test]
 fn code_is_written_once() {

@@ -93,7 +93,13 @@ impl Source {
         let folder = match (path, &self.folder) {
             (Some(path), _) if path.is_file() => {
                 let json = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-                let config = fs::read(path.with_file_name("tokenizer_config.json")).ok();
+                let config = path.with_file_name("tokenizer_config.json");
+                // It may be absent, but not unreadable: it says which tokens begin and end a text.
+                let config = if config.exists() {
+                    Some(fs::read(&config).with_context(|| format!("cannot read {}", config.display()))?)
+                } else {
+                    None
+                };
                 return Ok(Tokenizer::from_bytes(&json, config.as_deref())?);
             }
             (Some(path), _) => path,

@@ -121,6 +121,11 @@ impl<B: Backend> Engine<B> {
                 break;
             }
             let chosen = plan(&self.state, &self.state.limits());
+            // An abort may have emptied the engine; otherwise something can always run, since no step is in flight here.
+            assert!(
+                !chosen.is_empty() || self.state.is_idle(),
+                "the scheduler has sequences and runs none of them"
+            );
             if !chosen.is_empty() {
                 self.step(&chosen);
             }

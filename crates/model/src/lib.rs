@@ -12,4 +12,4 @@ mod registry;
 pub use deepseek::{DeepSeek, StageInput, StageOutput};
 pub use error::{ModelError, StepError};
 pub use options::{Fp8Compute, MlaForm, ModelOptions, WeightFormat};
-pub use registry::{KnownModel, ModelStatus, Reasoning, Registry};
+pub use registry::{KnownModel, ModelStatus, Registry};

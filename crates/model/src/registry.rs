@@ -12,18 +12,8 @@ pub enum ModelStatus {
     Planned,
 }
 
-/// How replies begin.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "lowercase")]
-pub enum Reasoning {
-    /// With reasoning up to `</think>` where the template or the model opens one.
-    Think,
-    /// With the answer.
-    None,
-}
-
 /// One known model.
-#[derive(Clone, Debug, Deserialize, PartialEq)]
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
 pub struct KnownModel {
     /// Hub id, `organisation/name`.
@@ -32,10 +22,6 @@ pub struct KnownModel {
     pub architecture: String,
     /// Whether it is served.
     pub status: ModelStatus,
-    /// How its replies begin.
-    pub reasoning: Reasoning,
-    /// Billions of parameters.
-    pub parameters_b: f64,
     /// Why it is not served.
     #[serde(default)]
     pub why: Option<String>,
@@ -86,6 +72,6 @@ mod tests {
             let built = ["deepseek_v2", "deepseek_v3"].contains(&model.architecture.as_str());
             assert!(built || model.status == ModelStatus::Planned, "{}", model.id);
         }
-        assert_eq!(registry.find("deepseek-ai/DeepSeek-R1").unwrap().reasoning, Reasoning::Think);
+        assert_eq!(registry.find("deepseek-ai/DeepSeek-R1").unwrap().status, ModelStatus::Served);
     }
 }

@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::decode::{Delta, End, Reason, Shown, TokenEntry};
-use crate::reply::Update;
+use crate::reply::{Counts, Update};
 use crate::types::chat::{
     ChatChoice, ChatChunk, ChatLogprobs, ChatReply, ChatTokenLogprob, ChunkChoice, ChunkDelta, ReplyMessage,
     TokenLogprob,
@@ -155,8 +155,8 @@ fn chunk_choice(index: usize, delta: ChunkDelta) -> ChunkChoice {
 }
 
 /// The chunk behind the last choice's end, where it was asked for.
-pub(crate) fn usage_chunk(header: &Header, usage: Usage) -> Option<Chunk<'_>> {
-    let usage = ChunkUsage::Total(usage);
+pub(crate) fn usage_chunk(header: &Header, counts: Counts) -> Option<Chunk<'_>> {
+    let usage = ChunkUsage::Total(usage(counts));
     header.include_usage.then(|| match header.shape {
         Shape::Chat => Chunk::Chat(ChatChunk { usage, ..header.chat_chunk(Vec::new()) }),
         Shape::Completion => {
@@ -165,8 +165,14 @@ pub(crate) fn usage_chunk(header: &Header, usage: Usage) -> Option<Chunk<'_>> {
     })
 }
 
+fn usage(counts: Counts) -> Usage {
+    let Counts { prompt, cached, completion, reasoning } = counts;
+    Usage::new(prompt, cached, completion, reasoning)
+}
+
 /// A reply that is not streamed.
-pub(crate) fn whole(header: &Header, choices: Vec<(Delta, End)>, usage: Usage) -> Whole<'_> {
+pub(crate) fn whole(header: &Header, choices: Vec<(Delta, End)>, counts: Counts) -> Whole<'_> {
+    let usage = usage(counts);
     let choices = choices.into_iter().enumerate();
     match header.shape {
         Shape::Chat => Whole::Chat(ChatReply {

@@ -19,7 +19,6 @@ use crate::drain::Active;
 use crate::error::ApiError;
 use crate::metrics::Ended;
 use crate::render::{self, Header};
-use crate::types::common::Usage;
 
 /// What one choice gained.
 #[derive(Debug)]
@@ -120,10 +119,22 @@ impl Reply {
     }
 
     /// Tokens read and written so far.
-    pub(crate) fn usage(&self) -> Usage {
+    pub(crate) fn counts(&self) -> Counts {
         let (prompt, cached) = self.prompts.iter().fold((0, 0), |sum, p| (sum.0 + p.0, sum.1 + p.1));
-        Usage::new(prompt, cached, self.completion_tokens, self.reasoning_tokens)
+        let (completion, reasoning) = (self.completion_tokens, self.reasoning_tokens);
+        Counts { prompt, cached, completion, reasoning }
     }
+}
+
+/// Tokens of a request, all choices together.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Counts {
+    pub(crate) prompt: u64,
+    /// Of the prompt's, those found in the prefix cache.
+    pub(crate) cached: u64,
+    pub(crate) completion: u64,
+    /// Of the completion's, those of the reasoning.
+    pub(crate) reasoning: u64,
 }
 
 /// Waits for the whole reply.
@@ -137,9 +148,9 @@ pub(crate) async fn collect(mut reply: Reply) -> Result<Response, ApiError> {
             Update::End(end) => choices[index].1 = Some(end),
         }
     }
-    let usage = reply.usage();
+    let counts = reply.counts();
     let choices = choices.into_iter().map(|(text, end)| (text, end.expect("every choice ends or fails")));
-    Ok(Json(render::whole(&reply.header, choices.collect(), usage)).into_response())
+    Ok(Json(render::whole(&reply.header, choices.collect(), counts)).into_response())
 }
 
 /// One running choice.

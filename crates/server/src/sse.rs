@@ -70,7 +70,7 @@ impl Events {
                 self.reply = None;
             }
             None => {
-                if let Some(chunk) = render::usage_chunk(&reply.header, reply.usage()) {
+                if let Some(chunk) = render::usage_chunk(&reply.header, reply.counts()) {
                     self.pending.push_back(json_event(&chunk));
                 }
                 self.pending.push_back(done());
