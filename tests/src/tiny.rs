@@ -50,6 +50,7 @@ pub fn start_tiny<B: Backend>(backend: Arc<B>, max_num_seqs: usize) -> Handle {
         vocab_size: config.vocab_size,
         max_num_seqs,
         max_queued: 64,
+        max_unread_tokens: 4096,
     });
     r1_engine::spawn(inbox, engine, move |progress| {
         let checkpoint = Checkpoint::open(&tiny_dir())?;

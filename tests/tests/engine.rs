@@ -22,7 +22,7 @@ fn prompt() -> Vec<TokenId> {
 }
 
 fn request(params: SamplingParams) -> Request {
-    Request { prompt: prompt(), params, priority: 0, constraint: None }
+    Request { prompt: prompt(), params, priority: 0, constraint: None, cache_salt: None }
 }
 
 type Reply = (Vec<TokenId>, Vec<Option<TokenLogprobs>>, Result<FinishReason, EngineError>);

@@ -48,7 +48,13 @@ fn answers_like_transformers(handle: &Handle) {
                 stop_token_ids: vec![eos],
                 ..SamplingParams::default()
             };
-            let request = Request { prompt: expected.prompt.clone(), params, priority: 0, constraint: None };
+            let request = Request {
+                prompt: expected.prompt.clone(),
+                params,
+                priority: 0,
+                constraint: None,
+                cache_salt: None,
+            };
             handle.submit(request).expect("the engine takes it")
         })
         .collect();

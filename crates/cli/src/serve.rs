@@ -43,6 +43,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         vocab_size: source.config.vocab_size,
         max_num_seqs: launch.engine.max_num_seqs,
         max_queued: args.max_queued_requests,
+        max_unread_tokens: 4096,
     });
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -3,12 +3,14 @@
 //! [`channel`](Handle::channel) makes both ends. Whoever serves requests holds the [`Handle`]; the engine thread holds
 //! the [`Inbox`].
 
+use std::future::poll_fn;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc as std_mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use r1_core::{FinishReason, SamplingParams, SeqId, TokenConstraint, TokenId};
-use tokio::sync::mpsc;
+
+use crate::events::{EventReceiver, EventSender, queue};
 
 /// One generation to run.
 pub struct Request {
@@ -20,6 +22,8 @@ pub struct Request {
     pub priority: i32,
     /// Restricts which tokens may be drawn.
     pub constraint: Option<Box<dyn TokenConstraint>>,
+    /// Requests share cached prefixes only with those that have the same salt.
+    pub cache_salt: Option<String>,
 }
 
 /// Log-probabilities of one drawn token, natural logarithm, of the model's own distribution (before penalties,
@@ -59,6 +63,14 @@ pub enum EngineError {
     /// The forward pass or the sampler failed; the next request is served.
     #[error("the step that ran this request failed: {0}")]
     Step(String),
+    /// The reader fell too far behind, so the generation was aborted.
+    #[error(
+        "the reply was read too slowly: {max_unread} tokens were waiting to be read; the generation was aborted"
+    )]
+    SlowReader {
+        /// Events that may wait to be read.
+        max_unread: usize,
+    },
     /// The engine thread is gone.
     #[error("the engine has stopped")]
     Stopped,
@@ -145,6 +157,8 @@ pub struct EngineInfo {
     pub max_num_seqs: usize,
     /// Most requests that may wait beyond those.
     pub max_queued: usize,
+    /// Most tokens of one generation that may wait to be read; one more aborts it.
+    pub max_unread_tokens: usize,
 }
 
 /// Counters and gauges, as of the last step.
@@ -158,10 +172,17 @@ pub struct Stats {
     pub kv_blocks_total: usize,
     /// Of these, held by sequences.
     pub kv_blocks_used: usize,
+    /// Of these, held by no sequence, but findable by their content.
+    pub kv_blocks_cached: usize,
     /// Tokens per block.
     pub kv_block_size_tokens: usize,
-    /// Prompt tokens computed since start, each once however often its sequence was preempted.
+    /// Prompt tokens processed since start, found in the prefix cache or computed, each once however often its sequence was
+    /// preempted.
     pub prompt_tokens_total: u64,
+    /// Prompt tokens that were looked up in the prefix cache since start.
+    pub prefix_cache_query_tokens_total: u64,
+    /// Of these, found.
+    pub prefix_cache_hit_tokens_total: u64,
     /// Tokens generated since start.
     pub generation_tokens_total: u64,
     /// Steps run since start.
@@ -183,7 +204,7 @@ pub enum Command {
         /// What to run.
         request: Request,
         /// Where its events go.
-        events: mpsc::UnboundedSender<Event>,
+        events: EventSender,
     },
     /// Its client left.
     Abort(SeqId),
@@ -198,7 +219,15 @@ struct Shared {
     stats: Mutex<Stats>,
     /// Generations that were accepted and have not ended.
     in_flight: AtomicUsize,
+    /// When the engine last ended a step, or got work after it had none: milliseconds since `started`.
+    last_progress_ms: AtomicU64,
     next_id: AtomicU64,
+}
+
+impl Shared {
+    fn progressed(&self) {
+        self.last_progress_ms.store(self.started.elapsed().as_millis() as u64, Ordering::Relaxed);
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -210,15 +239,15 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[derive(Clone)]
 pub struct Handle {
     shared: Arc<Shared>,
-    commands: std_mpsc::Sender<Command>,
+    commands: mpsc::Sender<Command>,
 }
 
 /// A running generation. Dropping it aborts the generation within two steps.
 pub struct Generation {
     /// The sequence.
     pub id: SeqId,
-    events: mpsc::UnboundedReceiver<Event>,
-    commands: std_mpsc::Sender<Command>,
+    events: EventReceiver,
+    commands: mpsc::Sender<Command>,
     ended: bool,
 }
 
@@ -228,7 +257,7 @@ impl Generation {
         if self.ended {
             return None;
         }
-        let event = self.events.recv().await.unwrap_or(Event::Failed(EngineError::Stopped));
+        let event = poll_fn(|context| self.events.poll(context)).await;
         self.ended = matches!(event, Event::Finished(_) | Event::Failed(_));
         Some(event)
     }
@@ -238,7 +267,7 @@ impl Generation {
         if self.ended {
             return None;
         }
-        let event = self.events.blocking_recv().unwrap_or(Event::Failed(EngineError::Stopped));
+        let event = self.events.wait();
         self.ended = matches!(event, Event::Finished(_) | Event::Failed(_));
         Some(event)
     }
@@ -256,13 +285,14 @@ impl Drop for Generation {
 impl Handle {
     /// Both ends of an engine: the handle, and the inbox its thread reads. Status starts as `Loading`.
     pub fn channel(info: EngineInfo) -> (Self, Inbox) {
-        let (commands, receiver) = std_mpsc::channel();
+        let (commands, receiver) = mpsc::channel();
         let shared = Arc::new(Shared {
             info,
             status: Mutex::new(Status::Loading { progress: 0.0, elapsed: Duration::ZERO }),
             started: Instant::now(),
             stats: Mutex::default(),
             in_flight: AtomicUsize::new(0),
+            last_progress_ms: AtomicU64::new(0),
             next_id: AtomicU64::new(1),
         });
         (Self { shared: shared.clone(), commands }, Inbox { shared, commands: receiver })
@@ -291,6 +321,15 @@ impl Handle {
         stats
     }
 
+    /// For how long the engine has had work without ending a step; `None` while it has none or is not ready.
+    pub fn silent_for(&self) -> Option<Duration> {
+        let busy = self.shared.in_flight.load(Ordering::Relaxed) > 0;
+        (busy && *lock(&self.shared.status) == Status::Ready).then(|| {
+            let last = Duration::from_millis(self.shared.last_progress_ms.load(Ordering::Relaxed));
+            self.shared.started.elapsed().saturating_sub(last)
+        })
+    }
+
     /// Hands a request to the engine.
     pub fn submit(&self, request: Request) -> Result<Generation, SubmitError> {
         let mut generations = self.submit_all(vec![request])?;
@@ -313,6 +352,10 @@ impl Handle {
         if choices > capacity {
             return Err(SubmitError::TooManyChoices { choices, capacity });
         }
+        if self.shared.in_flight.load(Ordering::Relaxed) == 0 {
+            // Before anybody can see work: the time without any is no silence.
+            self.shared.progressed();
+        }
         let admitted =
             self.shared.in_flight.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |in_flight| {
                 (in_flight + choices <= capacity).then_some(in_flight + choices)
@@ -323,7 +366,7 @@ impl Handle {
         let mut generations = Vec::with_capacity(choices);
         for request in requests {
             let id = SeqId(self.shared.next_id.fetch_add(1, Ordering::Relaxed));
-            let (sender, events) = mpsc::unbounded_channel();
+            let (sender, events) = queue(self.shared.info.max_unread_tokens);
             // An engine that is gone lets go of the other end, so the generation fails at its first event.
             let _ = self.commands.send(Command::Submit { id, request, events: sender });
             generations.push(Generation { id, events, commands: self.commands.clone(), ended: false });
@@ -363,7 +406,7 @@ impl Handle {
 /// and every waiting generation gets `Failed(Stopped)`.
 pub struct Inbox {
     shared: Arc<Shared>,
-    commands: std_mpsc::Receiver<Command>,
+    commands: mpsc::Receiver<Command>,
 }
 
 impl Inbox {
@@ -385,6 +428,11 @@ impl Inbox {
     /// Publishes the statistics of a step; `waiting` is counted by the handle.
     pub fn set_stats(&self, stats: Stats) {
         *lock(&self.shared.stats) = stats;
+    }
+
+    /// Says that a step has ended, well or not.
+    pub fn step_ended(&self) {
+        self.shared.progressed();
     }
 
     /// Says that `count` generations ended: finished, failed, or aborted. Each must be reported once.
@@ -412,11 +460,17 @@ mod tests {
     use super::*;
 
     fn request() -> Request {
-        Request { prompt: vec![TokenId(1)], params: SamplingParams::default(), priority: 0, constraint: None }
+        Request {
+            prompt: vec![TokenId(1)],
+            params: SamplingParams::default(),
+            priority: 0,
+            constraint: None,
+            cache_salt: None,
+        }
     }
 
     fn info() -> EngineInfo {
-        EngineInfo { max_model_len: 32, vocab_size: 8, max_num_seqs: 1, max_queued: 1 }
+        EngineInfo { max_model_len: 32, vocab_size: 8, max_num_seqs: 1, max_queued: 1, max_unread_tokens: 64 }
     }
 
     #[test]
@@ -451,6 +505,23 @@ mod tests {
         assert_eq!(handle.stats().waiting, 2);
         inbox.ended(2);
         assert_eq!(handle.submit_all(two()).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn silence_is_counted_from_the_last_step_and_only_while_there_is_work() {
+        let (handle, inbox) = Handle::channel(info());
+        inbox.set_status(Status::Ready);
+        assert_eq!(handle.silent_for(), None);
+        std::thread::sleep(Duration::from_millis(300));
+        let _generation = handle.submit(request()).unwrap();
+        let first = handle.silent_for().unwrap();
+        assert!(first < Duration::from_millis(200), "time without work does not count: {first:?}");
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(handle.silent_for().unwrap() >= Duration::from_millis(299));
+        inbox.step_ended();
+        assert!(handle.silent_for().unwrap() < Duration::from_millis(200));
+        inbox.ended(1);
+        assert_eq!(handle.silent_for(), None);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod config;
+mod events;
 mod handle;
 mod input;
 mod live;
@@ -11,6 +12,7 @@ mod runner;
 mod serve;
 
 pub use config::{EngineConfig, StartError};
+pub use events::{EventSender, Sent};
 pub use handle::{
     Command, EngineError, EngineInfo, Event, Generation, Handle, Inbox, Request, Stats, Status, SubmitError,
     TokenLogprobs,

@@ -9,9 +9,9 @@ use r1_backend::Backend;
 use r1_core::SeqId;
 use r1_model::{DeepSeek, ModelError};
 use r1_sched::{NewSequence, Outcome, Plan, State, begin, commit, plan};
-use tokio::sync::mpsc;
 
 use crate::config::{EngineConfig, StartError};
+use crate::events::{EventSender, Sent};
 use crate::handle::{Command, EngineError, Event, Inbox, Stats, Status};
 use crate::live::Live;
 use crate::runner::{Drawn, Lives, Runner};
@@ -49,7 +49,7 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
 
 /// A request that the scheduler holds.
 struct Active {
-    events: mpsc::UnboundedSender<Event>,
+    events: EventSender,
     live: Live,
     scheduled: bool,
     prompt_len: usize,
@@ -135,12 +135,12 @@ impl<B: Backend> Engine<B> {
         while let Some(command) = self.inbox.poll() {
             if let Command::Submit { events, .. } = command {
                 self.inbox.ended(1);
-                let _ = events.send(Event::Failed(EngineError::Stopped));
+                events.end(Event::Failed(EngineError::Stopped));
             }
         }
         self.inbox.ended(self.active.len());
-        for active in self.active.values() {
-            let _ = active.events.send(Event::Failed(EngineError::Stopped));
+        for (_, active) in std::mem::take(&mut self.active) {
+            active.events.end(Event::Failed(EngineError::Stopped));
         }
     }
 
@@ -164,7 +164,7 @@ impl<B: Backend> Engine<B> {
                     }
                     Err(error) => {
                         self.inbox.ended(1);
-                        let _ = events.send(Event::Failed(EngineError::Step(error.to_string())));
+                        events.end(Event::Failed(EngineError::Step(error.to_string())));
                     }
                 }
             }
@@ -187,7 +187,7 @@ impl<B: Backend> Engine<B> {
             let active = self.active.get_mut(&chunk.seq).expect("a planned sequence is active");
             if !active.scheduled {
                 active.scheduled = true;
-                let _ = active.events.send(Event::Scheduled { cached_tokens: 0 });
+                active.events.send(Event::Scheduled { cached_tokens: 0 });
             }
         }
         let ran = {
@@ -211,13 +211,15 @@ impl<B: Backend> Engine<B> {
             let seqs =
                 chosen.decode.iter().map(|row| row.seq).chain(chosen.prefill.iter().map(|chunk| chunk.seq));
             for seq in seqs {
-                if let Some(active) = self.active.get(&seq) {
-                    let _ = active.events.send(Event::Failed(EngineError::Step(why.clone())));
+                self.state.abort(seq);
+                if let Some(active) = self.active.remove(&seq) {
+                    self.inbox.ended(1);
+                    active.events.end(Event::Failed(EngineError::Step(why.clone())));
                 }
-                self.abort(seq);
             }
             commit(&mut self.state, id, &[]);
         }
+        self.inbox.step_ended();
         self.publish();
     }
 
@@ -236,7 +238,7 @@ impl<B: Backend> Engine<B> {
         let mut gone = Vec::new();
         for Drawn { seq, token, logprobs, finish } in drawn {
             let active = &self.active[&seq];
-            if active.events.send(Event::Token { token, logprobs }).is_err() {
+            if active.events.send(Event::Token { token, logprobs }) != Sent::Delivered {
                 gone.push(seq);
             }
             outcomes.push(Outcome { seq, tokens: vec![token], finish });
@@ -244,7 +246,7 @@ impl<B: Backend> Engine<B> {
         for finished in commit(&mut self.state, id, &outcomes) {
             if let Some(active) = self.active.remove(&finished.seq) {
                 self.inbox.ended(1);
-                let _ = active.events.send(Event::Finished(finished.reason));
+                active.events.end(Event::Finished(finished.reason));
             }
         }
         for seq in gone {

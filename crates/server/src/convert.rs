@@ -191,6 +191,7 @@ fn job(
                 params,
                 priority: common.priority,
                 constraint: None,
+                cache_salt: None,
             };
             choices.push(ChoiceJob { prompt: index, request, decoder, echo: prompt.echo.clone() });
         }

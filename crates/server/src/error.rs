@@ -158,6 +158,9 @@ impl From<EngineError> for ApiError {
             EngineError::Step(_) => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", Some("engine_error"), message)
             }
+            EngineError::SlowReader { .. } => {
+                Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", Some("slow_reader"), message)
+            }
             EngineError::Stopped => Self::unavailable("engine_stopped", message, Duration::from_secs(1)),
         }
     }

@@ -145,6 +145,7 @@ async fn a_refused_request_runs_none_of_its_choices() {
         params: r1_core::SamplingParams::default(),
         priority: 0,
         constraint: None,
+        cache_salt: None,
     });
     assert!(matches!(inbox.poll(), Some(Command::Submit { .. })));
     let router = router(ServerConfig::default(), model(), handle);

@@ -9,11 +9,11 @@ use axum::body::Body;
 use axum::http::{HeaderMap, Method, Request, StatusCode, header};
 use http_body_util::BodyExt;
 use r1_core::{FinishReason, SamplingParams, SeqId, TokenId};
+use r1_engine::EventSender;
 use r1_engine::{Command, EngineInfo, Event, Handle, Inbox, Status, TokenLogprobs};
 use r1_server::{ReasoningParser, SamplingDefaults, ServedModel, ServerConfig, router};
 use r1_text::{ChatTemplate, Tokenizer};
 use serde_json::Value;
-use tokio::sync::mpsc::UnboundedSender;
 use tower::ServiceExt;
 
 /// End of sequence in the bundled model's vocabulary.
@@ -97,7 +97,7 @@ pub(crate) struct Asked {
 struct Record {
     asked: Vec<Asked>,
     aborted: Vec<SeqId>,
-    held: HashMap<SeqId, UnboundedSender<Event>>,
+    held: HashMap<SeqId, EventSender>,
     /// Ended by `Engine::release` and not reported yet.
     released: usize,
 }
@@ -115,6 +115,7 @@ pub(crate) fn info() -> EngineInfo {
         vocab_size: tokenizer().vocab_size(),
         max_num_seqs: 64,
         max_queued: 64,
+        max_unread_tokens: 4096,
     }
 }
 
@@ -145,7 +146,7 @@ impl Engine {
         let mut record = self.record.lock().unwrap();
         record.released += record.held.len();
         for (_, events) in record.held.drain() {
-            let _ = events.send(Event::Finished(FinishReason::Length));
+            events.end(Event::Finished(FinishReason::Length));
         }
     }
 
@@ -177,7 +178,7 @@ fn answer(inbox: &Inbox, scripts: &[Script], record: &Mutex<Record>) {
                         }
                         (event, _) => event,
                     };
-                    let _ = events.send(event);
+                    events.send(event);
                 }
                 if script.hold {
                     record.held.insert(id, events);
