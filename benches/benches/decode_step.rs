@@ -4,6 +4,7 @@
 #![allow(missing_docs)] // criterion's macros make public functions
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
@@ -61,7 +62,7 @@ fn decode_step(c: &mut Criterion) {
 
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/cli/model");
     let config = ModelConfig::open(&folder).expect("config.json");
-    let checkpoint = Checkpoint::open(&folder).expect("the bundled model");
+    let checkpoint = Arc::new(Checkpoint::open(&folder).expect("the bundled model"));
     let mut bench = load(&config, &checkpoint, MlaForm::Auto);
     let bytes = bench.model().weight_bytes();
     for batch_size in [1, MAX_NUM_SEQS] {

@@ -2,11 +2,10 @@
 
 use std::sync::Arc;
 
-use r1_comm::Local;
 use r1_core::{DType, Rank};
 use r1_cpu::{Cpu, CpuOptions};
-use r1_engine::{EngineConfig, OneBatchBench};
-use r1_model::{DeepSeek, Fp8Compute, MlaForm, ModelOptions, WeightFormat};
+use r1_engine::{EngineConfig, LocalRanks, OneBatchBench};
+use r1_model::{Fp8Compute, MlaForm, ModelOptions, WeightFormat};
 use r1_weights::{Checkpoint, ModelConfig};
 
 /// Largest batch of a bench.
@@ -20,12 +19,13 @@ pub const INPUT_TOKENS: usize = 32;
 ///
 /// # Panics
 /// When it does not load.
-pub fn load(config: &ModelConfig, checkpoint: &Checkpoint, mla_form: MlaForm) -> OneBatchBench<Cpu> {
+pub fn load(config: &ModelConfig, checkpoint: &Arc<Checkpoint>, mla_form: MlaForm) -> OneBatchBench<Cpu> {
     let options = ModelOptions {
         activation_dtype: DType::F32,
         weights: WeightFormat::AsStored,
         fp8: Fp8Compute::WeightOnly,
         mla_form,
+        deterministic: false,
         max_batched_tokens: MAX_MODEL_LEN,
         max_logit_rows: MAX_NUM_SEQS,
         max_model_len: MAX_MODEL_LEN,
@@ -40,11 +40,17 @@ pub fn load(config: &ModelConfig, checkpoint: &Checkpoint, mla_form: MlaForm) ->
         max_num_batched_tokens: MAX_MODEL_LEN,
         max_model_len: MAX_MODEL_LEN,
         kv_memory_fraction: 0.5,
+        num_blocks: None,
+        prefix_cache: false,
+        depth: None,
         log_every_steps: u64::MAX,
     };
     let cpu = Cpu::new(CpuOptions::default()).expect("a CPU backend");
-    let comm = Arc::new(Local::single());
-    let model =
-        DeepSeek::load(Arc::new(cpu), comm, checkpoint, config, options, &mut |_| {}).expect("it loads");
-    OneBatchBench::new(model, &engine).expect("room for a cache")
+    let ranks = LocalRanks {
+        devices: vec![Arc::new(cpu)],
+        checkpoint: checkpoint.clone(),
+        config: config.clone(),
+        options,
+    };
+    OneBatchBench::new(Arc::new(ranks), &engine, &mut |_| {}).expect("it loads and has room for a cache")
 }

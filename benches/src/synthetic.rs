@@ -29,7 +29,7 @@ pub struct Synthetic {
     /// What it is.
     pub config: ModelConfig,
     /// Random weights.
-    pub checkpoint: Checkpoint,
+    pub checkpoint: Arc<Checkpoint>,
     /// Bytes that a decode step of one sequence reads: all but the embedding table and the experts not chosen.
     pub bytes_per_token: usize,
 }
@@ -86,7 +86,7 @@ impl Synthetic {
         let mut file = (header.len() as u64).to_le_bytes().to_vec();
         file.extend_from_slice(header.as_bytes());
         file.append(&mut data);
-        let checkpoint = Checkpoint::from_bytes("synthetic", Arc::new(file)).expect("a sound file");
+        let checkpoint = Arc::new(Checkpoint::from_bytes("synthetic", Arc::new(file)).expect("a sound file"));
         let bytes_per_token = always + experts * config.moe.num_experts_per_tok / config.moe.n_routed_experts;
         Self { config, checkpoint, bytes_per_token }
     }

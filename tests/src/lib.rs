@@ -8,4 +8,4 @@ mod tiny;
 
 pub use feed::{Feed, Load, teacher_force, teacher_force_stages};
 pub use golden::{Gap, Golden, goldens_dir};
-pub use tiny::{start_tiny, tiny_dir};
+pub use tiny::{Tiny, tiny_dir};

@@ -6,10 +6,10 @@ use std::thread;
 use std::time::Duration;
 
 use r1_backend::Backend;
-use r1_comm::Local;
 use r1_core::{DType, Rank};
-use r1_engine::{EngineConfig, EngineInfo, Handle, Status};
-use r1_model::{DeepSeek, Fp8Compute, MlaForm, ModelOptions, WeightFormat};
+use r1_cpu::{Cpu, CpuOptions};
+use r1_engine::{EngineConfig, EngineInfo, Handle, Inbox, LocalRanks, RankLoader, Status};
+use r1_model::{Fp8Compute, MlaForm, ModelOptions, WeightFormat};
 use r1_weights::{Checkpoint, ModelConfig};
 
 /// Where the bundled model lies.
@@ -17,50 +17,141 @@ pub fn tiny_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/cli/model")
 }
 
-/// An engine over the bundled weights, small enough that prompts are chunked and sequences wait for each other.
-///
-/// # Panics
-/// When it does not start.
-pub fn start_tiny<B: Backend>(backend: Arc<B>, max_num_seqs: usize) -> Handle {
-    let config = ModelConfig::open(&tiny_dir()).expect("config.json");
-    let max_model_len = 512;
-    let options = ModelOptions {
-        activation_dtype: DType::F32,
-        weights: WeightFormat::AsStored,
-        fp8: Fp8Compute::WeightOnly,
-        mla_form: MlaForm::Auto,
-        max_batched_tokens: 64,
-        max_logit_rows: max_num_seqs,
-        max_model_len,
-        max_expanded_tokens: 64,
-        layers: None,
-        rank: Rank(0),
-        world_size: 1,
-    };
-    let engine = EngineConfig {
-        block_size: 16,
-        max_num_seqs,
-        max_num_batched_tokens: 64,
-        max_model_len,
-        kv_memory_fraction: 0.5,
-        log_every_steps: 1000,
-    };
-    let (handle, inbox) = Handle::channel(EngineInfo {
-        max_model_len,
-        vocab_size: config.vocab_size,
-        max_num_seqs,
-        max_queued: 64,
-        max_unread_tokens: 4096,
-    });
-    r1_engine::spawn(inbox, engine, move |progress| {
-        let checkpoint = Checkpoint::open(&tiny_dir())?;
-        DeepSeek::load(backend, Arc::new(Local::single()), &checkpoint, &config, options, progress)
-    });
-    loop {
-        match handle.status() {
-            Status::Ready => return handle,
-            Status::Loading { .. } => thread::sleep(Duration::from_millis(5)),
-            status => panic!("{status:?}"),
+/// How an engine over the bundled model runs; by default small enough that prompts are chunked and sequences wait for each
+/// other.
+#[derive(Clone, Debug)]
+pub struct Tiny {
+    /// Devices, one per tensor-parallel rank.
+    pub ranks: usize,
+    /// Seats in the batch.
+    pub max_num_seqs: usize,
+    /// Tokens of a step.
+    pub max_num_batched_tokens: usize,
+    /// Longest context, tokens.
+    pub max_model_len: usize,
+    /// Blocks of 16 tokens; `None` has room for every seat.
+    pub num_blocks: Option<usize>,
+    /// Whether prompts share what they have in common.
+    pub prefix_cache: bool,
+    /// Whether tokens may depend on nothing but the request.
+    pub deterministic: bool,
+    /// Steps in flight.
+    pub depth: usize,
+    /// Places in the queue.
+    pub max_queued: usize,
+    /// Tokens that may wait to be read.
+    pub max_unread_tokens: usize,
+}
+
+impl Default for Tiny {
+    fn default() -> Self {
+        Self {
+            ranks: 1,
+            max_num_seqs: 8,
+            max_num_batched_tokens: 64,
+            max_model_len: 512,
+            num_blocks: None,
+            prefix_cache: true,
+            deterministic: false,
+            depth: 1,
+            max_queued: 64,
+            max_unread_tokens: 4096,
+        }
+    }
+}
+
+impl Tiny {
+    fn options(&self) -> ModelOptions {
+        ModelOptions {
+            activation_dtype: DType::F32,
+            weights: WeightFormat::AsStored,
+            fp8: Fp8Compute::WeightOnly,
+            mla_form: if self.deterministic { MlaForm::Absorbed } else { MlaForm::Auto },
+            deterministic: self.deterministic,
+            max_batched_tokens: self.max_num_batched_tokens,
+            max_logit_rows: self.max_num_seqs,
+            max_model_len: self.max_model_len,
+            max_expanded_tokens: self.max_num_batched_tokens,
+            layers: None,
+            rank: Rank(0),
+            world_size: 1,
+        }
+    }
+
+    /// Starts the engine on `ranks` CPU backends with a thread each (two for a single rank).
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn start(&self) -> Handle {
+        let threads = if self.ranks == 1 { 2 } else { 1 };
+        let cpu = || Cpu::new(CpuOptions { threads: Some(threads), isa: None }).expect("a CPU");
+        self.start_on((0..self.ranks).map(|_| Arc::new(cpu().sharing_memory(self.ranks))).collect())
+    }
+
+    /// Starts the engine on these devices.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn start_on<B: Backend>(&self, devices: Vec<Arc<B>>) -> Handle {
+        self.start_ranks(Arc::new(self.ranks_on(devices)))
+    }
+
+    /// The ranks that [`start_on`](Self::start_on) starts.
+    ///
+    /// # Panics
+    /// When the bundled model cannot be read.
+    pub fn ranks_on<B: Backend>(&self, devices: Vec<Arc<B>>) -> LocalRanks<B> {
+        LocalRanks {
+            devices,
+            checkpoint: Arc::new(Checkpoint::open(&tiny_dir()).expect("the bundled weights")),
+            config: ModelConfig::open(&tiny_dir()).expect("config.json"),
+            options: self.options(),
+        }
+    }
+
+    /// Both ends of an engine that runs like this.
+    ///
+    /// # Panics
+    /// When the bundled config.json cannot be read.
+    pub fn channel(&self) -> (Handle, Inbox) {
+        let config = ModelConfig::open(&tiny_dir()).expect("config.json");
+        Handle::channel(EngineInfo {
+            max_model_len: self.max_model_len,
+            vocab_size: config.vocab_size,
+            max_num_seqs: self.max_num_seqs,
+            max_queued: self.max_queued,
+            max_unread_tokens: self.max_unread_tokens,
+        })
+    }
+
+    /// The engine's side of it.
+    pub fn engine(&self) -> EngineConfig {
+        EngineConfig {
+            block_size: 16,
+            max_num_seqs: self.max_num_seqs,
+            max_num_batched_tokens: self.max_num_batched_tokens,
+            max_model_len: self.max_model_len,
+            kv_memory_fraction: 0.5,
+            num_blocks: self.num_blocks,
+            prefix_cache: self.prefix_cache,
+            depth: Some(self.depth),
+            log_every_steps: 1000,
+        }
+    }
+
+    /// Starts the engine on ranks of any making.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn start_ranks<B: Backend>(&self, ranks: Arc<dyn RankLoader<B>>) -> Handle {
+        let (handle, inbox) = self.channel();
+        r1_engine::spawn(inbox, self.engine(), ranks);
+        loop {
+            match handle.status() {
+                Status::Ready => return handle,
+                Status::Loading { .. } => thread::sleep(Duration::from_millis(5)),
+                status => panic!("{status:?}"),
+            }
         }
     }
 }

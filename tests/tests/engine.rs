@@ -1,19 +1,17 @@
 //! The engine over the bundled model: what a request asks of the sampler is what it gets, and nothing outlives a request.
 #![forbid(unsafe_code)]
 
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use r1_core::{FinishReason, SamplingParams, TokenConstraint, TokenId};
-use r1_cpu::{Cpu, CpuOptions};
 use r1_engine::{EngineError, Event, Handle, Request, SubmitError, TokenLogprobs};
-use r1_tests::start_tiny;
+use r1_tests::Tiny;
 
 const EOS: TokenId = TokenId(1);
 
 fn engine() -> Handle {
-    start_tiny(Arc::new(Cpu::new(CpuOptions { threads: Some(2), isa: None }).expect("a CPU")), 8)
+    Tiny::default().start()
 }
 
 /// "<BOS><User>hello<Assistant><think>\n"
@@ -196,4 +194,24 @@ fn the_queue_is_bounded_and_stopping_fails_what_runs() {
         assert!(matches!(reason, Err(EngineError::Stopped) | Ok(_)), "{reason:?}");
     }
     assert!(matches!(engine.submit(request(long)), Err(SubmitError::NotRunning(_))));
+}
+
+/// A newcomer waits for the chunk that runs and for the one that carries it, not for the rest of a long prompt.
+#[test]
+fn a_short_prompt_passes_a_long_prefill() {
+    let tiny = Tiny { max_model_len: 4096, max_num_batched_tokens: 256, ..Tiny::default() };
+    let engine = tiny.start();
+    let params = SamplingParams { temperature: 0.0, max_tokens: 2, ..SamplingParams::default() };
+    let long = Request { prompt: vec![TokenId(300); 4000], ..request(params.clone()) };
+    let mut long = engine.submit(long).expect("accepted");
+    assert!(matches!(long.next_blocking(), Some(Event::Scheduled { .. })));
+    let before = engine.stats().steps_total;
+    let mut short = engine.submit(request(params)).expect("accepted");
+    assert!(matches!(short.next_blocking(), Some(Event::Scheduled { .. })));
+    assert!(matches!(short.next_blocking(), Some(Event::Token { .. })));
+    let steps = engine.stats().steps_total - before;
+    // Statistics are published after a step's events, so they may lag by one.
+    assert!(steps <= 3, "the first token came after {steps} steps of a prefill of 16");
+    assert!(matches!(long.next_blocking(), Some(Event::Token { .. })));
+    assert!(engine.stats().steps_total - before >= 14, "the long prefill was still running");
 }

@@ -5,10 +5,9 @@ use std::fs;
 use std::sync::Arc;
 
 use r1_core::{FinishReason, SamplingParams, TokenId};
-use r1_cpu::{Cpu, CpuOptions};
 use r1_engine::{Event, Handle, Request};
 use r1_reference::Reference;
-use r1_tests::{goldens_dir, start_tiny, tiny_dir};
+use r1_tests::{Tiny, goldens_dir, tiny_dir};
 use r1_text::{ChatInput, ChatTemplate, Tokenizer};
 
 const MAX_NEW_TOKENS: u32 = 260;
@@ -79,13 +78,15 @@ fn answers_like_transformers(handle: &Handle) {
 
 #[test]
 fn cpu_answers_like_transformers() {
-    let backend = Cpu::new(CpuOptions { threads: Some(2), isa: None }).expect("a CPU");
-    answers_like_transformers(&start_tiny(Arc::new(backend), 16));
+    for ranks in [1, 2, 4] {
+        answers_like_transformers(&Tiny { ranks, max_num_seqs: 16, ..Tiny::default() }.start());
+    }
 }
 
 #[test]
 fn reference_answers_like_transformers() {
-    answers_like_transformers(&start_tiny(Arc::new(Reference::new()), 50));
+    let tiny = Tiny { max_num_seqs: 50, ..Tiny::default() };
+    answers_like_transformers(&tiny.start_on(vec![Arc::new(Reference::new())]));
 }
 
 #[test]

@@ -113,6 +113,30 @@ pub(crate) struct ModelArgs {
     #[arg(long, alias = "mem-fraction-static", value_name = "SHARE", default_value_t = 0.5, value_parser = share)]
     pub(crate) gpu_memory_utilization: f64,
 
+    /// Tokens that the KV cache holds [default: what is useful and fits].
+    #[arg(long, value_name = "TOKENS", value_parser = at_least_one)]
+    pub(crate) max_total_tokens: Option<usize>,
+
+    /// Compute every prompt anew, whatever it has in common with earlier ones.
+    #[arg(long, alias = "no-enable-prefix-caching", alias = "disable-radix-cache")]
+    pub(crate) no_prefix_cache: bool,
+
+    /// Tensor-parallel ranks. On a CPU they are threads of this process, which share its cores.
+    #[arg(
+        long,
+        alias = "tensor-parallel-size",
+        alias = "tp-size",
+        value_name = "N",
+        default_value_t = 1,
+        value_parser = at_least_one
+    )]
+    pub(crate) tp: usize,
+
+    /// A request's tokens do not depend on what else runs, bit for bit: not on the batch, on chunks of its prompt, on the
+    /// prefix cache, on preemption. Costs prefill speed.
+    #[arg(long)]
+    pub(crate) deterministic: bool,
+
     #[command(flatten)]
     pub(crate) peers: PeerArgs,
 }
@@ -129,6 +153,11 @@ impl ServeArgs {
 }
 
 impl ModelArgs {
+    /// Refuses what is asked for and not built; gives a note for each flag that has nothing to do.
+    pub(crate) fn check(&self) -> anyhow::Result<Vec<&'static str>> {
+        self.peers.check(self.tp)
+    }
+
     /// What was asked for, by either spelling.
     pub(crate) fn model(&self) -> Option<&str> {
         self.model.as_deref().or(self.model_positional.as_deref())

@@ -7,10 +7,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use indicatif::ProgressBar;
 use r1_backend::Backend;
-use r1_engine::{OneBatch, OneBatchBench, OneBatchTimes};
+use r1_engine::{LocalRanks, OneBatch, OneBatchBench, OneBatchTimes};
 
 use crate::args::OneBatchArgs;
-use crate::launch::{AnyDevice, Launch, OnDevice, load};
+use crate::launch::{AnyDevice, Launch, OnDevice};
 use crate::source::Source;
 
 /// Decode steps whose latency is printed one by one.
@@ -20,7 +20,7 @@ const WARMUP_OUTPUT_TOKENS: usize = 8;
 
 /// Runs a short batch to warm up, then the one that was asked for.
 pub(crate) fn one_batch(args: &OneBatchArgs) -> Result<()> {
-    for note in args.model.peers.check()? {
+    for note in args.model.check()? {
         eprintln!("note: {note}");
     }
     let source = Source::open(&args.model)?;
@@ -58,13 +58,14 @@ struct Run {
 impl OnDevice for Run {
     type Output = Result<()>;
 
-    fn run<B: Backend>(self, backend: Arc<B>) -> Result<()> {
+    fn run<B: Backend>(self, devices: Vec<Arc<B>>) -> Result<()> {
         let bar =
             if std::io::stderr().is_terminal() { ProgressBar::new(1000) } else { ProgressBar::hidden() };
         let mut progress = |share: f32| bar.set_position((share * 1000.0) as u64);
-        let model = load(backend, &self.source, self.launch.model, &mut progress)?;
+        let Source { checkpoint, config, .. } = self.source;
+        let ranks = LocalRanks { devices, checkpoint, config, options: self.launch.model };
+        let mut bench = OneBatchBench::new(Arc::new(ranks), &self.launch.engine, &mut progress)?;
         bar.finish_and_clear();
-        let mut bench = OneBatchBench::new(model, &self.launch.engine)?;
         writeln!(io::stdout(), "Warmup ...")?;
         let warmup = self.batch.output_tokens.min(WARMUP_OUTPUT_TOKENS);
         measure(&mut bench, OneBatch { output_tokens: warmup, ..self.batch })?;

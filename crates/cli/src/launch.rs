@@ -1,45 +1,56 @@
 //! From arguments to a loaded model on a device: the one place that names backends.
 
 use std::sync::Arc;
+use std::thread;
 
 use anyhow::{Result, bail};
 use r1_backend::Backend;
-use r1_comm::Local;
 use r1_core::{DType, Rank};
 use r1_cpu::{Cpu, CpuOptions};
 use r1_engine::EngineConfig;
-use r1_model::{DeepSeek, Fp8Compute, MlaForm, ModelError, ModelOptions, WeightFormat};
+use r1_model::{Fp8Compute, MlaForm, ModelOptions, WeightFormat};
 use r1_reference::Reference;
 
 use crate::args::{Device, Dtype, ModelArgs};
 use crate::source::Source;
 
-/// What runs a model; generic code goes through [`AnyDevice::with`].
+/// What runs a model, one device per rank; generic code goes through [`AnyDevice::with`].
 pub(crate) enum AnyDevice {
-    Cpu(Arc<Cpu>),
-    Reference(Arc<Reference>),
+    Cpu(Vec<Arc<Cpu>>),
+    Reference(Vec<Arc<Reference>>),
 }
 
 /// Code that runs on whichever device was chosen.
 pub(crate) trait OnDevice {
     /// What it gives.
     type Output;
-    /// Runs on one backend.
-    fn run<B: Backend>(self, backend: Arc<B>) -> Self::Output;
+    /// Runs on one kind of backend, with a device per rank.
+    fn run<B: Backend>(self, devices: Vec<Arc<B>>) -> Self::Output;
 }
 
 impl AnyDevice {
-    /// The device that `--device` names.
+    /// The device that `--device` names, once for each of `--tp` ranks.
     pub(crate) fn open(args: &ModelArgs) -> Result<Self> {
+        let ranks = args.tp;
         match args.device {
             Device::Auto | Device::Cpu => {
-                let threads = args.threads.map(usize::from);
-                Ok(Self::Cpu(Arc::new(Cpu::new(CpuOptions { threads, isa: None })?)))
+                let cores = thread::available_parallelism().map_or(1, usize::from);
+                let threads = args.threads.map_or(cores, usize::from);
+                if args.threads.is_some() && threads < ranks {
+                    bail!("--threads {threads} is less than one thread for each of --tp {ranks} ranks");
+                }
+                // Ranks wait for each other, so they get equal shares.
+                let threads = (ranks > 1 || args.threads.is_some()).then_some((threads / ranks).max(1));
+                let open =
+                    || Ok(Arc::new(Cpu::new(CpuOptions { threads, isa: None })?.sharing_memory(ranks)));
+                Ok(Self::Cpu((0..ranks).map(|_| open()).collect::<Result<_>>()?))
             }
             Device::Reference if args.threads.is_some() => {
                 bail!("--threads does not bind --device reference; leave it out or take --device cpu")
             }
-            Device::Reference => Ok(Self::Reference(Arc::new(Reference::new()))),
+            Device::Reference => {
+                Ok(Self::Reference((0..ranks).map(|_| Arc::new(Reference::new())).collect()))
+            }
             Device::Cuda => bail!("--device cuda is not in this build yet; --device cpu runs everywhere"),
             Device::Rocm => bail!("--device rocm is not in this build yet; --device cpu runs everywhere"),
             Device::Emu => bail!("--device emu is not in this build yet; --device cpu runs everywhere"),
@@ -48,20 +59,24 @@ impl AnyDevice {
 
     /// One line about the device.
     pub(crate) fn describe(&self) -> String {
-        match self {
-            Self::Cpu(backend) => backend.describe(),
-            Self::Reference(backend) => backend.describe(),
-        }
+        let (device, ranks) = match self {
+            Self::Cpu(devices) => (devices[0].describe(), devices.len()),
+            Self::Reference(devices) => (devices[0].describe(), devices.len()),
+        };
+        if ranks == 1 { device } else { format!("{ranks} tensor-parallel ranks, each on {device}") }
     }
 
     /// Runs generic code on the device.
     pub(crate) fn with<F: OnDevice>(self, code: F) -> F::Output {
         match self {
-            Self::Cpu(backend) => code.run(backend),
-            Self::Reference(backend) => code.run(backend),
+            Self::Cpu(devices) => code.run(devices),
+            Self::Reference(devices) => code.run(devices),
         }
     }
 }
+
+/// Tokens per block of the KV cache; what two prompts have in common is shared in whole blocks.
+const BLOCK_SIZE: usize = 64;
 
 /// The sizes and types a model runs with.
 pub(crate) struct Launch {
@@ -119,21 +134,25 @@ impl Launch {
                 activation_dtype,
                 weights,
                 fp8: Fp8Compute::WeightOnly,
-                mla_form: MlaForm::Auto,
+                mla_form: if args.deterministic { MlaForm::Absorbed } else { MlaForm::Auto },
+                deterministic: args.deterministic,
                 max_batched_tokens: max_num_batched_tokens,
                 max_logit_rows: max_num_seqs,
                 max_model_len,
                 max_expanded_tokens: max_num_batched_tokens,
                 layers: None,
                 rank: Rank(0),
-                world_size: 1,
+                world_size: args.tp,
             },
             engine: EngineConfig {
-                block_size: 64,
+                block_size: BLOCK_SIZE,
                 max_num_seqs,
                 max_num_batched_tokens,
                 max_model_len,
                 kv_memory_fraction: args.gpu_memory_utilization,
+                num_blocks: args.max_total_tokens.map(|tokens| tokens.div_ceil(BLOCK_SIZE)),
+                prefix_cache: !args.no_prefix_cache,
+                depth: None,
                 log_every_steps: 40,
             },
         })
@@ -150,15 +169,4 @@ impl Launch {
             (None, _) => format!("weights as stored, {activations} activations"),
         }
     }
-}
-
-/// Loads the model on one rank.
-pub(crate) fn load<B: Backend>(
-    backend: Arc<B>,
-    source: &Source,
-    options: ModelOptions,
-    progress: &mut dyn FnMut(f32),
-) -> Result<DeepSeek<B>, ModelError> {
-    let comm = Arc::new(Local::single());
-    DeepSeek::load(backend, comm, &source.checkpoint, &source.config, options, progress)
 }

@@ -9,9 +9,6 @@ use r1_core::Topology;
 #[derive(Debug, Args)]
 #[allow(clippy::struct_excessive_bools)] // each is a flag of somebody's command line
 pub(crate) struct PeerArgs {
-    /// Tensor-parallel ranks; only 1 is built.
-    #[arg(long, alias = "tensor-parallel-size", alias = "tp-size", value_name = "N", default_value_t = 1)]
-    tp: usize,
     /// Pipeline stages; only 1 is built.
     #[arg(
         long,
@@ -48,8 +45,6 @@ pub(crate) struct PeerArgs {
     #[arg(long, hide = true)]
     enable_auto_tool_choice: bool,
     #[arg(long, hide = true)]
-    deterministic: bool,
-    #[arg(long, hide = true)]
     seed: Option<u64>,
     #[arg(long, hide = true)]
     config: Option<std::path::PathBuf>,
@@ -67,21 +62,23 @@ pub(crate) struct PeerArgs {
     /// Accepted: there is nothing to compile.
     #[arg(long, hide = true)]
     enable_torch_compile: bool,
+    /// Accepted: it is on unless --no-prefix-cache turns it off.
+    #[arg(long, hide = true, conflicts_with = "no_prefix_cache")]
+    enable_prefix_caching: bool,
     #[arg(long, value_name = "N", hide = true)]
     torch_compile_max_bs: Option<usize>,
 }
 
 impl PeerArgs {
     /// Refuses what is asked for and not built; gives a note for each flag that has nothing to do.
-    pub(crate) fn check(&self) -> Result<Vec<&'static str>> {
-        let Self { tp, pp, dp, ep, .. } = *self;
+    pub(crate) fn check(&self, tp: usize) -> Result<Vec<&'static str>> {
+        let Self { pp, dp, ep, .. } = *self;
         let topology = Topology { tp, pp, dp, ep }.validate()?;
         if self.nnodes == 0 {
             bail!("--nnodes is 0; it must be at least 1");
         }
-        let one_worker = "this build runs one worker; leave the flag out or give 1";
+        let one_worker = "this build runs one stage of one replica on one node; leave the flag out or give 1";
         let refusals = [
-            (topology.tp > 1, "--tp", one_worker),
             (topology.pp > 1, "--pp", one_worker),
             (topology.dp > 1, "--dp", one_worker),
             (topology.ep > 1, "--ep", one_worker),
@@ -100,7 +97,6 @@ impl PeerArgs {
                 "--enable-auto-tool-choice",
                 "tool calls are not parsed yet; leave it out",
             ),
-            (self.deterministic, "--deterministic", "leave it out"),
             (self.seed.is_some(), "--seed", "give each request its own \"seed\""),
             (self.config.is_some(), "--config", "give the options as flags"),
             (
@@ -122,6 +118,7 @@ impl PeerArgs {
             ),
             (self.trust_remote_code, "--trust-remote-code: no code of a checkpoint is ever run"),
             (self.enable_torch_compile, "--enable-torch-compile: there is nothing to compile"),
+            (self.enable_prefix_caching, "--enable-prefix-caching: the prefix cache is on by default"),
             (self.torch_compile_max_bs.is_some(), "--torch-compile-max-bs: there is nothing to compile"),
         ];
         Ok(notes.into_iter().filter(|(given, _)| *given).map(|(_, note)| note).collect())
@@ -135,13 +132,13 @@ mod tests {
     use crate::args::Cli;
 
     fn check(flags: &str) -> anyhow::Result<Vec<&'static str>> {
-        Cli::try_parse_from(format!("r1-serve {flags}").split_whitespace()).unwrap().serve.model.peers.check()
+        Cli::try_parse_from(format!("r1-serve {flags}").split_whitespace()).unwrap().serve.model.check()
     }
 
     #[test]
     fn what_is_not_built_is_refused_by_name() {
         for flags in [
-            "--tp 8",
+            "--dp 8",
             "--pipeline-parallel-size=2",
             "--enable-dp-attention",
             "--nnodes 2",
@@ -162,5 +159,6 @@ mod tests {
             check("--trust-remote-code --enable-torch-compile --torch-compile-max-bs 8 --enforce-eager")
                 .unwrap();
         assert_eq!(notes.len(), 4);
+        assert_eq!(check("--enable-prefix-caching --tp 2").unwrap().len(), 1);
     }
 }

@@ -8,19 +8,19 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use r1_backend::Backend;
-use r1_engine::{EngineInfo, Handle, Inbox, Status};
+use r1_engine::{EngineInfo, Handle, Inbox, LocalRanks, Status};
 use r1_server::{ReasoningParser as ServerParser, SamplingDefaults, ServedModel, ServerConfig};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::args::{LogFormat, ReasoningParser, ServeArgs};
-use crate::launch::{AnyDevice, Launch, OnDevice, load};
+use crate::launch::{AnyDevice, Launch, OnDevice};
 use crate::source::Source;
 
 /// Loads and serves until a signal comes.
 pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     init_log(args.log_format);
-    for note in args.model.peers.check()? {
+    for note in args.model.check()? {
         tracing::info!("{note}");
     }
     if args.model.model().is_none() && args.served_model_name.len() > 1 {
@@ -94,9 +94,11 @@ struct Spawn {
 impl OnDevice for Spawn {
     type Output = std::thread::JoinHandle<()>;
 
-    fn run<B: Backend>(self, backend: Arc<B>) -> Self::Output {
+    fn run<B: Backend>(self, devices: Vec<Arc<B>>) -> Self::Output {
         let Self { inbox, launch, source } = self;
-        r1_engine::spawn(inbox, launch.engine, move |progress| load(backend, &source, launch.model, progress))
+        let Source { checkpoint, config, .. } = source;
+        let ranks = LocalRanks { devices, checkpoint, config, options: launch.model };
+        r1_engine::spawn(inbox, launch.engine, Arc::new(ranks))
     }
 }
 

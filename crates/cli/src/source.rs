@@ -23,7 +23,7 @@ pub(crate) struct Source {
     /// What the user called it.
     pub(crate) name: String,
     pub(crate) config: ModelConfig,
-    pub(crate) checkpoint: Checkpoint,
+    pub(crate) checkpoint: Arc<Checkpoint>,
     pub(crate) defaults: GenerationDefaults,
     folder: Option<PathBuf>,
 }
@@ -60,7 +60,7 @@ impl Source {
         let generation = include_bytes!("../model/generation_config.json");
         Ok(Self {
             name: TINY_NAME.into(),
-            checkpoint: Checkpoint::from_static(TINY_NAME, &TINY_WEIGHTS.0)?,
+            checkpoint: Arc::new(Checkpoint::from_static(TINY_NAME, &TINY_WEIGHTS.0)?),
             defaults: GenerationDefaults::from_json(generation, config.vocab_size)?,
             config,
             folder: None,
@@ -81,7 +81,7 @@ impl Source {
         let config = ModelConfig::open(&folder)?;
         Ok(Self {
             name: model.to_owned(),
-            checkpoint: Checkpoint::open(&folder)?,
+            checkpoint: Arc::new(Checkpoint::open(&folder)?),
             defaults: GenerationDefaults::open(&folder, config.vocab_size)?,
             config,
             folder: Some(folder),

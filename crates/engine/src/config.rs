@@ -1,8 +1,9 @@
 //! How an engine runs: what the model's options do not say.
 
 use r1_backend::{Backend, BackendError};
+use r1_core::Rank;
 use r1_model::{DeepSeek, ModelError};
-use r1_sched::{SchedConfig, SchedError};
+use r1_sched::{PrefixKey, SchedConfig, SchedError};
 
 /// Tokens of KV cache on a device that cannot say how much memory it has; one full context where that is more.
 const UNKNOWN_MEMORY_TOKENS: usize = 65_536;
@@ -21,6 +22,13 @@ pub struct EngineConfig {
     /// Share of the memory still free once the weights are loaded that the KV cache may take, 0 to 1. It never takes more
     /// than `max_num_seqs` full contexts.
     pub kv_memory_fraction: f64,
+    /// Blocks of the KV cache; `None` takes what is useful and fits.
+    pub num_blocks: Option<usize>,
+    /// Whether prompts that begin alike share the blocks of what they have in common.
+    pub prefix_cache: bool,
+    /// Steps in flight: 1 waits for each step, 2 runs one step ahead of the device. `None`: 2 where the device works behind
+    /// the host's back.
+    pub depth: Option<usize>,
     /// Steps between two lines in the log.
     pub log_every_steps: u64,
 }
@@ -37,6 +45,25 @@ pub enum StartError {
     /// A limit is out of range.
     #[error(transparent)]
     Sched(#[from] SchedError),
+    /// A rank panicked.
+    #[error("rank {rank} panicked while it loaded: {why}")]
+    Panic {
+        /// Which.
+        rank: Rank,
+        /// Its message.
+        why: String,
+    },
+    /// A rank's thread is gone.
+    #[error("the thread of a rank ended while the model was loaded")]
+    RankEnded,
+    /// The system gave no random key for the prefix cache.
+    #[error(
+        "no random numbers from the operating system for the prefix cache's key: {why}; --no-prefix-cache needs none"
+    )]
+    NoRandomness {
+        /// What it said.
+        why: String,
+    },
     /// One full context does not fit.
     #[error(
         "the KV cache has room for {have_tokens} tokens ({have_bytes} bytes of {free_bytes} free), but one context of \
@@ -56,6 +83,13 @@ pub enum StartError {
     },
 }
 
+/// A fresh secret, so that nobody outside can make two prompts collide.
+fn prefix_key() -> Result<PrefixKey, StartError> {
+    let mut key = [0; 16];
+    getrandom::fill(&mut key).map_err(|error| StartError::NoRandomness { why: error.to_string() })?;
+    Ok(PrefixKey(key))
+}
+
 impl EngineConfig {
     /// The scheduler's configuration for a model on its device, with as many KV blocks as are useful and fit.
     pub fn sched<B: Backend>(&self, model: &DeepSeek<B>) -> Result<SchedConfig, StartError> {
@@ -63,9 +97,12 @@ impl EngineConfig {
         let block_bytes = model.kv_bytes_per_token() * self.block_size;
         // Slots are counted in 32 bits.
         let useful = useful.min(u32::MAX as usize / self.block_size);
-        let num_blocks = match model.backend().free_bytes() {
-            None => useful.min(UNKNOWN_MEMORY_TOKENS.max(self.max_model_len).div_ceil(self.block_size)),
-            Some(free_bytes) => {
+        let num_blocks = match (self.num_blocks, model.backend().free_bytes()) {
+            (Some(num_blocks), _) => num_blocks,
+            (None, None) => {
+                useful.min(UNKNOWN_MEMORY_TOKENS.max(self.max_model_len).div_ceil(self.block_size))
+            }
+            (None, Some(free_bytes)) => {
                 let have_bytes = (free_bytes as f64 * self.kv_memory_fraction) as usize;
                 let fits = have_bytes / block_bytes;
                 let needed = self.max_model_len.div_ceil(self.block_size);
@@ -81,6 +118,7 @@ impl EngineConfig {
                 fits.min(useful)
             }
         };
+        let depth = self.depth.unwrap_or(if model.backend().capabilities().asynchronous { 2 } else { 1 });
         let config = SchedConfig {
             block_size: self.block_size,
             num_blocks,
@@ -89,8 +127,8 @@ impl EngineConfig {
             max_model_len: self.max_model_len,
             // The handle bounds the queue before a request gets here; preempted sequences come on top.
             max_queued: usize::MAX,
-            // Tokens are read back before the next step is planned.
-            depth: 1,
+            depth,
+            prefix_cache: self.prefix_cache.then(prefix_key).transpose()?,
             ..SchedConfig::default()
         };
         config.validate()?;

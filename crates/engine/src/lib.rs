@@ -7,8 +7,11 @@ mod events;
 mod handle;
 mod input;
 mod live;
+mod local;
 mod one_batch;
-mod runner;
+mod pipeline;
+mod rank;
+mod ranks;
 mod serve;
 
 pub use config::{EngineConfig, StartError};
@@ -17,5 +20,7 @@ pub use handle::{
     Command, EngineError, EngineInfo, Event, Generation, Handle, Inbox, Request, Stats, Status, SubmitError,
     TokenLogprobs,
 };
+pub use local::LocalRanks;
 pub use one_batch::{OneBatch, OneBatchBench, OneBatchError, OneBatchTimes};
+pub use ranks::RankLoader;
 pub use serve::spawn;

@@ -11,7 +11,7 @@ pub(crate) struct Live {
     constraint: Option<Box<dyn TokenConstraint>>,
     /// Occurrences in the output of every token in prompt or output; kept only where a penalty asks for it.
     seen: Option<BTreeMap<u32, u32>>,
-    num_drawn: u32,
+    prompt_len: usize,
 }
 
 impl Live {
@@ -24,7 +24,12 @@ impl Live {
             || params.presence_penalty != 0.0
             || params.frequency_penalty != 0.0;
         let seen = penalised.then(|| prompt.iter().map(|token| (token.0, 0)).collect());
-        Self { params, constraint, seen, num_drawn: 0 }
+        Self { params, constraint, seen, prompt_len: prompt.len() }
+    }
+
+    /// Whether its next token can be drawn before the host has seen the one before.
+    pub(crate) fn may_run_ahead(&self) -> bool {
+        self.seen.is_none() && self.constraint.is_none()
     }
 
     /// Most likely alternatives to report; `None` when the request wants no log-probabilities.
@@ -37,7 +42,7 @@ impl Live {
         let p = &self.params;
         let bias = batch.bias.len();
         batch.bias.extend(p.logit_bias.iter().map(|&(token, bias)| (token.0, bias)));
-        if self.num_drawn < p.min_tokens {
+        if position - self.prompt_len < p.min_tokens as usize {
             batch.bias.extend(p.stop_token_ids.iter().map(|token| (token.0, f32::NEG_INFINITY)));
         }
         let seen = batch.seen.len();
@@ -68,7 +73,6 @@ impl Live {
 
     /// Remembers a drawn token, and says whether it ends the sequence.
     pub(crate) fn accept(&mut self, token: TokenId) -> Option<FinishReason> {
-        self.num_drawn += 1;
         if let Some(seen) = &mut self.seen {
             *seen.entry(token.0).or_default() += 1;
         }
@@ -106,6 +110,7 @@ mod tests {
         };
         let mut live = Live::new(params, Some(Box::new(Only(40))), &[TokenId(5), TokenId(5)]);
         let mut batch = SamplingBatch::default();
+        assert!(!live.may_run_ahead());
         live.push_row(2, 64, &mut batch);
         assert_eq!(batch.bias, [(3, 2.0), (9, f32::NEG_INFINITY)]);
         assert_eq!(batch.seen, [SeenToken { token: 5, output_count: 0 }]);

@@ -1,16 +1,18 @@
 //! The latency of one batch: a prefill of random prompts, then decode steps, through the same steps that serve.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use r1_backend::Backend;
 use r1_core::{SamplingParams, SeqId, TokenId};
 use r1_model::DeepSeek;
-use r1_sched::{NewSequence, Outcome, begin, commit, plan};
+use r1_sched::{NewSequence, Outcome, State, commit};
 
 use crate::config::{EngineConfig, StartError};
 use crate::live::Live;
-use crate::runner::{Lives, Runner};
+use crate::pipeline::{Lives, Pipeline};
+use crate::ranks::{RankLoader, Ranks};
 
 /// Sizes of the batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,8 +44,8 @@ pub enum OneBatchError {
     #[error(transparent)]
     Sched(#[from] r1_sched::SchedError),
     /// A step failed.
-    #[error(transparent)]
-    Step(#[from] r1_model::StepError),
+    #[error("a step failed: {0}")]
+    Step(String),
     /// The batch does not run side by side in the memory that is free.
     #[error(
         "the batch takes {needed} KV blocks and the cache has {kv_blocks}; make the batch smaller or shorter"
@@ -64,21 +66,25 @@ impl Lives for BTreeMap<SeqId, Live> {
 
 /// A model ready to be measured.
 pub struct OneBatchBench<B: Backend> {
-    runner: Runner<B>,
-    state: r1_sched::State,
+    pipeline: Pipeline<B>,
     next_id: u64,
 }
 
 impl<B: Backend> OneBatchBench<B> {
-    /// Allocates what the steps need.
-    pub fn new(model: DeepSeek<B>, config: &EngineConfig) -> Result<Self, StartError> {
-        let (runner, state) = Runner::new(model, config)?;
-        Ok(Self { runner, state, next_id: 0 })
+    /// Loads the ranks and allocates what the steps need. The batch's prompts are different ones in every run, so a prefix
+    /// cache finds nothing.
+    pub fn new(
+        loader: Arc<dyn RankLoader<B>>,
+        config: &EngineConfig,
+        progress: &mut dyn FnMut(f32),
+    ) -> Result<Self, StartError> {
+        let (ranks, sched) = Ranks::start(loader, config, progress)?;
+        Ok(Self { pipeline: Pipeline::new(ranks, State::new(sched)?), next_id: 0 })
     }
 
-    /// The model.
+    /// The first rank's shard of the model.
     pub fn model(&self) -> &DeepSeek<B> {
-        self.runner.model()
+        self.pipeline.ranks().model()
     }
 
     /// Runs one batch, greedily and without stop tokens; `each` sees the time of every step.
@@ -88,7 +94,7 @@ impl<B: Backend> OneBatchBench<B> {
         mut each: impl FnMut(Duration),
     ) -> Result<OneBatchTimes, OneBatchError> {
         let (each_takes, kv_blocks) = {
-            let config = self.state.config();
+            let config = self.pipeline.state().config();
             (config.blocks_for(batch.input_tokens + batch.output_tokens), config.num_blocks)
         };
         let needed = batch.batch_size.saturating_mul(each_takes);
@@ -114,23 +120,43 @@ impl<B: Backend> OneBatchBench<B> {
                 ..SamplingParams::default()
             };
             lives.insert(id, Live::new(params, None, &prompt));
-            let max_new_tokens = batch.output_tokens as u32;
-            self.state.add(NewSequence { id, prompt, max_new_tokens, priority: 0 })?;
+            self.pipeline.state_mut().add(NewSequence {
+                id,
+                prompt,
+                max_new_tokens: batch.output_tokens as u32,
+                priority: 0,
+                cache_salt: None,
+                run_ahead: true,
+            })?;
         }
         let mut prefill = Duration::ZERO;
         let mut decode_steps = Vec::with_capacity(batch.output_tokens);
-        while !self.state.is_idle() {
-            let start = Instant::now();
-            let chosen = plan(&self.state, &self.state.limits());
-            let id = begin(&mut self.state, &chosen);
-            let drawn = self.runner.step(&self.state, &chosen, &mut lives)?;
-            let outcomes: Vec<Outcome> = drawn
-                .into_iter()
-                .map(|drawn| Outcome { seq: drawn.seq, tokens: vec![drawn.token], finish: None })
+        let limits = self.pipeline.state().limits();
+        let mut tokens = Vec::with_capacity(batch.batch_size);
+        let mut start = Instant::now();
+        while !self.pipeline.state().is_idle() {
+            let began = match self.pipeline.begin(&limits, &mut lives) {
+                Some(Err(failed)) => return Err(OneBatchError::Step(failed.why)),
+                began => began.is_some(),
+            };
+            if began && self.pipeline.has_room() {
+                continue;
+            }
+            let done = match self.pipeline.wait().expect("a batch that is not done has a step in flight") {
+                Ok(done) => done,
+                Err(failed) => return Err(OneBatchError::Step(failed.why)),
+            };
+            tokens.clear();
+            tokens.extend(done.sampled.iter().enumerate().map(|(row, &seq)| (seq, done.drawn.token(row))));
+            let is_decode = done.plan.prefill.is_empty();
+            let outcomes = tokens.iter().filter(|(seq, _)| done.state.sequence(*seq).is_some());
+            let outcomes: Vec<Outcome> = outcomes
+                .map(|(seq, token)| Outcome { seq: *seq, tokens: std::slice::from_ref(token), finish: None })
                 .collect();
-            commit(&mut self.state, id, &outcomes);
+            commit(done.state, done.id, outcomes);
             let took = start.elapsed();
-            if chosen.prefill.is_empty() {
+            start = Instant::now();
+            if is_decode {
                 decode_steps.push(took);
                 each(took);
             } else {

@@ -1,50 +1,46 @@
-//! The engine thread: takes requests from the inbox, runs steps, sends events.
+//! The engine thread: takes requests from the inbox, keeps the pipeline full, sends events.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use r1_backend::Backend;
-use r1_core::SeqId;
-use r1_model::{DeepSeek, ModelError};
-use r1_sched::{NewSequence, Outcome, Plan, State, begin, commit, plan};
+use r1_core::{FinishReason, SeqId, TokenId};
+use r1_sched::{NewSequence, Outcome, State, commit};
 
 use crate::config::{EngineConfig, StartError};
 use crate::events::{EventSender, Sent};
 use crate::handle::{Command, EngineError, Event, Inbox, Stats, Status};
 use crate::live::Live;
-use crate::runner::{Drawn, Lives, Runner};
+use crate::pipeline::{Failed, Lives, Pipeline};
+use crate::rank::panic_text;
+use crate::ranks::{RankLoader, Ranks};
 
-/// Starts the engine thread: it loads the model with `load`, which reports progress from 0 to 1, then serves `inbox`
-/// until it is told to stop. Failures are published as [`Status::Failed`].
+/// Starts the engine thread: it loads the model's ranks, then serves `inbox` until it is told to stop. Failures are published
+/// as [`Status::Failed`].
 ///
 /// # Panics
 /// When the operating system cannot start a thread.
-pub fn spawn<B, F>(inbox: Inbox, config: EngineConfig, load: F) -> JoinHandle<()>
-where
-    B: Backend,
-    F: FnOnce(&mut dyn FnMut(f32)) -> Result<DeepSeek<B>, ModelError> + Send + 'static,
-{
+pub fn spawn<B: Backend>(
+    inbox: Inbox,
+    config: EngineConfig,
+    loader: Arc<dyn RankLoader<B>>,
+) -> JoinHandle<()> {
     let run = move || {
         let mut progress = |progress| inbox.set_status(Status::Loading { progress, elapsed: Duration::ZERO });
-        let started = catch_unwind(AssertUnwindSafe(|| {
-            let model = load(&mut progress)?;
-            Runner::new(model, &config).map_err(|error: StartError| error)
+        let started = catch_unwind(AssertUnwindSafe(|| -> Result<_, StartError> {
+            let (ranks, sched) = Ranks::start(loader, &config, &mut progress)?;
+            Ok(Pipeline::new(ranks, State::new(sched)?))
         }));
         match started {
-            Ok(Ok((runner, state))) => Engine::new(inbox, config, runner, state).run(),
+            Ok(Ok(pipeline)) => Engine::new(inbox, config, pipeline).run(),
             Ok(Err(error)) => inbox.set_status(Status::Failed(error.to_string())),
             Err(panic) => inbox.set_status(Status::Failed(panic_text(&*panic))),
         }
     };
     thread::Builder::new().name("engine".into()).spawn(run).expect("a thread can be started")
-}
-
-fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-    text.or_else(|| panic.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "a panic without a message".into())
 }
 
 /// A request that the scheduler holds.
@@ -53,11 +49,13 @@ struct Active {
     live: Live,
     scheduled: bool,
     prompt_len: usize,
-    /// Prompt tokens that have been computed at least once.
+    /// Prompt tokens that were found in the prefix cache or have been computed at least once.
     prompt_done: usize,
 }
 
-impl Lives for BTreeMap<SeqId, Active> {
+type Actives = BTreeMap<SeqId, Active>;
+
+impl Lives for Actives {
     fn get(&mut self, seq: SeqId) -> &mut Live {
         &mut self.get_mut(&seq).expect("a sequence in a step is active").live
     }
@@ -70,41 +68,59 @@ struct Interval {
     tokens: u64,
 }
 
+impl Interval {
+    fn new() -> Self {
+        Self { since: Instant::now(), steps: 0, tokens: 0 }
+    }
+}
+
+/// A row's draw on its way from the device to the scheduler.
+struct Draw {
+    seq: SeqId,
+    token: TokenId,
+    finish: Option<FinishReason>,
+}
+
 struct Engine<B: Backend> {
     inbox: Inbox,
     config: EngineConfig,
-    runner: Runner<B>,
-    state: State,
-    active: BTreeMap<SeqId, Active>,
+    pipeline: Pipeline<B>,
+    active: Actives,
     stats: Stats,
     interval: Interval,
+    draws: Vec<Draw>,
+    /// Sequences whose reader is gone or too slow.
+    unread: Vec<SeqId>,
 }
 
 impl<B: Backend> Engine<B> {
-    fn new(inbox: Inbox, config: EngineConfig, runner: Runner<B>, state: State) -> Self {
-        let sched = state.config();
+    fn new(inbox: Inbox, config: EngineConfig, pipeline: Pipeline<B>) -> Self {
+        let sched = pipeline.state().config();
         let stats = Stats {
             kv_blocks_total: sched.num_blocks,
             kv_block_size_tokens: sched.block_size,
             ..Stats::default()
         };
-        tracing::info!(
-            weights_bytes = runner.model().weight_bytes(),
-            kv_cache_bytes = runner.model().kv_bytes_per_token() * sched.num_blocks * sched.block_size,
-            kv_cache_tokens = sched.num_blocks * sched.block_size,
-            "engine ready"
-        );
+        let max_num_seqs = sched.max_num_seqs;
         inbox.set_stats(stats.clone());
         inbox.set_status(Status::Ready);
-        let interval = Interval { since: Instant::now(), steps: 0, tokens: 0 };
-        Self { inbox, config, runner, state, active: BTreeMap::new(), stats, interval }
+        Self {
+            inbox,
+            config,
+            pipeline,
+            active: Actives::new(),
+            stats,
+            interval: Interval::new(),
+            draws: Vec::with_capacity(max_num_seqs),
+            unread: Vec::with_capacity(max_num_seqs),
+        }
     }
 
     fn run(mut self) {
         loop {
-            if self.state.is_idle() {
+            if self.pipeline.state().is_idle() {
                 self.publish();
-                self.interval = Interval { since: Instant::now(), steps: 0, tokens: 0 };
+                self.interval = Interval::new();
                 match self.inbox.wait() {
                     Some(Command::Stop) | None => break,
                     Some(command) => self.take(command),
@@ -120,15 +136,17 @@ impl<B: Backend> Engine<B> {
             if stop {
                 break;
             }
-            let chosen = plan(&self.state, &self.state.limits());
-            // An abort may have emptied the engine; otherwise something can always run, since no step is in flight here.
+            let began = self.begin();
+            if began && self.pipeline.has_room() {
+                // Another step ahead, with what has arrived meanwhile.
+                continue;
+            }
+            let finished = self.finish();
+            // An abort may have emptied the engine; otherwise something is in flight or can run.
             assert!(
-                !chosen.is_empty() || self.state.is_idle(),
+                began || finished || self.pipeline.state().is_idle(),
                 "the scheduler has sequences and runs none of them"
             );
-            if !chosen.is_empty() {
-                self.step(&chosen);
-            }
         }
         // From here on nothing is submitted; what came before is answered below.
         self.inbox.set_status(Status::Stopped);
@@ -138,9 +156,8 @@ impl<B: Backend> Engine<B> {
                 events.end(Event::Failed(EngineError::Stopped));
             }
         }
-        self.inbox.ended(self.active.len());
         for (_, active) in std::mem::take(&mut self.active) {
-            active.events.end(Event::Failed(EngineError::Stopped));
+            end(&self.inbox, active, Event::Failed(EngineError::Stopped));
         }
     }
 
@@ -149,18 +166,18 @@ impl<B: Backend> Engine<B> {
             Command::Submit { id, request, events } => {
                 let live = Live::new(request.params.clone(), request.constraint, &request.prompt);
                 let prompt_len = request.prompt.len();
-                let added = self.state.add(NewSequence {
+                let added = self.pipeline.state_mut().add(NewSequence {
                     id,
                     prompt: request.prompt,
                     max_new_tokens: request.params.max_tokens,
                     priority: request.priority,
+                    cache_salt: request.cache_salt.map(|salt| salt.into_bytes().into_boxed_slice()),
+                    run_ahead: live.may_run_ahead(),
                 });
                 match added {
                     Ok(()) => {
-                        self.active.insert(
-                            id,
-                            Active { events, live, scheduled: false, prompt_len, prompt_done: 0 },
-                        );
+                        let active = Active { events, live, scheduled: false, prompt_len, prompt_done: 0 };
+                        self.active.insert(id, active);
                     }
                     Err(error) => {
                         self.inbox.ended(1);
@@ -173,100 +190,127 @@ impl<B: Backend> Engine<B> {
         }
     }
 
-    /// Ends a sequence whose client left, or whose step failed.
+    /// Ends a sequence whose client left.
     fn abort(&mut self, id: SeqId) {
-        self.state.abort(id);
+        self.pipeline.state_mut().abort(id);
         if self.active.remove(&id).is_some() {
             self.inbox.ended(1);
         }
     }
 
-    fn step(&mut self, chosen: &Plan) {
-        let id = begin(&mut self.state, chosen);
-        for chunk in &chosen.prefill {
-            let active = self.active.get_mut(&chunk.seq).expect("a planned sequence is active");
-            if !active.scheduled {
-                active.scheduled = true;
-                active.events.send(Event::Scheduled { cached_tokens: 0 });
-            }
-        }
-        let ran = {
-            let Self { runner, state, active, .. } = self;
-            // The step's tensors hold nothing that a half-run step could leave invalid: the next step overwrites them, and
-            // the blocks of the failed sequences are freed.
-            catch_unwind(AssertUnwindSafe(|| runner.step(state, chosen, active)))
-        };
-        self.stats.steps_total += 1;
-        let failure = match ran {
-            Ok(Ok(drawn)) => {
-                self.commit(id, chosen, drawn);
-                None
-            }
-            Ok(Err(error)) => Some(error.to_string()),
-            Err(panic) => Some(panic_text(&*panic)),
-        };
-        if let Some(why) = failure {
-            tracing::error!(%why, "a step failed");
-            self.stats.failed_steps_total += 1;
-            let seqs =
-                chosen.decode.iter().map(|row| row.seq).chain(chosen.prefill.iter().map(|chunk| chunk.seq));
-            for seq in seqs {
-                self.state.abort(seq);
-                if let Some(active) = self.active.remove(&seq) {
-                    self.inbox.ended(1);
-                    active.events.end(Event::Failed(EngineError::Step(why.clone())));
+    /// Begins the next step, if one can run now.
+    fn begin(&mut self) -> bool {
+        let limits = self.pipeline.state().limits();
+        match self.pipeline.begin(&limits, &mut self.active) {
+            None => return false,
+            Some(Ok(plan)) => {
+                for chunk in &plan.prefill {
+                    let active = self.active.get_mut(&chunk.seq).expect("a planned sequence is active");
+                    if !active.scheduled {
+                        active.scheduled = true;
+                        // What does not have to be computed lies before the first chunk.
+                        active.prompt_done = chunk.start;
+                        self.stats.prompt_tokens_total += chunk.start as u64;
+                        active.events.send(Event::Scheduled { cached_tokens: chunk.start as u32 });
+                    }
                 }
             }
-            commit(&mut self.state, id, &[]);
+            Some(Err(failed)) => self.failed(failed),
+        }
+        true
+    }
+
+    /// Waits for the oldest step in flight, and hands on what it drew; `false`: there is none.
+    fn finish(&mut self) -> bool {
+        let done = match self.pipeline.wait() {
+            None => return false,
+            Some(Ok(done)) => done,
+            Some(Err(failed)) => {
+                self.failed(failed);
+                return true;
+            }
+        };
+        self.stats.steps_total += 1;
+        self.interval.steps += 1;
+        for chunk in &done.plan.prefill {
+            if let Some(active) = self.active.get_mut(&chunk.seq) {
+                let end = (chunk.start + chunk.len).min(active.prompt_len).max(active.prompt_done);
+                self.stats.prompt_tokens_total += (end - active.prompt_done) as u64;
+                active.prompt_done = end;
+            }
+        }
+        self.draws.clear();
+        for (row, &seq) in done.sampled.iter().enumerate() {
+            let Some(active) = self.active.get_mut(&seq) else { continue };
+            let token = done.drawn.token(row);
+            let logprobs = active.live.logprobs().map(|num_top| done.drawn.logprobs(row, num_top));
+            // A constraint is the caller's code; one that panics fails its own request.
+            let finish = match catch_unwind(AssertUnwindSafe(|| active.live.accept(token))) {
+                Ok(finish) => finish,
+                Err(panic) => {
+                    self.stats.failed_steps_total += 1;
+                    done.state.abort(seq);
+                    let active = self.active.remove(&seq).expect("it was found above");
+                    end(&self.inbox, active, failure(panic_text(&*panic)));
+                    continue;
+                }
+            };
+            if active.events.send(Event::Token { token, logprobs }) != Sent::Delivered {
+                self.unread.push(seq);
+            }
+            self.draws.push(Draw { seq, token, finish });
+        }
+        self.stats.generation_tokens_total += self.draws.len() as u64;
+        self.interval.tokens += self.draws.len() as u64;
+        let outcomes = self.draws.iter().map(|draw| Outcome {
+            seq: draw.seq,
+            tokens: std::slice::from_ref(&draw.token),
+            finish: draw.finish,
+        });
+        for finished in commit(done.state, done.id, outcomes) {
+            if let Some(active) = self.active.remove(&finished.seq) {
+                end(&self.inbox, active, Event::Finished(finished.reason));
+            }
+        }
+        while let Some(seq) = self.unread.pop() {
+            self.abort(seq);
+        }
+        self.inbox.step_ended();
+        self.publish();
+        true
+    }
+
+    /// Tells the requests of steps that failed.
+    fn failed(&mut self, failed: Failed) {
+        let Failed { why, ended } = failed;
+        tracing::error!(%why, requests = ended.len(), "a step failed");
+        self.stats.failed_steps_total += 1;
+        for finished in ended {
+            if let Some(active) = self.active.remove(&finished.seq) {
+                end(&self.inbox, active, failure(why.clone()));
+            }
         }
         self.inbox.step_ended();
         self.publish();
     }
 
-    fn commit(&mut self, id: r1_sched::StepId, chosen: &Plan, drawn: Vec<Drawn>) {
-        for chunk in &chosen.prefill {
-            if let Some(active) = self.active.get_mut(&chunk.seq) {
-                let done = (chunk.start + chunk.len).min(active.prompt_len).max(active.prompt_done);
-                self.stats.prompt_tokens_total += (done - active.prompt_done) as u64;
-                active.prompt_done = done;
-            }
-        }
-        self.stats.generation_tokens_total += drawn.len() as u64;
-        self.interval.tokens += drawn.len() as u64;
-        self.interval.steps += 1;
-        let mut outcomes = Vec::with_capacity(drawn.len());
-        let mut gone = Vec::new();
-        for Drawn { seq, token, logprobs, finish } in drawn {
-            let active = &self.active[&seq];
-            if active.events.send(Event::Token { token, logprobs }) != Sent::Delivered {
-                gone.push(seq);
-            }
-            outcomes.push(Outcome { seq, tokens: vec![token], finish });
-        }
-        for finished in commit(&mut self.state, id, &outcomes) {
-            if let Some(active) = self.active.remove(&finished.seq) {
-                self.inbox.ended(1);
-                active.events.end(Event::Finished(finished.reason));
-            }
-        }
-        for seq in gone {
-            self.abort(seq);
-        }
-    }
-
     /// Publishes statistics, and a line in the log every so many steps.
     fn publish(&mut self) {
-        let sched = self.state.stats();
+        let state = self.pipeline.state();
+        let sched = state.stats();
         self.stats.running = sched.running;
         self.stats.kv_blocks_used = sched.blocks_used;
+        self.stats.kv_blocks_cached = sched.blocks_cached;
         self.stats.preemptions_total = sched.preemptions;
-        let elapsed = self.interval.since.elapsed().as_secs_f64();
+        self.stats.prefix_cache_query_tokens_total = sched.prefix_queries_tokens;
+        self.stats.prefix_cache_hit_tokens_total = sched.prefix_hits_tokens;
         if sched.running == 0 {
             self.stats.gen_throughput_tokens_per_s = 0.0;
         }
         if self.interval.steps >= self.config.log_every_steps {
-            self.stats.gen_throughput_tokens_per_s = self.interval.tokens as f64 / elapsed;
-            let tokens: usize = self.state.running().map(r1_sched::Sequence::len_upper_bound).sum();
+            self.stats.gen_throughput_tokens_per_s =
+                self.interval.tokens as f64 / self.interval.since.elapsed().as_secs_f64();
+            let tokens: usize = state.running().map(r1_sched::Sequence::len_upper_bound).sum();
             tracing::info!(
                 "Decode batch. #running-req: {}, #token: {tokens}, token usage: {:.2}, gen throughput (token/s): {:.2}, \
                  #queue-req: {}",
@@ -275,8 +319,19 @@ impl<B: Backend> Engine<B> {
                 self.stats.gen_throughput_tokens_per_s,
                 sched.waiting,
             );
-            self.interval = Interval { since: Instant::now(), steps: 0, tokens: 0 };
+            self.interval = Interval::new();
         }
         self.inbox.set_stats(self.stats.clone());
     }
+}
+
+/// The last word on a request.
+fn end(inbox: &Inbox, active: Active, event: Event) {
+    // First, so that whoever reads the end finds the place free.
+    inbox.ended(1);
+    active.events.end(event);
+}
+
+fn failure(why: String) -> Event {
+    Event::Failed(EngineError::Step(why))
 }

@@ -1,0 +1,187 @@
+//! Steps on their way: begins what was planned, keeps up to `depth` of them in flight on the ranks, and hands back what the
+//! oldest one has drawn. Used by the server's loop and by the bench alike.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use r1_backend::Backend;
+use r1_core::SeqId;
+use r1_sched::{Finished, Limits, Plan, SchedConfig, State, StepId, begin, fail, plan_into};
+
+use crate::live::Live;
+use crate::rank::{Drawn, Failure, panic_text};
+use crate::ranks::Ranks;
+
+/// Where a step finds the sampling state of its sequences.
+pub(crate) trait Lives {
+    /// The state of a sequence in the step.
+    fn get(&mut self, seq: SeqId) -> &mut Live;
+}
+
+/// A step in flight, or room for one.
+#[derive(Default)]
+struct Step {
+    id: Option<StepId>,
+    plan: Plan,
+    /// Sequences of the rows of logits, in their order.
+    sampled: Vec<SeqId>,
+}
+
+/// The ranks, the scheduler's state, and the steps between them.
+pub(crate) struct Pipeline<B: Backend> {
+    ranks: Ranks<B>,
+    state: State,
+    /// One per slot of the ranks.
+    steps: Vec<Step>,
+    /// Slots of the steps in flight, oldest first.
+    in_flight: VecDeque<usize>,
+    next_slot: usize,
+    /// A step failed on the ranks: they begin nothing before they have joined anew, which waits for the steps in flight.
+    broken: bool,
+    drawn: Drawn,
+}
+
+/// Steps that failed.
+pub(crate) struct Failed {
+    pub(crate) why: String,
+    /// Sequences that were in them and lived.
+    pub(crate) ended: Vec<Finished>,
+}
+
+/// The oldest step, which was waited for.
+pub(crate) struct Done<'a> {
+    pub(crate) id: StepId,
+    pub(crate) plan: &'a Plan,
+    /// Sequences that drew a token, in the order of rows.
+    pub(crate) sampled: &'a [SeqId],
+    pub(crate) drawn: &'a Drawn,
+    pub(crate) state: &'a mut State,
+}
+
+impl<B: Backend> Pipeline<B> {
+    pub(crate) fn new(ranks: Ranks<B>, state: State) -> Self {
+        let SchedConfig { depth, max_num_seqs, .. } = *state.config();
+        let step = || Step { sampled: Vec::with_capacity(max_num_seqs), ..Step::default() };
+        Self {
+            ranks,
+            state,
+            steps: (0..depth).map(|_| step()).collect(),
+            in_flight: VecDeque::with_capacity(depth),
+            next_slot: 0,
+            broken: false,
+            drawn: Drawn::with_room(max_num_seqs),
+        }
+    }
+
+    pub(crate) fn ranks(&self) -> &Ranks<B> {
+        &self.ranks
+    }
+
+    /// Another step may be begun before the oldest is waited for.
+    pub(crate) fn has_room(&self) -> bool {
+        self.in_flight.len() < self.steps.len()
+    }
+
+    pub(crate) fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// The scheduler's state; a caller may add and abort.
+    pub(crate) fn state_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
+
+    /// Begins the next step, if one can run now; gives its plan. `lives` holds the sampling state of every sequence.
+    pub(crate) fn begin(&mut self, limits: &Limits, lives: &mut impl Lives) -> Option<Result<&Plan, Failed>> {
+        if self.in_flight.len() == self.steps.len() || self.broken {
+            return None;
+        }
+        let slot = self.next_slot;
+        let step = &mut self.steps[slot];
+        plan_into(&self.state, limits, &mut step.plan);
+        if step.plan.is_empty() {
+            return None;
+        }
+        step.id = Some(begin(&mut self.state, &step.plan));
+        self.in_flight.push_back(slot);
+        self.next_slot = (slot + 1) % self.steps.len();
+        // A constraint is the caller's code, and fills masks here.
+        let filled = catch_unwind(AssertUnwindSafe(|| self.enqueue(slot, lives)));
+        Some(match filled {
+            Ok(()) => Ok(&self.steps[slot].plan),
+            Err(panic) => Err(self.fail(slot, panic_text(&*panic))),
+        })
+    }
+
+    /// Hands the step in `slot` to the ranks.
+    fn enqueue(&mut self, slot: usize, lives: &mut impl Lives) {
+        let before = (slot + self.steps.len() - 1) % self.steps.len();
+        let before = &self.steps[before].sampled;
+        let drawn_by = |seq| {
+            let row = before.iter().position(|&drawn| drawn == seq);
+            row.expect("a token in flight is drawn by the step before") as u32
+        };
+        self.ranks.slot(slot).input_mut().fill(&self.state, &self.steps[slot].plan, drawn_by);
+        self.ranks.forward(slot);
+
+        let vocab_size = self.ranks.model().config().vocab_size;
+        let Step { plan, sampled, .. } = &mut self.steps[slot];
+        let mut sampling = self.ranks.slot(slot).sampling_mut();
+        sampling.batch.clear();
+        sampling.wants_logprobs = false;
+        sampled.clear();
+        let decodes = plan.decode.iter().map(|row| (row.seq, row.start + 1));
+        let prefills = plan.prefill.iter().filter(|chunk| chunk.samples);
+        for (seq, position) in decodes.chain(prefills.map(|chunk| (chunk.seq, chunk.start + chunk.len))) {
+            let live = lives.get(seq);
+            live.push_row(position, vocab_size, &mut sampling.batch);
+            sampling.wants_logprobs |= live.logprobs().is_some();
+            sampled.push(seq);
+        }
+        drop(sampling);
+        self.ranks.sample(slot);
+    }
+
+    /// Waits for the oldest step in flight. `None`: there is none.
+    pub(crate) fn wait(&mut self) -> Option<Result<Done<'_>, Failed>> {
+        let slot = *self.in_flight.front()?;
+        let waited = self.ranks.wait(slot).and_then(|()| {
+            self.ranks.read(slot, &mut self.drawn).map_err(|error| Failure::cause(error.to_string()))
+        });
+        Some(match waited {
+            Ok(()) => {
+                self.in_flight.pop_front();
+                self.mend();
+                let Step { id, plan, sampled } = &mut self.steps[slot];
+                let id = id.take().expect("a step in flight has an id");
+                Ok(Done { id, plan, sampled, drawn: &self.drawn, state: &mut self.state })
+            }
+            Err(failure) => {
+                self.broken = true;
+                Err(self.fail(slot, failure.why))
+            }
+        })
+    }
+
+    fn mend(&mut self) {
+        if self.broken && self.in_flight.is_empty() {
+            self.ranks.rejoin();
+            self.broken = false;
+        }
+    }
+
+    /// Gives up the step in `slot` and every later one: their blocks hold nothing.
+    fn fail(&mut self, slot: usize, why: String) -> Failed {
+        let id = self.steps[slot].id.expect("a step in flight has an id");
+        let from = self.in_flight.iter().position(|&s| s == slot).expect("it is in flight");
+        for later in self.in_flight.drain(from..) {
+            // Nothing may still run when its buffers are used again; why those behind fail is known already.
+            self.broken |= self.ranks.wait(later).is_err();
+            self.steps[later].id = None;
+            self.steps[later].sampled.clear();
+        }
+        self.mend();
+        self.next_slot = slot;
+        Failed { why, ended: fail(&mut self.state, id) }
+    }
+}

@@ -1,0 +1,268 @@
+//! One tensor-parallel rank: its shard of the model, its caches, its input tensors. Runs steps that others have chosen, and
+//! keeps a failure until it is asked for. Knows no sequence and no request.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use r1_backend::{
+    Backend, BackendError, CommError, Communicator, HostSliceMut, LatentCache, LogprobsOut, SamplingBatch,
+    Ticket,
+};
+use r1_core::TokenId;
+use r1_model::{DeepSeek, StageInput, StageOutput, StepError};
+use r1_sched::SchedConfig;
+
+use crate::TokenLogprobs;
+use crate::config::StartError;
+use crate::input::{Inputs, StepInput};
+
+/// How the rows of a step are drawn.
+#[derive(Default)]
+pub(crate) struct StepSampling {
+    pub(crate) batch: SamplingBatch,
+    /// Some row reports log-probabilities.
+    pub(crate) wants_logprobs: bool,
+}
+
+/// A step's place between the engine thread, which fills it, and the ranks, which read it. There are as many as steps may be
+/// in flight.
+pub(crate) struct Slot {
+    input: RwLock<StepInput>,
+    sampling: RwLock<StepSampling>,
+}
+
+impl Slot {
+    pub(crate) fn new(config: &SchedConfig) -> Self {
+        Self {
+            input: RwLock::new(StepInput::with_room(config)),
+            sampling: RwLock::new(StepSampling {
+                batch: SamplingBatch {
+                    rows: Vec::with_capacity(config.max_num_seqs),
+                    ..SamplingBatch::default()
+                },
+                wants_logprobs: false,
+            }),
+        }
+    }
+
+    // Whoever fills a slot clears it first, so one that a panic left half-filled is as good as new.
+
+    pub(crate) fn input(&self) -> RwLockReadGuard<'_, StepInput> {
+        self.input.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn input_mut(&self) -> RwLockWriteGuard<'_, StepInput> {
+        self.input.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn sampling(&self) -> RwLockReadGuard<'_, StepSampling> {
+        self.sampling.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn sampling_mut(&self) -> RwLockWriteGuard<'_, StepSampling> {
+        self.sampling.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+pub(crate) fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "a panic without a message".into())
+}
+
+/// Why a step failed on one rank.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Failure {
+    pub(crate) why: String,
+    /// Only another rank's failure made this one fail.
+    pub(crate) is_consequence: bool,
+}
+
+impl Failure {
+    pub(crate) fn cause(why: String) -> Self {
+        Self { why, is_consequence: false }
+    }
+}
+
+impl From<StepError> for Failure {
+    fn from(error: StepError) -> Self {
+        let is_consequence = matches!(error, StepError::Comm(CommError::PeerGone { .. }));
+        Self { why: error.to_string(), is_consequence }
+    }
+}
+
+/// What a rank holds of a step in flight.
+#[derive(Default)]
+struct InFlight {
+    ticket: Option<Ticket>,
+    failure: Option<Failure>,
+}
+
+/// A rank ready to run steps.
+pub(crate) struct Rank<B: Backend> {
+    model: DeepSeek<B>,
+    caches: Vec<LatentCache<B>>,
+    inputs: Inputs<B>,
+    slots: Arc<[Slot]>,
+    in_flight: Vec<InFlight>,
+    /// Why this rank left its group; until it joins another, its steps fail.
+    left: Option<Failure>,
+}
+
+impl<B: Backend> Rank<B> {
+    /// Allocates caches and inputs.
+    pub(crate) fn new(
+        model: DeepSeek<B>,
+        config: &SchedConfig,
+        slots: Arc<[Slot]>,
+    ) -> Result<Self, StartError> {
+        let caches = model.alloc_cache(config.num_blocks, config.block_size)?;
+        let inputs = Inputs::alloc(&**model.backend(), config, model.config().vocab_size)?;
+        let in_flight = slots.iter().map(|_| InFlight::default()).collect();
+        Ok(Self { model, caches, inputs, slots, in_flight, left: None })
+    }
+
+    pub(crate) fn model(&self) -> &DeepSeek<B> {
+        &self.model
+    }
+
+    /// Enqueues the forward pass of the step in `slot`.
+    pub(crate) fn forward(&mut self, slot: usize) {
+        self.guarded(slot, |rank| {
+            let input = rank.slots[slot].input();
+            let step = rank.inputs.upload(&**rank.model.backend(), &input, slot);
+            let output = StageOutput::Logits { rows: &step.logit_rows, logits: &step.logits };
+            rank.model.forward(&StageInput::Tokens(&step.ids), &step.batch, &rank.caches, &output);
+        });
+    }
+
+    /// Enqueues what draws the step's tokens, and closes it.
+    pub(crate) fn sample(&mut self, slot: usize) {
+        self.guarded(slot, |rank| {
+            let backend = &**rank.model.backend();
+            let num_logits = rank.slots[slot].input().num_logits();
+            let sampling = rank.slots[slot].sampling();
+            let (logits, draws) = (rank.inputs.logits(num_logits), rank.inputs.draws(slot, num_logits));
+            if num_logits > 0 {
+                backend.sample(&logits, &sampling.batch, &draws.tokens);
+            }
+            if sampling.wants_logprobs {
+                backend.logprobs(&logits, &draws.tokens, &draws.logprobs);
+            }
+            rank.in_flight[slot].ticket = Some(backend.flush());
+        });
+    }
+
+    /// Runs a part of a step; a panic is its failure, and frees the ranks that wait for this one.
+    fn guarded(&mut self, slot: usize, part: impl FnOnce(&mut Self)) {
+        if self.in_flight[slot].failure.is_some() {
+            return;
+        }
+        if let Some(why) = &self.left {
+            self.in_flight[slot].failure = Some(Failure { is_consequence: true, ..why.clone() });
+            return;
+        }
+        // What a half-run step leaves behind is overwritten by the next one: the tensors are filled anew, and the scheduler
+        // forgets the blocks.
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| part(self))) {
+            self.fail(slot, Failure::cause(panic_text(&*panic)));
+        }
+    }
+
+    fn fail(&mut self, slot: usize, failure: Failure) {
+        self.model.leave();
+        self.left = Some(failure.clone());
+        self.in_flight[slot].failure = Some(failure);
+    }
+
+    /// Waits for the step in `slot`; a step that was not sampled is closed first.
+    pub(crate) fn wait(&mut self, slot: usize) -> Result<(), Failure> {
+        let ticket = self.in_flight[slot].ticket.take().unwrap_or_else(|| self.model.backend().flush());
+        let waited = catch_unwind(AssertUnwindSafe(|| -> Result<(), StepError> {
+            ticket.wait()?;
+            if self.left.is_none() { self.model.check() } else { Ok(()) }
+        }));
+        let failure = match waited {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(Failure::from(error)),
+            Err(panic) => Some(Failure::cause(panic_text(&*panic))),
+        };
+        if let Some(failure) = failure
+            && self.in_flight[slot].failure.is_none()
+        {
+            self.fail(slot, failure);
+        }
+        self.in_flight[slot].failure.take().map_or(Ok(()), Err)
+    }
+
+    /// Goes on in a new group after a failure.
+    pub(crate) fn join(&mut self, comm: Arc<dyn Communicator<B>>) {
+        self.model.join(comm);
+        self.left = None;
+    }
+
+    /// Reads what the step in `slot`, which was waited for, has drawn.
+    pub(crate) fn read(&self, slot: usize, drawn: &mut Drawn) -> Result<(), BackendError> {
+        let backend = &**self.model.backend();
+        let num_logits = self.slots[slot].input().num_logits();
+        let draws = self.inputs.draws(slot, num_logits);
+        drawn.tokens.clear();
+        drawn.tokens.resize(num_logits, 0);
+        drawn.num_top = None;
+        if num_logits > 0 {
+            backend.read_back(&draws.tokens, HostSliceMut::U32(&mut drawn.tokens))?;
+        }
+        if self.slots[slot].sampling().wants_logprobs {
+            drawn.read_logprobs(backend, &draws.logprobs)?;
+        }
+        Ok(())
+    }
+}
+
+/// What a step has drawn, on the host.
+#[derive(Default)]
+pub(crate) struct Drawn {
+    /// One per row of logits.
+    tokens: Vec<u32>,
+    /// Likely tokens per row, where log-probabilities were read.
+    num_top: Option<usize>,
+    chosen: Vec<f32>,
+    top_ids: Vec<u32>,
+    top: Vec<f32>,
+}
+
+impl Drawn {
+    pub(crate) fn with_room(rows: usize) -> Self {
+        Self { tokens: Vec::with_capacity(rows), ..Self::default() }
+    }
+
+    pub(crate) fn token(&self, row: usize) -> TokenId {
+        TokenId(self.tokens[row])
+    }
+
+    fn read_logprobs<B: Backend>(&mut self, backend: &B, out: &LogprobsOut<B>) -> Result<(), BackendError> {
+        let (rows, num_top) = (out.chosen.dim(0), out.top.dim(1));
+        self.num_top = Some(num_top);
+        self.chosen.resize(rows, 0.0);
+        self.top_ids.resize(rows * num_top, 0);
+        self.top.resize(rows * num_top, 0.0);
+        backend.read_back(&out.chosen, HostSliceMut::F32(&mut self.chosen))?;
+        backend.read_back(&out.top_ids, HostSliceMut::U32(&mut self.top_ids))?;
+        backend.read_back(&out.top, HostSliceMut::F32(&mut self.top))
+    }
+
+    /// The row's log-probabilities, with the `num_top` most likely tokens.
+    ///
+    /// # Panics
+    /// When the step did not ask for any.
+    pub(crate) fn logprobs(&self, row: usize, num_top: usize) -> TokenLogprobs {
+        let width = self.num_top.expect("the step asked for log-probabilities");
+        let range = row * width..row * width + num_top.min(width);
+        let top = self.top_ids[range.clone()].iter().zip(&self.top[range]);
+        TokenLogprobs {
+            logprob: self.chosen[row],
+            top: top.map(|(&id, &logprob)| (TokenId(id), logprob)).collect(),
+        }
+    }
+}

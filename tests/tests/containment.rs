@@ -1,0 +1,207 @@
+//! What breaks inside a step stays there: its requests fail, the next one is served, whatever rank it broke on.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use r1_backend::{Backend, CommError, Communicator, Tensor};
+use r1_core::{Rank, SamplingParams, TokenId};
+use r1_cpu::{Cpu, CpuOptions};
+use r1_engine::{EngineError, Event, Generation, Handle, LocalRanks, RankLoader, Request, Status};
+use r1_model::{DeepSeek, ModelError};
+use r1_tests::Tiny;
+
+/// Collectives until one of them panics; 0 is never.
+type Fuse = Arc<AtomicUsize>;
+
+/// A rank whose next collective panics when its fuse has burnt down.
+struct Faulty<B: Backend> {
+    inner: Arc<dyn Communicator<B>>,
+    fuse: Fuse,
+}
+
+impl<B: Backend> Faulty<B> {
+    fn burn(&self) {
+        let burnt = self.fuse.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+        assert!(burnt != Ok(1), "injected");
+    }
+}
+
+impl<B: Backend> Communicator<B> for Faulty<B> {
+    fn rank(&self) -> usize {
+        self.inner.rank()
+    }
+
+    fn world_size(&self) -> usize {
+        self.inner.world_size()
+    }
+
+    fn all_reduce(&self, backend: &B, x: &Tensor<B>) {
+        self.burn();
+        self.inner.all_reduce(backend, x);
+    }
+
+    fn all_gather(&self, backend: &B, x: &Tensor<B>, out: &Tensor<B>) {
+        self.inner.all_gather(backend, x, out);
+    }
+
+    fn all_gather_last(&self, backend: &B, x: &Tensor<B>, out: &Tensor<B>) {
+        self.inner.all_gather_last(backend, x, out);
+    }
+
+    fn reduce_scatter(&self, backend: &B, x: &Tensor<B>, out: &Tensor<B>) {
+        self.inner.reduce_scatter(backend, x, out);
+    }
+
+    fn all_to_all(&self, backend: &B, x: &Tensor<B>, out: &Tensor<B>) {
+        self.inner.all_to_all(backend, x, out);
+    }
+
+    fn broadcast(&self, backend: &B, x: &Tensor<B>, root: usize) {
+        self.inner.broadcast(backend, x, root);
+    }
+
+    fn send(&self, backend: &B, x: &Tensor<B>, to: usize) {
+        self.inner.send(backend, x, to);
+    }
+
+    fn recv(&self, backend: &B, x: &Tensor<B>, from: usize) {
+        self.inner.recv(backend, x, from);
+    }
+
+    fn check(&self) -> Result<(), CommError> {
+        self.inner.check()
+    }
+}
+
+/// Ranks of which one has a fuse.
+struct FaultyRanks {
+    ranks: LocalRanks<Cpu>,
+    faulty: usize,
+    fuse: Fuse,
+}
+
+impl RankLoader<Cpu> for FaultyRanks {
+    fn connect(&self) -> Vec<Arc<dyn Communicator<Cpu>>> {
+        let wrap = |(rank, inner): (usize, Arc<dyn Communicator<Cpu>>)| -> Arc<dyn Communicator<Cpu>> {
+            if rank == self.faulty { Arc::new(Faulty { inner, fuse: self.fuse.clone() }) } else { inner }
+        };
+        self.ranks.connect().into_iter().enumerate().map(wrap).collect()
+    }
+
+    fn load(
+        &self,
+        rank: Rank,
+        comm: Arc<dyn Communicator<Cpu>>,
+        progress: &mut dyn FnMut(f32),
+    ) -> Result<DeepSeek<Cpu>, ModelError> {
+        self.ranks.load(rank, comm, progress)
+    }
+}
+
+fn cpu() -> Arc<Cpu> {
+    Arc::new(Cpu::new(CpuOptions { threads: Some(1), isa: None }).expect("a CPU"))
+}
+
+fn request(start: u32) -> Request {
+    let prompt = (0..100).map(|i| TokenId(60 + (start + i * 7) % 400)).collect();
+    let params = SamplingParams { temperature: 0.0, max_tokens: 24, ..SamplingParams::default() };
+    Request { prompt, params, priority: 0, constraint: None, cache_salt: None }
+}
+
+fn read(mut generation: Generation) -> (Vec<TokenId>, Result<(), EngineError>) {
+    let mut tokens = Vec::new();
+    loop {
+        match generation.next_blocking().expect("an end") {
+            Event::Scheduled { .. } => {}
+            Event::Token { token, .. } => tokens.push(token),
+            Event::Finished(_) => return (tokens, Ok(())),
+            Event::Failed(error) => return (tokens, Err(error)),
+        }
+    }
+}
+
+fn run(engine: &Handle, start: u32) -> Vec<TokenId> {
+    let (tokens, ended) = read(engine.submit(request(start)).expect("accepted"));
+    assert_eq!(ended, Ok(()));
+    tokens
+}
+
+#[test]
+fn a_panic_on_any_rank_fails_the_steps_in_flight_and_nothing_else() {
+    for (world, faulty) in [(1, 0), (2, 0), (2, 1)] {
+        for depth in [1, 2] {
+            let tiny = Tiny { depth, deterministic: true, ..Tiny::default() };
+            let fuse = Fuse::default();
+            let ranks = tiny.ranks_on((0..world).map(|_| cpu()).collect());
+            let engine = tiny.start_ranks(Arc::new(FaultyRanks { ranks, faulty, fuse: fuse.clone() }));
+            let case = format!("rank {faulty} of {world}, depth {depth}");
+            // The second prompt is not cached before it fails: half-written blocks must not be found afterwards.
+            let (first, second) = (run(&engine, 1), run(&Tiny { ranks: world, ..tiny.clone() }.start(), 2));
+            // In the middle of a prefill, right after it, and while decoding.
+            for collectives in [3, 20, 60] {
+                fuse.store(collectives, Ordering::Relaxed);
+                let running = [1, 2].map(|start| engine.submit(request(start)).expect("accepted"));
+                let ended = running.map(read);
+                assert!(
+                    ended.iter().any(|(_, ended)| *ended == Err(EngineError::Step("injected".into()))),
+                    "{case}, after {collectives}: {ended:?}"
+                );
+                fuse.store(0, Ordering::Relaxed);
+                assert_eq!(run(&engine, 2), second, "{case}, after {collectives}");
+                assert_eq!(run(&engine, 1), first, "{case}, after {collectives}");
+            }
+            assert_eq!(engine.stats().failed_steps_total, 3, "{case}");
+            let since = Instant::now();
+            while engine.stats().kv_blocks_used > 0 {
+                assert!(since.elapsed() < Duration::from_secs(5), "{case}: {:?}", engine.stats());
+                thread::sleep(Duration::from_millis(2));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_cannot_load_is_the_reason_that_is_given() {
+    struct Broken(LocalRanks<Cpu>);
+
+    impl RankLoader<Cpu> for Broken {
+        fn connect(&self) -> Vec<Arc<dyn Communicator<Cpu>>> {
+            self.0.connect()
+        }
+
+        fn load(
+            &self,
+            rank: Rank,
+            comm: Arc<dyn Communicator<Cpu>>,
+            progress: &mut dyn FnMut(f32),
+        ) -> Result<DeepSeek<Cpu>, ModelError> {
+            assert!(rank.0 == 0, "injected");
+            self.0.load(rank, comm, progress)
+        }
+    }
+
+    let tiny = Tiny::default();
+    let (handle, inbox) = Tiny::channel(&tiny);
+    let broken = Broken(tiny.ranks_on(vec![cpu(), cpu()]));
+    r1_engine::spawn(inbox, tiny.engine(), Arc::new(broken)).join().expect("no panic leaves the thread");
+    let Status::Failed(why) = handle.status() else { panic!("{:?}", handle.status()) };
+    assert_eq!(why, "rank 1 panicked while it loaded: injected");
+}
+
+#[test]
+fn a_reader_that_does_not_read_loses_its_generation_only() {
+    let engine = Tiny { max_unread_tokens: 8, ..Tiny::default() }.start();
+    let slow = engine.submit(request(1)).expect("accepted");
+    let (_, quick) = read(engine.submit(request(2)).expect("accepted"));
+    assert_eq!(quick, Ok(()));
+    let (tokens, ended) = read(slow);
+    assert_eq!((tokens.len(), ended), (7, Err(EngineError::SlowReader { max_unread: 8 })));
+    let since = Instant::now();
+    while engine.stats().running > 0 {
+        assert!(since.elapsed() < Duration::from_secs(5), "{:?}", engine.stats());
+        thread::sleep(Duration::from_millis(2));
+    }
+}
