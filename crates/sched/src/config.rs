@@ -1,6 +1,6 @@
 //! What the scheduler may use in all, and per step.
 
-use crate::SchedError;
+use crate::{PrefixKey, SchedError};
 
 /// What the scheduler may use. Fixed for the life of a [`State`](crate::State).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,10 +24,13 @@ pub struct SchedConfig {
     pub headroom_tokens: usize,
     /// Steps in flight: 1 waits for each step, 2 runs one step ahead of the device.
     pub depth: usize,
+    /// Turns the prefix cache on: blocks that hold the same tokens after the same beginning are computed once. `None`:
+    /// off.
+    pub prefix_cache: Option<PrefixKey>,
 }
 
 impl Default for SchedConfig {
-    /// Blocks of 64 tokens and one step of run-ahead. `num_blocks` has no sensible default and is 1: size it from the
+    /// Blocks of 64 tokens, one step of run-ahead and no prefix cache, which needs a key. `num_blocks` has no sensible default and is 1: size it from the
     /// memory that is there.
     ///
     /// `headroom_tokens`: 2000 sequences of 50 to 1050 prompt and 20 to 1520 new tokens, all waiting from the start for
@@ -44,6 +47,7 @@ impl Default for SchedConfig {
             max_queued: 1024,
             headroom_tokens: 32,
             depth: 2,
+            prefix_cache: None,
         }
     }
 }

@@ -2,7 +2,12 @@
 
 use r1_core::{FinishReason, SeqId, TokenId};
 
-use crate::{Finished, Limits, NewSequence, Outcome, Plan, SchedConfig, State, StepId, begin, commit, plan};
+use crate::{
+    Finished, Limits, NewSequence, Outcome, Plan, PrefixKey, SchedConfig, State, StepId, begin, commit, plan,
+};
+
+/// Any key: nobody attacks a test.
+pub(crate) const KEY: PrefixKey = PrefixKey::new([1, 2]);
 
 /// Blocks of 4 tokens, 4 sequences, 16 tokens a step, no headroom, one step at a time.
 pub(crate) fn config(num_blocks: usize) -> SchedConfig {
@@ -15,6 +20,7 @@ pub(crate) fn config(num_blocks: usize) -> SchedConfig {
         max_queued: 8,
         headroom_tokens: 0,
         depth: 1,
+        prefix_cache: None,
     }
 }
 
@@ -25,7 +31,14 @@ pub(crate) fn state(config: SchedConfig) -> State {
 
 /// A sequence of priority 0 with a prompt of `len` tokens.
 pub(crate) fn sequence(id: u64, len: usize, max_new_tokens: u32) -> NewSequence {
-    NewSequence { id: SeqId(id), prompt: vec![TokenId(1000 + id as u32); len], max_new_tokens, priority: 0 }
+    NewSequence {
+        id: SeqId(id),
+        prompt: vec![TokenId(1000 + id as u32); len],
+        max_new_tokens,
+        priority: 0,
+        cache_salt: None,
+        run_ahead: true,
+    }
 }
 
 /// Plans with the configuration's limits and begins.
@@ -45,9 +58,9 @@ pub(crate) fn start_with(state: &mut State, limits: &Limits) -> (StepId, Plan) {
 /// Commits with one token, the same for all, for each row that samples.
 pub(crate) fn finish(state: &mut State, (step, chosen): &(StepId, Plan), token: u32) -> Vec<Finished> {
     let prefill = chosen.prefill.iter().filter(|chunk| chunk.samples).map(|chunk| chunk.seq);
-    let outcomes: Vec<_> =
-        chosen.decode.iter().map(|row| row.seq).chain(prefill).map(|seq| drawn(seq, &[token])).collect();
-    let finished = commit(state, *step, &outcomes);
+    let token = [TokenId(token)];
+    let outcomes = chosen.decode.iter().map(|row| row.seq).chain(prefill).map(|seq| drawn(seq, &token));
+    let finished = commit(state, *step, outcomes);
     state.audit();
     finished
 }
@@ -60,13 +73,13 @@ pub(crate) fn step(state: &mut State, token: u32) -> (Plan, Vec<Finished>) {
 }
 
 /// An outcome that does not finish.
-pub(crate) fn drawn(seq: SeqId, tokens: &[u32]) -> Outcome {
-    Outcome { seq, tokens: tokens.iter().copied().map(TokenId).collect(), finish: None }
+pub(crate) fn drawn(seq: SeqId, tokens: &[TokenId]) -> Outcome<'_> {
+    Outcome { seq, tokens, finish: None }
 }
 
-/// An outcome that ends with a stop token.
-pub(crate) fn stopped(seq: SeqId, token: u32) -> Outcome {
-    Outcome { finish: Some(FinishReason::Stop(TokenId(token))), ..drawn(seq, &[token]) }
+/// An outcome that ends with its one token, a stop token.
+pub(crate) fn stopped(seq: SeqId, token: &[TokenId; 1]) -> Outcome<'_> {
+    Outcome { finish: Some(FinishReason::Stop(token[0])), ..drawn(seq, token) }
 }
 
 /// Ids of decode rows, `(id, start, len, samples)` of chunks, ids of the preempted.

@@ -14,13 +14,21 @@
 //! let config = SchedConfig { num_blocks: 8, max_model_len: 64, ..SchedConfig::default() };
 //! let mut state = State::new(config)?;
 //! let prompt = vec![TokenId(7); 20];
-//! state.add(NewSequence { id: SeqId(1), prompt, max_new_tokens: 1, priority: 0 })?;
+//! let new = NewSequence {
+//!     id: SeqId(1),
+//!     prompt,
+//!     max_new_tokens: 1,
+//!     priority: 0,
+//!     cache_salt: None,
+//!     run_ahead: true,
+//! };
+//! state.add(new)?;
 //!
 //! let chosen = plan(&state, &state.limits());
 //! assert_eq!(chosen.prefill[0].len, 20);
 //! let step = begin(&mut state, &chosen);
-//! let drawn = Outcome { seq: SeqId(1), tokens: vec![TokenId(3)], finish: None };
-//! let finished = commit(&mut state, step, &[drawn]);
+//! let drawn = Outcome { seq: SeqId(1), tokens: &[TokenId(3)], finish: None };
+//! let finished = commit(&mut state, step, [drawn]);
 //! assert_eq!(finished[0].reason, FinishReason::Length);
 //! assert!(state.is_idle());
 //! # Ok::<(), r1_sched::SchedError>(())
@@ -47,6 +55,7 @@ mod error;
 #[cfg(test)]
 mod fixture;
 mod plan;
+mod prefix;
 mod sequence;
 pub mod simulate;
 mod state;
@@ -55,7 +64,8 @@ mod step;
 pub use blocks::BlockPool;
 pub use config::{Limits, SchedConfig};
 pub use error::SchedError;
-pub use plan::{Decode, Plan, PrefillChunk, plan};
+pub use plan::{Decode, Plan, PrefillChunk, plan, plan_into};
+pub use prefix::PrefixKey;
 pub use sequence::{Finished, NewSequence, Outcome, Phase, Sequence};
 pub use state::{State, Stats};
-pub use step::{StepId, begin, commit};
+pub use step::{StepId, begin, commit, fail};

@@ -1,8 +1,14 @@
 //! Chooses the next step. Pure: reads the state, changes nothing; [`begin`](crate::begin) carries the plan out.
 
-use r1_core::SeqId;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Values;
+use std::iter::{Enumerate, Peekable};
 
-use crate::{Limits, Sequence, State};
+use r1_core::{BlockId, SeqId};
+
+use crate::prefix::BlockHash;
+use crate::sequence::Turn;
+use crate::{BlockPool, Limits, Phase, Sequence, State};
 
 /// One step: which rows, and who loses their blocks for it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -63,52 +69,101 @@ impl Plan {
 /// Chooses the next step: decode first, which bounds inter-token latency; then drafts; then prefill chunks. Empty when
 /// `depth` steps are in flight.
 pub fn plan(state: &State, limits: &Limits) -> Plan {
+    let mut plan = Plan::default();
+    plan_into(state, limits, &mut plan);
+    plan
+}
+
+/// The same as [`plan`], into a plan whose vectors are used again. While only decode rows are planned, and each has its
+/// block, it allocates nothing.
+pub fn plan_into(state: &State, limits: &Limits, plan: &mut Plan) {
+    plan.decode.clear();
+    plan.prefill.clear();
+    plan.preempt.clear();
     if state.steps_in_flight() >= state.config.depth {
-        return Plan::default();
+        return;
     }
-    let mut room = Room::new(state, limits);
+    let mut room = Room::new(state, limits, plan);
     room.decode();
     room.drafts(limits.num_drafts);
     room.prefill();
-    assert!(room.plan.preempt.is_empty() || !room.plan.decode.is_empty());
-    room.plan
+    assert!(plan.preempt.is_empty() || !plan.is_empty(), "nobody is preempted for nothing");
 }
 
 /// What is left of the step's budget and of the cache while a plan is being made.
-struct Room<'a> {
+struct Room<'a, 'p> {
     state: &'a State,
-    /// In order of service. Those that lose their blocks, now or in the next plan, are cut off its end.
-    running: Vec<&'a Sequence>,
+    plan: &'p mut Plan,
+    /// Running sequences that keep their blocks and may be planned, from the front. Those that lose their blocks, now or
+    /// in the next plan, are cut off the end.
+    num_running: usize,
     /// Sequences that hold blocks once the plan is begun, draining ones included.
     num_holding: usize,
     num_tokens: usize,
     num_seqs: usize,
-    free: usize,
-    /// Blocks that come free without further preemption when the steps in flight are committed.
-    soon_free: usize,
-    /// A running sequence lacks a block: nobody is admitted.
-    short: bool,
-    /// Tokens by which running and admitted sequences should be able to grow.
-    headroom: usize,
-    plan: Plan,
+    blocks: Available,
+    /// Blocks that come free without further preemption when the steps in flight are committed; `None` before somebody
+    /// asks.
+    soon_free: Option<usize>,
+    /// Only sequences of a strictly better priority are admitted: that of the first sequence that lacks a block or loses
+    /// its own.
+    closed_from: Option<i32>,
+    /// Tokens by which sequences admitted by this plan should be able to grow.
+    admitted_growth: usize,
 }
 
-impl<'a> Room<'a> {
-    fn new(state: &'a State, limits: &Limits) -> Self {
-        let running: Vec<_> = state.running().collect();
-        let held: usize = running.iter().map(|seq| seq.blocks.len()).sum();
-        let free = state.pool.num_free();
+/// Blocks that can be had, and what the plan changes about who holds which.
+#[derive(Clone)]
+struct Available {
+    /// Free or evictable.
+    num: usize,
+    /// Tables that will hold a block, less those that do. Only where a plan preempts or shares.
+    change: BTreeMap<BlockId, i32>,
+}
+
+impl Available {
+    fn refs(&self, pool: &BlockPool, block: BlockId) -> i64 {
+        i64::from(pool.refs(block)) + i64::from(self.change.get(&block).copied().unwrap_or(0))
+    }
+
+    /// One more table holds `block`.
+    fn share(&mut self, pool: &BlockPool, block: BlockId) {
+        self.num -= usize::from(self.refs(pool, block) == 0);
+        *self.change.entry(block).or_default() += 1;
+    }
+
+    /// Nobody but others of the table's length less one holds its blocks any more. Returns how many come free.
+    fn release(&mut self, pool: &BlockPool, table: &[BlockId]) -> usize {
+        let before = self.num;
+        for &block in table {
+            *self.change.entry(block).or_default() -= 1;
+            self.num += usize::from(self.refs(pool, block) == 0);
+        }
+        self.num - before
+    }
+}
+
+/// Where the prefill of a waiting sequence would begin.
+struct Found {
+    /// Blocks in the index.
+    indexed: usize,
+    /// These, and those that chunks of the plan before it fill.
+    shared: usize,
+}
+
+impl<'a, 'p> Room<'a, 'p> {
+    fn new(state: &'a State, limits: &Limits, plan: &'p mut Plan) -> Self {
         Self {
             state,
-            num_holding: running.len() + state.num_draining(),
-            running,
+            plan,
+            num_running: state.running.len(),
+            num_holding: state.running.len() + state.num_draining(),
             num_tokens: limits.max_num_batched_tokens.min(state.config.max_num_batched_tokens),
             num_seqs: limits.max_num_seqs.min(state.config.max_num_seqs),
-            free,
-            soon_free: state.pool.total() - free - held,
-            short: false,
-            headroom: 0,
-            plan: Plan::default(),
+            blocks: Available { num: state.pool.num_available(), change: BTreeMap::new() },
+            soon_free: None,
+            closed_from: None,
+            admitted_growth: 0,
         }
     }
 
@@ -116,13 +171,18 @@ impl<'a> Room<'a> {
         self.num_tokens == 0 || self.num_seqs == 0
     }
 
+    /// Running sequences that may be planned.
+    fn running(&self) -> impl Iterator<Item = &'a Sequence> + use<'a> {
+        self.state.running().take(self.num_running)
+    }
+
     /// One token for every running sequence that may decode and can have the block for it.
     fn decode(&mut self) {
-        let mut next = 0;
-        while next < self.running.len() && !self.is_full() {
-            let seq = self.running[next];
-            next += 1;
-            if seq.may_decode() && self.take_block_for(seq, next) {
+        let mut running = self.state.running.values();
+        while !self.is_full() {
+            let Some(id) = running.next() else { return };
+            let seq = &self.state.sequences[id];
+            if seq.may_decode() && self.take_block_for(seq, &mut running) {
                 self.num_tokens -= 1;
                 self.num_seqs -= 1;
                 self.plan.decode.push(Decode { seq: seq.id, start: seq.placed, num_drafts: 0 });
@@ -130,48 +190,78 @@ impl<'a> Room<'a> {
         }
     }
 
-    /// Takes the block that the next position of `seq` needs, if it needs one; from `behind` on, running sequences may
-    /// lose theirs for it. `false`: not in this step.
-    fn take_block_for(&mut self, seq: &Sequence, behind: usize) -> bool {
+    /// Takes the block that the next position of `seq` needs, if it needs one; those `behind` it may lose theirs for it.
+    /// `false`: not in this step.
+    fn take_block_for(&mut self, seq: &Sequence, behind: &mut Values<'a, Turn, SeqId>) -> bool {
         if seq.placed < seq.blocks.len() * self.state.config.block_size {
             return true;
         }
-        if self.free == 0 {
-            self.short = true;
-            if self.soon_free > 0 {
-                self.soon_free -= 1;
+        if self.blocks.num == 0 {
+            self.close(seq.priority());
+            let soon_free = self.soon_free.unwrap_or_else(|| self.drained_blocks());
+            self.soon_free = Some(soon_free.saturating_sub(1));
+            if soon_free > 0 {
                 return false;
             }
-            if behind == self.running.len() {
-                // Last in service: keeps its blocks and waits, which costs nothing unless somebody needs them.
-                return false;
+            // Last in service, it keeps its blocks and waits, which costs nothing unless somebody needs them.
+            while self.blocks.num == 0 {
+                let Some(victim) = behind.next_back() else { return false };
+                let victim = &self.state.sequences[victim];
+                self.num_running -= 1;
+                if victim.is_in_flight() {
+                    // Left out of this step, it is not in flight when the next one is planned.
+                    let alone = |&&block: &&BlockId| self.blocks.refs(&self.state.pool, block) == 1;
+                    let num = victim.blocks.iter().filter(alone).count();
+                    if num > 0 {
+                        self.soon_free = Some(num - 1);
+                        return false;
+                    }
+                } else {
+                    self.plan.preempt.push(victim.id);
+                    self.num_holding -= 1;
+                    self.blocks.release(&self.state.pool, &victim.blocks);
+                }
             }
-            let victim = self.running.pop().expect("at least one is behind");
-            if victim.is_in_flight() {
-                // Left out of this step, it is not in flight when the next one is planned.
-                self.soon_free = victim.blocks.len() - 1;
-                return false;
-            }
-            self.plan.preempt.push(victim.id);
-            self.num_holding -= 1;
-            self.free = victim.blocks.len();
         }
-        self.free -= 1;
+        self.blocks.num -= 1;
         true
     }
 
-    /// Up to `num_drafts` more tokens per decode row, from what no decode row and no prefill in progress needs.
+    /// From now on, nobody of this priority or a worse one is admitted.
+    fn close(&mut self, priority: i32) {
+        self.closed_from = Some(self.closed_from.map_or(priority, |from| from.min(priority)));
+    }
+
+    /// Blocks that only draining sequences hold.
+    fn drained_blocks(&self) -> usize {
+        if self.state.num_draining() == 0 {
+            return 0;
+        }
+        let mut blocks = self.blocks.clone();
+        let draining = self.state.sequences.values().filter(|seq| seq.phase == Phase::Draining);
+        draining.map(|seq| blocks.release(&self.state.pool, &seq.blocks)).sum()
+    }
+
+    /// Up to `num_drafts` more tokens per decode row, from what no decode row, no prefill in progress and no newcomer
+    /// needs.
     fn drafts(&mut self, num_drafts: usize) {
-        let prefilling = self.running.iter().filter(|seq| seq.is_prefilling()).count();
-        let mut spare = self.num_tokens.saturating_sub(prefilling);
+        if num_drafts == 0 {
+            return;
+        }
+        let prefilling = self.running().filter(|seq| seq.is_prefilling()).count();
+        let newcomer = usize::from(!self.state.waiting.is_empty());
+        let mut spare = self.num_tokens.saturating_sub(prefilling + newcomer);
         let config = &self.state.config;
         for row in &mut self.plan.decode {
             let seq = &self.state.sequences[&row.seq];
+            if !seq.run_ahead {
+                continue;
+            }
             let held = seq.blocks.len().max(config.blocks_for(row.start + 1));
-            let slots = (held + self.free) * config.block_size - (row.start + 1);
+            let slots = (held + self.blocks.num) * config.block_size - (row.start + 1);
             let to_limit = seq.max_len - seq.len_upper_bound() - 1;
             row.num_drafts = num_drafts.min(to_limit).min(slots).min(spare);
-            self.free -= config.blocks_for(row.start + 1 + row.num_drafts).saturating_sub(held);
+            self.blocks.num -= config.blocks_for(row.start + 1 + row.num_drafts).saturating_sub(held);
             self.num_tokens -= row.num_drafts;
             spare -= row.num_drafts;
         }
@@ -179,57 +269,240 @@ impl<'a> Room<'a> {
 
     /// Chunks of running and of waiting sequences, in one order of service.
     fn prefill(&mut self) {
-        let running = std::mem::take(&mut self.running);
-        self.headroom = running.iter().map(|seq| self.growth(seq)).sum();
-        let mut running = running.into_iter().filter(|seq| seq.is_prefilling()).peekable();
-        let mut waiting = self.state.waiting().peekable();
-        let mut admitting = !self.short;
+        let budget = self.num_tokens;
+        let mut line = Line::new(self.state);
         while !self.is_full() {
-            let turn = |seq: Option<&&Sequence>| seq.map(|seq| seq.turn);
-            let admit = match (turn(running.peek()), turn(waiting.peek()).filter(|_| admitting)) {
-                (None, None) => return,
-                (Some(_), None) => false,
-                (None, Some(_)) => true,
-                (Some(runs), Some(waits)) => waits < runs,
+            let Some(next) = line.next(self.num_running) else { return };
+            let seq = next.seq;
+            let start = if next.waits { self.admit(seq, true) } else { Some(seq.placed) };
+            let Some(start) = start else {
+                line.admits = false;
+                continue;
             };
-            if admit {
-                let seq = waiting.next().expect("peeked");
-                admitting = self.admit(seq);
-                if admitting {
-                    self.chunk(seq, seq.tokens.len());
+            if next.prefill_len() - start > self.num_tokens {
+                self.overtake(&mut line, seq.turn.priority, budget / 2);
+                self.chunk(&next, start);
+                return;
+            }
+            self.chunk(&next, start);
+        }
+    }
+
+    /// Plans short prefills that would otherwise wait behind a long one, of the same priority, that takes all that is
+    /// left of the budget: those that fit whole in `reserve`.
+    fn overtake(&mut self, line: &mut Line<'a>, priority: i32, reserve: usize) {
+        // The long one goes on, too.
+        let mut reserve = reserve.min(self.num_tokens - 1);
+        while reserve > 0 && self.num_seqs > 1 {
+            let Some(next) = line.next(self.num_running).filter(|next| next.seq.turn.priority == priority)
+            else {
+                return;
+            };
+            let seq = next.seq;
+            let mut start = seq.placed;
+            if next.waits {
+                start = self.found(seq).shared * self.state.config.block_size;
+                // A long one that is overtaken while it waits keeps its seat and its blocks from those behind it.
+                let fits = seq.tokens.len() - start <= reserve;
+                if self.admit(seq, fits).is_none() {
+                    line.admits = false;
+                    continue;
                 }
-            } else {
-                let seq = running.next().expect("peeked");
-                self.chunk(seq, seq.prefill_len);
+            }
+            let len = next.prefill_len() - start;
+            if len <= reserve {
+                self.chunk(&next, start);
+                reserve -= len;
             }
         }
     }
 
-    /// Takes blocks for all known tokens of a waiting sequence, or leaves it waiting and everybody behind it.
-    fn admit(&mut self, seq: &Sequence) -> bool {
-        let config = &self.state.config;
-        let need = config.blocks_for(seq.tokens.len());
-        if self.num_holding == config.max_num_seqs || need + config.blocks_for(self.headroom) > self.free {
-            return false;
+    /// As much of a prefill, from `start` on, as the budget allows.
+    fn chunk(&mut self, next: &Next<'a>, start: usize) {
+        let left = next.prefill_len() - start;
+        let len = left.min(self.num_tokens);
+        self.num_tokens -= len;
+        self.num_seqs -= 1;
+        self.plan.prefill.push(PrefillChunk { seq: next.seq.id, start, len, samples: len == left });
+    }
+
+    /// Takes a seat and blocks for all known tokens of a waiting sequence, and says where its prefill begins. `None`:
+    /// it does not fit, and nobody behind it is admitted either. If it `may_preempt`, running sequences of a strictly
+    /// worse priority give way to it.
+    fn admit(&mut self, seq: &Sequence, may_preempt: bool) -> Option<usize> {
+        if self.closed_from.is_some_and(|from| from <= seq.turn.priority) {
+            return None;
+        }
+        let found = self.found(seq);
+        let headroom = self.state.config.blocks_for(self.headroom(seq));
+        let fits = |holding: usize, blocks: &Available| {
+            holding < self.state.config.max_num_seqs
+                && self.need(seq, &found, blocks) + headroom <= blocks.num
+        };
+        if !fits(self.num_holding, &self.blocks) {
+            if !may_preempt {
+                return None;
+            }
+            // The fewest of the last running ones that make room; if all do not, nobody gives way.
+            let mut blocks = self.blocks.clone();
+            let mut num_victims = 0;
+            let mut in_flight = false;
+            for victim in self.victims(seq.turn.priority) {
+                num_victims += 1;
+                in_flight |= victim.is_in_flight();
+                blocks.num += self.planned_blocks(victim);
+                blocks.release(&self.state.pool, &victim.blocks);
+                if fits(self.num_holding - num_victims, &blocks) {
+                    break;
+                }
+            }
+            if !fits(self.num_holding - num_victims, &blocks) {
+                return None;
+            }
+            self.cut(num_victims, in_flight);
+            if in_flight {
+                return None;
+            }
+            self.num_holding -= num_victims;
+            self.blocks = blocks;
+        }
+        let hashes = seq.shareable(self.state.config.block_size);
+        self.blocks.num -= self.state.config.blocks_for(seq.tokens.len()) - found.shared;
+        for &hash in &hashes[..found.indexed] {
+            let block = self.state.pool.find(hash).expect("found just above");
+            self.blocks.share(&self.state.pool, block);
         }
         self.num_holding += 1;
-        self.free -= need;
-        self.headroom += self.growth(seq);
-        true
+        self.admitted_growth += self.growth(seq);
+        Some(found.shared * self.state.config.block_size)
+    }
+
+    /// Running sequences of a strictly worse priority, the last one first.
+    fn victims(&self, priority: i32) -> impl Iterator<Item = &'a Sequence> + use<'a> {
+        let given_up = self.state.running.len() - self.num_running;
+        self.state.running().rev().skip(given_up).take_while(move |seq| seq.turn.priority > priority)
+    }
+
+    /// Blocks that the plan takes for the decode row of a sequence, if it has one.
+    fn planned_blocks(&self, seq: &Sequence) -> usize {
+        let row = self.plan.decode.iter().rev().find(|row| row.seq == seq.id);
+        row.map_or(0, |row| {
+            let config = &self.state.config;
+            config.blocks_for(row.start + 1 + row.num_drafts).saturating_sub(seq.blocks.len())
+        })
+    }
+
+    /// Takes the last running sequences out of the plan: for good, or, while some are `in_flight`, out of this step only,
+    /// after which none is.
+    fn cut(&mut self, num_victims: usize, in_flight: bool) {
+        for _ in 0..num_victims {
+            let victim = self.victims(i32::MIN).next().expect("counted by the caller");
+            self.close(victim.turn.priority);
+            if in_flight {
+                self.blocks.num += self.planned_blocks(victim);
+            } else {
+                self.plan.preempt.push(victim.id);
+            }
+            if let Some(row) = self.plan.decode.pop_if(|row| row.seq == victim.id) {
+                self.num_tokens += 1 + row.num_drafts;
+                self.num_seqs += 1;
+            }
+            self.num_running -= 1;
+        }
+    }
+
+    /// What of a waiting sequence need not be computed.
+    fn found(&self, seq: &Sequence) -> Found {
+        let hashes = seq.shareable(self.state.config.block_size);
+        let indexed = hashes.iter().take_while(|&&hash| self.state.pool.find(hash).is_some()).count();
+        let filled = |&at: &usize| self.plan.prefill.iter().any(|chunk| self.fills(chunk, at, hashes[at]));
+        let shared = indexed + (indexed..hashes.len()).take_while(filled).count();
+        Found { indexed, shared }
+    }
+
+    /// Whether a chunk of the plan completes its sequence's block `at`, and that has this hash.
+    fn fills(&self, chunk: &PrefillChunk, at: usize, hash: BlockHash) -> bool {
+        let block_size = self.state.config.block_size;
+        (chunk.start / block_size..(chunk.start + chunk.len) / block_size).contains(&at)
+            && self.state.sequences[&chunk.seq].chain.hashes().get(at) == Some(&hash)
+    }
+
+    /// Available blocks that a waiting sequence takes: new ones, and cached ones that it finds.
+    fn need(&self, seq: &Sequence, found: &Found, blocks: &Available) -> usize {
+        let config = &self.state.config;
+        let hashes = &seq.shareable(config.block_size)[..found.indexed];
+        let pool = &self.state.pool;
+        let is_cached =
+            |&&hash: &&BlockHash| pool.find(hash).is_some_and(|block| blocks.refs(pool, block) == 0);
+        config.blocks_for(seq.tokens.len()) - found.shared + hashes.iter().filter(is_cached).count()
+    }
+
+    /// Tokens by which the sequences that do not give way to `seq` should be able to grow once it is admitted.
+    fn headroom(&self, seq: &Sequence) -> usize {
+        let stay = self.running().take_while(|running| running.turn.priority <= seq.turn.priority);
+        self.admitted_growth + stay.map(|running| self.growth(running)).sum::<usize>()
     }
 
     /// Tokens by which a sequence should be able to grow before it lacks a block.
     fn growth(&self, seq: &Sequence) -> usize {
         self.state.config.headroom_tokens.min(seq.max_len - seq.len_upper_bound())
     }
+}
 
-    /// As much of the prefill of `seq` as the budget allows.
-    fn chunk(&mut self, seq: &Sequence, prefill_len: usize) {
-        let left = prefill_len - seq.placed;
-        let len = left.min(self.num_tokens);
-        self.num_tokens -= len;
-        self.num_seqs -= 1;
-        self.plan.prefill.push(PrefillChunk { seq: seq.id, start: seq.placed, len, samples: len == left });
+/// A sequence whose turn it is to be prefilled.
+struct Next<'a> {
+    seq: &'a Sequence,
+    waits: bool,
+}
+
+impl Next<'_> {
+    fn prefill_len(&self) -> usize {
+        if self.waits { self.seq.tokens.len() } else { self.seq.prefill_len }
+    }
+}
+
+/// Running and waiting sequences with something to prefill, in one order of service.
+struct Line<'a> {
+    state: &'a State,
+    /// With their places among the running.
+    running: Peekable<Enumerate<Values<'a, Turn, SeqId>>>,
+    waiting: Peekable<Values<'a, Turn, SeqId>>,
+    /// Whether the waiting ones still have a turn.
+    admits: bool,
+}
+
+impl<'a> Line<'a> {
+    fn new(state: &'a State) -> Self {
+        Self {
+            state,
+            running: state.running.values().enumerate().peekable(),
+            waiting: state.waiting.values().peekable(),
+            admits: true,
+        }
+    }
+
+    /// The next in service, from the first `num_running` and the waiting.
+    fn next(&mut self, num_running: usize) -> Option<Next<'a>> {
+        let sequences = &self.state.sequences;
+        let skip = |&(at, id): &(usize, &SeqId)| at < num_running && !sequences[id].is_prefilling();
+        while self.running.next_if(skip).is_some() {}
+        let runs = self.running.peek().filter(|&&(at, _)| at < num_running).map(|&(_, id)| &sequences[id]);
+        let waits = self.waiting.peek().filter(|_| self.admits).map(|&id| &sequences[id]);
+        match (runs, waits) {
+            (Some(seq), None) => {
+                self.running.next();
+                Some(Next { seq, waits: false })
+            }
+            (Some(seq), Some(other)) if seq.turn < other.turn => {
+                self.running.next();
+                Some(Next { seq, waits: false })
+            }
+            (_, Some(seq)) => {
+                self.waiting.next();
+                Some(Next { seq, waits: true })
+            }
+            (None, None) => None,
+        }
     }
 }
 
@@ -239,6 +512,7 @@ mod tests {
     use crate::fixture::{config, drawn, finish, sequence, shape, start, start_with, state, step};
     use crate::{NewSequence, SchedConfig, begin, commit};
     use proptest::prelude::*;
+    use r1_core::TokenId;
 
     #[test]
     fn prompts_are_cut_into_chunks_and_only_the_last_one_samples() {
@@ -421,7 +695,7 @@ mod tests {
         // 2 lacks a block and 3 could give its own at once, but that of 1 comes free without recomputing anything.
         let third = start(&mut state);
         assert_eq!(shape(&third.1), (vec![3], vec![], vec![]));
-        commit(&mut state, second.0, &[]);
+        commit(&mut state, second.0, []);
         assert_eq!(shape(&plan(&state, &state.limits())), (vec![2, 3], vec![], vec![]));
     }
 
@@ -482,9 +756,9 @@ mod tests {
         finish(&mut state, &first, 9);
         let third = start_with(&mut state, &limits);
         assert_eq!(third.1.decode, [Decode { seq: SeqId(1), start: 8, num_drafts: 3 }]);
-        commit(&mut state, second.0, &[drawn(SeqId(1), &[10, 11])]);
+        commit(&mut state, second.0, [drawn(SeqId(1), &[10, 11].map(TokenId))]);
         // Two of four were drawn: what was planned at 8 ran at 6.
-        commit(&mut state, third.0, &[drawn(SeqId(1), &[12])]);
+        commit(&mut state, third.0, [drawn(SeqId(1), &[TokenId(12)])]);
         assert_eq!(plan(&state, &limits).decode, [Decode { seq: SeqId(1), start: 7, num_drafts: 3 }]);
         state.audit();
     }

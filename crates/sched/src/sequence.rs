@@ -2,6 +2,8 @@
 
 use r1_core::{BlockId, FinishReason, SeqId, TokenId};
 
+use crate::prefix::{BlockHash, HashChain};
+
 /// A sequence to be generated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewSequence {
@@ -13,16 +15,21 @@ pub struct NewSequence {
     pub max_new_tokens: u32,
     /// Lower goes first; arrival decides among equals.
     pub priority: i32,
+    /// Sequences share cached blocks only if their salts are equal: any bytes, or none, which is a salt of its own.
+    pub cache_salt: Option<Box<[u8]>>,
+    /// Whether its next token may be drawn before the host has seen the one before. `false` for what depends on the
+    /// tokens drawn (penalties, grammars): it is not planned while a token of it is in flight, and gets no drafts.
+    pub run_ahead: bool,
 }
 
 /// What a step did to one sequence.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Outcome {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outcome<'a> {
     /// Whose.
     pub seq: SeqId,
     /// Tokens drawn. A row that samples draws between 1 and `num_drafts + 1`, a prefill chunk that does not sample
     /// none. With a stop token the tokens end there: what was drawn after it is cut off by the caller.
-    pub tokens: Vec<TokenId>,
+    pub tokens: &'a [TokenId],
     /// The caller's reason to end the sequence here. Length is decided by the scheduler.
     pub finish: Option<FinishReason>,
 }
@@ -78,7 +85,17 @@ pub struct Sequence {
     pub(crate) prompt_len: usize,
     /// Most tokens it may ever have: `min(prompt + max_new_tokens, max_model_len)`.
     pub(crate) max_len: usize,
+    pub(crate) run_ahead: bool,
+    /// What its full blocks are found by.
+    pub(crate) chain: HashChain,
+    /// Those at the front may be other sequences' too, and are only read.
     pub(crate) blocks: Vec<BlockId>,
+    /// Blocks at the front of the table that are registered, found, or twins of registered ones.
+    pub(crate) num_registered: usize,
+    /// Positions whose KV is known to be written: found at admission, or by steps that have been committed.
+    pub(crate) settled: usize,
+    /// Found at the first admission, tokens; `None` before.
+    pub(crate) cached_tokens: Option<usize>,
     /// Positions whose KV is written or will be by a step in flight, at the upper bound.
     pub(crate) placed: usize,
     /// Tokens that steps in flight will draw, at the upper bound.
@@ -126,7 +143,19 @@ impl Sequence {
         self.tokens.len() + self.pending
     }
 
+    /// Tokens at the front of the prompt that were found in the prefix cache when the sequence was first admitted; 0
+    /// before that. What it finds again after a preemption does not count.
+    pub fn cached_tokens(&self) -> usize {
+        self.cached_tokens.unwrap_or(0)
+    }
+
+    /// Whether it may run ahead of the host.
+    pub fn run_ahead(&self) -> bool {
+        self.run_ahead
+    }
+
     /// Its blocks of the KV cache: position `p` lies in block `p / block_size`. Only grows while the sequence runs.
+    /// Blocks that other tables hold too are at its front, and no row of the sequence ever writes to them.
     pub fn block_table(&self) -> &[BlockId] {
         &self.blocks
     }
@@ -141,9 +170,19 @@ impl Sequence {
         self.placed < self.prefill_len
     }
 
-    /// Whether a decode row may be added without any chance of drawing past the limit.
+    /// Whether a decode row may be added: without any chance of drawing past the limit, and not ahead of the host where
+    /// the host must see the last token first.
     pub(crate) fn may_decode(&self) -> bool {
-        !self.is_prefilling() && self.len_upper_bound() < self.max_len
+        !self.is_prefilling()
+            && self.len_upper_bound() < self.max_len
+            && (self.run_ahead || self.pending == 0)
+    }
+
+    /// Hashes of the blocks that it may share: full, and without its last known token, whose row must be run to draw
+    /// the next.
+    pub(crate) fn shareable(&self, block_size: usize) -> &[BlockHash] {
+        let hashes = self.chain.hashes();
+        &hashes[..hashes.len().min((self.tokens.len() - 1) / block_size)]
     }
 
     /// Ends it: takes its tokens, leaves its blocks to whoever removes it.

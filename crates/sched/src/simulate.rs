@@ -244,7 +244,14 @@ impl<'a> Simulation<'a> {
         } else {
             Ok(())
         };
-        let new = NewSequence { id, prompt: prompt.clone(), max_new_tokens: max_new_tokens as u32, priority };
+        let new = NewSequence {
+            id,
+            prompt: prompt.clone(),
+            max_new_tokens: max_new_tokens as u32,
+            priority,
+            cache_salt: None,
+            run_ahead: true,
+        };
         let found = self.state.add(new);
         ensure(found == expect, || format!("add: expected {expect:?}, found {found:?}"))?;
         if found.is_err() {
@@ -360,12 +367,12 @@ impl<'a> Simulation<'a> {
                 }
             }
         }
-        let mut outcomes = Vec::new();
+        let mut outcomes: Vec<(SeqId, Vec<TokenId>, Option<FinishReason>)> = Vec::new();
         for row in rows {
             let Some(client) = self.clients.get_mut(&row.seq) else {
                 self.report.discarded_rows += 1;
                 if self.rng.percent(50) {
-                    outcomes.push(Outcome { seq: row.seq, tokens: row.drawn, finish: None });
+                    outcomes.push((row.seq, row.drawn, None));
                 }
                 continue;
             };
@@ -377,13 +384,12 @@ impl<'a> Simulation<'a> {
             self.report.generated_tokens += tokens.len() as u64;
             self.report.accepted_drafts += tokens.len().saturating_sub(1) as u64;
             if row.max_tokens > 0 || self.rng.percent(50) {
-                outcomes.push(Outcome { seq: row.seq, tokens, finish });
+                outcomes.push((row.seq, tokens, finish));
             }
         }
-        if self.rng.percent(50) {
-            outcomes.reverse();
-        }
-        let finished = commit(&mut self.state, step, &outcomes);
+        let outcomes =
+            outcomes.iter().map(|(seq, tokens, finish)| Outcome { seq: *seq, tokens, finish: *finish });
+        let finished = commit(&mut self.state, step, outcomes);
         self.state.audit();
         self.report.steps += 1;
         for finished in &finished {
@@ -478,6 +484,7 @@ mod tests {
                 max_queued,
                 headroom_tokens,
                 depth,
+                prefix_cache: None,
             };
             let scenario = Scenario {
                 config,

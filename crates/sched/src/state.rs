@@ -5,8 +5,9 @@ use std::collections::{BTreeMap, VecDeque};
 
 use r1_core::{BlockId, FinishReason, SeqId, TokenId};
 
+use crate::prefix::HashChain;
 use crate::sequence::Turn;
-use crate::step::Step;
+use crate::step::{Row, Step};
 use crate::{BlockPool, Finished, Limits, NewSequence, Phase, SchedConfig, SchedError, Sequence};
 
 /// The scheduler's whole state.
@@ -24,6 +25,10 @@ pub struct State {
     pub(crate) num_arrivals: u64,
     pub(crate) num_steps: u64,
     pub(crate) num_preemptions: u64,
+    pub(crate) prefix_queries_tokens: u64,
+    pub(crate) prefix_hits_tokens: u64,
+    /// Row lists of steps gone by, for those to come.
+    pub(crate) spare_rows: Vec<Vec<Row>>,
 }
 
 /// What a dashboard wants to know.
@@ -39,12 +44,18 @@ pub struct Stats {
     pub steps_in_flight: usize,
     /// Blocks in the KV cache.
     pub blocks_total: usize,
-    /// Blocks that sequences own.
+    /// Blocks that sequences hold.
     pub blocks_used: usize,
-    /// Blocks that nobody owns.
+    /// Blocks that nobody holds and that hold nothing of worth.
     pub blocks_free: usize,
+    /// Blocks that nobody holds, but whose content may be hit. Evicted when no block is free.
+    pub blocks_cached: usize,
     /// Preemptions since the start.
     pub preemptions: u64,
+    /// Known tokens of sequences when they were first admitted, since the start. 0 without a prefix cache.
+    pub prefix_queries_tokens: u64,
+    /// How many of these were found in the prefix cache.
+    pub prefix_hits_tokens: u64,
 }
 
 impl State {
@@ -61,13 +72,16 @@ impl State {
             num_arrivals: 0,
             num_steps: 0,
             num_preemptions: 0,
+            prefix_queries_tokens: 0,
+            prefix_hits_tokens: 0,
+            spare_rows: Vec::new(),
         })
     }
 
     /// Puts a sequence into the queue, or says why not. A sequence that is too large is told so even when the queue
     /// is full.
     pub fn add(&mut self, new: NewSequence) -> Result<(), SchedError> {
-        let NewSequence { id, prompt, max_new_tokens, priority } = new;
+        let NewSequence { id, prompt, max_new_tokens, priority, cache_salt, run_ahead } = new;
         let SchedConfig { max_model_len, num_blocks, max_queued, .. } = self.config;
         if self.sequences.contains_key(&id) {
             return Err(SchedError::DuplicateId { id });
@@ -93,6 +107,8 @@ impl State {
         let turn = Turn { priority, arrival: self.num_arrivals };
         self.num_arrivals += 1;
         self.waiting.insert(turn, id);
+        let mut chain = HashChain::new(self.config.prefix_cache, cache_salt.as_deref());
+        chain.extend(&prompt, self.config.block_size);
         let sequence = Sequence {
             id,
             turn,
@@ -100,7 +116,12 @@ impl State {
             prompt_len: prompt.len(),
             tokens: prompt,
             max_len,
+            run_ahead,
+            chain,
             blocks: Vec::new(),
+            num_registered: 0,
+            settled: 0,
+            cached_tokens: None,
             placed: 0,
             pending: 0,
             prefill_len: 0,
@@ -138,6 +159,13 @@ impl State {
             let mut seq = self.sequences.remove(&id).expect("looked up just above");
             self.pool.release(&mut seq.blocks);
         }
+    }
+
+    /// Forgets every block that could be hit: cached blocks become free, and those in use are not found any more.
+    ///
+    /// Must not come between a `plan` and its `begin`.
+    pub fn flush_prefix_cache(&mut self) {
+        self.pool.flush();
     }
 
     /// What it was made with.
@@ -198,30 +226,29 @@ impl State {
             draining: self.num_draining(),
             steps_in_flight: self.in_flight.len(),
             blocks_total: self.pool.total(),
-            blocks_used: self.pool.total() - self.pool.num_free(),
+            blocks_used: self.pool.num_used(),
             blocks_free: self.pool.num_free(),
+            blocks_cached: self.pool.num_cached(),
             preemptions: self.num_preemptions,
+            prefix_queries_tokens: self.prefix_queries_tokens,
+            prefix_hits_tokens: self.prefix_hits_tokens,
         }
     }
 
-    /// Free + used blocks = all blocks, from the tables themselves. Panics otherwise. Every commit calls it.
+    /// Free + used + cached blocks = all blocks, and the tables hold as many blocks as references are counted. Panics
+    /// otherwise. Every commit calls it.
     pub(crate) fn check_totals(&self) {
-        let used: usize = self.sequences.values().map(|seq| seq.blocks.len()).sum();
-        let (free, total) = (self.pool.num_free(), self.pool.total());
-        assert_eq!(free + used, total, "{free} blocks free and {used} used of {total}");
+        self.pool.check_totals();
+        let held: usize = self.sequences.values().map(|seq| seq.blocks.len()).sum();
+        let refs = self.pool.num_refs();
+        assert_eq!(refs, held, "{refs} references to blocks, but the tables hold {held}");
     }
 
-    /// Checks every invariant in O(blocks + sequences) and panics when one is broken: each block is owned exactly
-    /// once, queues and phases agree, counts match the steps in flight, no sequence is past its limits.
+    /// Checks every invariant in O(blocks + sequences) and panics when one is broken: each block is free,
+    /// cached or counted once per table, index and order of eviction agree, queues and phases agree, counts match the steps in flight, no sequence is past its limits.
     pub fn audit(&self) {
         self.check_totals();
-        let mut owned = vec![false; self.pool.total()];
-        let tables = self.sequences.values().flat_map(|seq| &seq.blocks);
-        for block in tables.chain(self.pool.free()) {
-            let owned = &mut owned[block.0 as usize];
-            assert!(!*owned, "block {block} is owned twice");
-            *owned = true;
-        }
+        self.pool.audit(self.sequences.values().map(|seq| seq.blocks.as_slice()));
         assert!(self.in_flight.len() <= self.config.depth, "more steps in flight than depth");
         assert!(
             self.running.len() + self.num_draining() <= self.config.max_num_seqs,
@@ -240,7 +267,8 @@ impl State {
             match seq.phase {
                 Phase::Waiting => {
                     assert_eq!(queued, (false, true), "queue of sequence {id}");
-                    let nothing = (seq.blocks.len(), seq.placed, seq.pending, seq.steps_in_flight);
+                    let nothing =
+                        (seq.blocks.len(), seq.placed + seq.settled, seq.pending, seq.steps_in_flight);
                     assert_eq!(nothing, (0, 0, 0, 0), "waiting sequence {id} holds something");
                 }
                 Phase::Running => {
@@ -250,6 +278,16 @@ impl State {
                         "slots of sequence {id}"
                     );
                     assert!(seq.len_upper_bound() <= seq.max_len, "sequence {id} is past its limit");
+                    assert!(
+                        seq.num_registered * self.config.block_size <= seq.placed.min(seq.tokens.len()),
+                        "sequence {id} registered what is not written"
+                    );
+                    assert!(
+                        seq.settled <= seq.placed && (seq.settled == seq.placed || seq.is_in_flight()),
+                        "sequence {id} has settled {} of {} positions",
+                        seq.settled,
+                        seq.placed
+                    );
                     let to_place = seq.len_upper_bound() - seq.placed;
                     assert!(
                         seq.is_prefilling() || to_place == 1,
@@ -335,13 +373,13 @@ mod tests {
         assert_eq!(used(&state), (2, 1));
         assert_eq!(finish(&mut state, &first, 7), [], "what it drew is discarded");
         assert_eq!(used(&state), (2, 1));
-        assert_eq!(commit(&mut state, second.0, &[]), [], "and need not be reported");
+        assert_eq!(commit(&mut state, second.0, []), [], "and need not be reported");
         assert_eq!(used(&state), (0, 0));
         assert!(state.is_idle());
     }
 
     #[test]
-    #[should_panic(expected = "3 blocks free and 0 used of 4")]
+    #[should_panic(expected = "1 references to blocks, but the tables hold 0")]
     fn a_lost_block_is_noticed() {
         let mut state = state(config(4));
         state.pool.extend(&mut Vec::new(), 1);
@@ -349,8 +387,8 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "owned twice")]
-    fn a_block_owned_twice_is_noticed() {
+    #[should_panic(expected = "tables that hold block 0")]
+    fn a_block_in_a_table_that_is_not_counted_is_noticed() {
         let mut state = state(config(4));
         state.add(sequence(1, 3, 3)).unwrap();
         state.add(sequence(2, 8, 3)).unwrap();

@@ -52,6 +52,7 @@ impl Scenario {
             max_queued: rng.range(1, 12),
             headroom_tokens: if rng.percent(60) { 0 } else { rng.range(1, 8) },
             depth: rng.range(1, 2),
+            prefix_cache: None,
         };
         Self {
             seed,
