@@ -85,9 +85,10 @@ pub enum StartError {
 
 /// A fresh secret, so that nobody outside can make two prompts collide.
 fn prefix_key() -> Result<PrefixKey, StartError> {
-    let mut key = [0; 16];
-    getrandom::fill(&mut key).map_err(|error| StartError::NoRandomness { why: error.to_string() })?;
-    Ok(PrefixKey(key))
+    let random = || {
+        getrandom::u64().map_err(|error| StartError::NoRandomness { why: error.to_string() })
+    };
+    Ok(PrefixKey::new([random()?, random()?]))
 }
 
 impl EngineConfig {

@@ -25,6 +25,8 @@ struct Step {
     plan: Plan,
     /// Sequences of the rows of logits, in their order.
     sampled: Vec<SeqId>,
+    /// Why it never got to the ranks whole.
+    failure: Option<Failure>,
 }
 
 /// The ranks, the scheduler's state, and the steps between them.
@@ -36,7 +38,7 @@ pub(crate) struct Pipeline<B: Backend> {
     /// Slots of the steps in flight, oldest first.
     in_flight: VecDeque<usize>,
     next_slot: usize,
-    /// A step failed on the ranks: they begin nothing before they have joined anew, which waits for the steps in flight.
+    /// A step has failed: nothing begins before it was given up and the ranks have joined anew.
     broken: bool,
     drawn: Drawn,
 }
@@ -91,8 +93,9 @@ impl<B: Backend> Pipeline<B> {
         &mut self.state
     }
 
-    /// Begins the next step, if one can run now; gives its plan. `lives` holds the sampling state of every sequence.
-    pub(crate) fn begin(&mut self, limits: &Limits, lives: &mut impl Lives) -> Option<Result<&Plan, Failed>> {
+    /// Begins the next step, if one can run now; gives its plan. `lives` holds the sampling state of every sequence. Whether
+    /// the step fails is known when it is waited for.
+    pub(crate) fn begin(&mut self, limits: &Limits, lives: &mut impl Lives) -> Option<&Plan> {
         if self.in_flight.len() == self.steps.len() || self.broken {
             return None;
         }
@@ -107,10 +110,11 @@ impl<B: Backend> Pipeline<B> {
         self.next_slot = (slot + 1) % self.steps.len();
         // A constraint is the caller's code, and fills masks here.
         let filled = catch_unwind(AssertUnwindSafe(|| self.enqueue(slot, lives)));
-        Some(match filled {
-            Ok(()) => Ok(&self.steps[slot].plan),
-            Err(panic) => Err(self.fail(slot, panic_text(&*panic))),
-        })
+        if let Err(panic) = filled {
+            self.steps[slot].failure = Some(Failure::cause(panic_text(&*panic)));
+            self.broken = true;
+        }
+        Some(&self.steps[slot].plan)
     }
 
     /// Hands the step in `slot` to the ranks.
@@ -145,43 +149,36 @@ impl<B: Backend> Pipeline<B> {
     /// Waits for the oldest step in flight. `None`: there is none.
     pub(crate) fn wait(&mut self) -> Option<Result<Done<'_>, Failed>> {
         let slot = *self.in_flight.front()?;
-        let waited = self.ranks.wait(slot).and_then(|()| {
-            self.ranks.read(slot, &mut self.drawn).map_err(|error| Failure::cause(error.to_string()))
+        let waited = self.ranks.wait(slot).and_then(|()| match self.steps[slot].failure.take() {
+            Some(failure) => Err(failure),
+            None => {
+                let read = self.ranks.read(slot, &mut self.drawn);
+                read.map_err(|error| Failure::cause(error.to_string()))
+            }
         });
         Some(match waited {
             Ok(()) => {
                 self.in_flight.pop_front();
-                self.mend();
-                let Step { id, plan, sampled } = &mut self.steps[slot];
+                let Step { id, plan, sampled, .. } = &mut self.steps[slot];
                 let id = id.take().expect("a step in flight has an id");
                 Ok(Done { id, plan, sampled, drawn: &self.drawn, state: &mut self.state })
             }
-            Err(failure) => {
-                self.broken = true;
-                Err(self.fail(slot, failure.why))
-            }
+            Err(failure) => Err(self.fail(slot, failure.why)),
         })
     }
 
-    fn mend(&mut self) {
-        if self.broken && self.in_flight.is_empty() {
-            self.ranks.rejoin();
-            self.broken = false;
-        }
-    }
-
-    /// Gives up the step in `slot` and every later one: their blocks hold nothing.
+    /// Gives up the oldest step, which is in `slot`, and every later one: their blocks hold nothing.
     fn fail(&mut self, slot: usize, why: String) -> Failed {
         let id = self.steps[slot].id.expect("a step in flight has an id");
-        let from = self.in_flight.iter().position(|&s| s == slot).expect("it is in flight");
-        for later in self.in_flight.drain(from..) {
+        for later in self.in_flight.drain(..) {
             // Nothing may still run when its buffers are used again; why those behind fail is known already.
-            self.broken |= self.ranks.wait(later).is_err();
-            self.steps[later].id = None;
-            self.steps[later].sampled.clear();
+            let _ = self.ranks.wait(later);
+            let step = &mut self.steps[later];
+            (step.id, step.failure) = (None, None);
+            step.sampled.clear();
         }
-        self.mend();
-        self.next_slot = slot;
+        self.ranks.rejoin();
+        self.broken = false;
         Failed { why, ended: fail(&mut self.state, id) }
     }
 }

@@ -201,21 +201,16 @@ impl<B: Backend> Engine<B> {
     /// Begins the next step, if one can run now.
     fn begin(&mut self) -> bool {
         let limits = self.pipeline.state().limits();
-        match self.pipeline.begin(&limits, &mut self.active) {
-            None => return false,
-            Some(Ok(plan)) => {
-                for chunk in &plan.prefill {
-                    let active = self.active.get_mut(&chunk.seq).expect("a planned sequence is active");
-                    if !active.scheduled {
-                        active.scheduled = true;
-                        // What does not have to be computed lies before the first chunk.
-                        active.prompt_done = chunk.start;
-                        self.stats.prompt_tokens_total += chunk.start as u64;
-                        active.events.send(Event::Scheduled { cached_tokens: chunk.start as u32 });
-                    }
-                }
+        let Some(plan) = self.pipeline.begin(&limits, &mut self.active) else { return false };
+        for chunk in &plan.prefill {
+            let active = self.active.get_mut(&chunk.seq).expect("a planned sequence is active");
+            if !active.scheduled {
+                active.scheduled = true;
+                // What does not have to be computed lies before the first chunk.
+                active.prompt_done = chunk.start;
+                self.stats.prompt_tokens_total += chunk.start as u64;
+                active.events.send(Event::Scheduled { cached_tokens: chunk.start as u32 });
             }
-            Some(Err(failed)) => self.failed(failed),
         }
         true
     }
