@@ -163,22 +163,27 @@ impl<B: Backend> Pipeline<B> {
                 let id = id.take().expect("a step in flight has an id");
                 Ok(Done { id, plan, sampled, drawn: &self.drawn, state: &mut self.state })
             }
-            Err(failure) => Err(self.fail(slot, failure.why)),
+            Err(failure) => Err(self.fail(slot, failure)),
         })
     }
 
     /// Gives up the oldest step, which is in `slot`, and every later one: their blocks hold nothing.
-    fn fail(&mut self, slot: usize, why: String) -> Failed {
+    fn fail(&mut self, slot: usize, mut failure: Failure) -> Failed {
         let id = self.steps[slot].id.expect("a step in flight has an id");
         for later in self.in_flight.drain(..) {
-            // Nothing may still run when its buffers are used again; why those behind fail is known already.
-            let _ = self.ranks.wait(later);
+            // Nothing may still run when its buffers are used again. A rank that ran ahead and broke takes its group along, so
+            // the cause may lie in a later step.
+            if let Err(of_later) = self.ranks.wait(later)
+                && failure.is_consequence
+            {
+                failure = of_later;
+            }
             let step = &mut self.steps[later];
             (step.id, step.failure) = (None, None);
             step.sampled.clear();
         }
         self.ranks.rejoin();
         self.broken = false;
-        Failed { why, ended: fail(&mut self.state, id) }
+        Failed { why: failure.why, ended: fail(&mut self.state, id) }
     }
 }
