@@ -39,6 +39,23 @@ impl Load {
         }
     }
 
+    /// For one of `world_size` tensor-parallel ranks.
+    pub fn options(self, rank: usize, world_size: usize) -> ModelOptions {
+        ModelOptions {
+            activation_dtype: self.dtype,
+            weights: self.weights,
+            fp8: self.fp8,
+            mla_form: self.form,
+            max_batched_tokens: MAX_TOKENS,
+            max_logit_rows: MAX_TOKENS,
+            max_model_len: MAX_TOKENS,
+            max_expanded_tokens: MAX_TOKENS,
+            layers: self.layers.map(|[first, end]| first..end),
+            rank: Rank(rank),
+            world_size,
+        }
+    }
+
     /// Loads the checkpoint in `dir` on one rank.
     ///
     /// # Panics
@@ -59,19 +76,7 @@ impl Load {
     ) -> DeepSeek<B> {
         let config = ModelConfig::open(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
         let checkpoint = Checkpoint::open(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
-        let options = ModelOptions {
-            activation_dtype: self.dtype,
-            weights: self.weights,
-            fp8: self.fp8,
-            mla_form: self.form,
-            max_batched_tokens: MAX_TOKENS,
-            max_logit_rows: MAX_TOKENS,
-            max_model_len: MAX_TOKENS,
-            max_expanded_tokens: MAX_TOKENS,
-            layers: self.layers.map(|[first, end]| first..end),
-            rank: Rank(comm.rank()),
-            world_size: comm.world_size(),
-        };
+        let options = self.options(comm.rank(), comm.world_size());
         let loaded = DeepSeek::load(backend, comm, &checkpoint, &config, options, &mut |_| {});
         loaded.unwrap_or_else(|error| panic!("{}: {error}", dir.display()))
     }

@@ -53,15 +53,17 @@ pub(crate) struct Layer<B: Backend> {
 
 /// Before the first layer of the first stage.
 pub(crate) struct Embedding<B: Backend> {
-    /// `[V, D]`.
+    /// `[V / world, D]`: this rank's rows of the table.
     pub(crate) table: Tensor<B>,
+    /// The first of them.
+    pub(crate) first_row: usize,
 }
 
 /// After the last layer of the last stage.
 pub(crate) struct Head<B: Backend> {
     /// `[D]`.
     pub(crate) norm: Tensor<B>,
-    /// `[V, D]`.
+    /// `[V / world, D]`: this rank's rows, which give its columns of the logits.
     pub(crate) lm_head: Weight<B>,
 }
 
@@ -71,6 +73,8 @@ pub(crate) struct Workspace<B: Backend> {
     normed: Activation<B>,
     block_out: Tensor<B>,
     last: Tensor<B>,
+    /// `[L, V / world]` F32: this rank's columns of the logits, before they are gathered. One rank has them all.
+    shard_logits: Option<Tensor<B>>,
     mla: MlaScratch<B>,
     dense: Option<MlpScratch<B>>,
     moe: Option<MoeScratch<B>>,
@@ -114,6 +118,7 @@ impl<B: Backend> Workspace<B> {
         config: &ModelConfig,
         options: &ModelOptions,
         layers: &[Layer<B>],
+        head: Option<&Head<B>>,
     ) -> Result<Self, BackendError> {
         let (rows, dtype, hidden) =
             (options.max_batched_tokens, options.activation_dtype, config.hidden_size);
@@ -137,11 +142,18 @@ impl<B: Backend> Workspace<B> {
                 _ => {}
             }
         }
+        let shard_logits = match head {
+            Some(head) if options.world_size > 1 => {
+                Some(backend.alloc(&[options.max_logit_rows, head.lm_head.out_features()], DType::F32)?)
+            }
+            _ => None,
+        };
         Ok(Self {
             residual: backend.alloc(&[rows, hidden], dtype)?,
             normed: Activation::alloc(backend, rows, hidden, dtype, fp8)?,
             block_out: backend.alloc(&[rows, hidden], dtype)?,
             last: backend.alloc(&[options.max_logit_rows, hidden], dtype)?,
+            shard_logits,
             mla: MlaScratch::alloc(backend, config, options)?,
             dense,
             moe,
@@ -226,7 +238,11 @@ impl<B: Backend> DeepSeek<B> {
             _ => ws.residual.rows(rows.clone()),
         };
         match (input, &self.embedding) {
-            (StageInput::Tokens(ids), Some(embedding)) => backend.embed(ids, &embedding.table, 0, &residual),
+            (StageInput::Tokens(ids), Some(embedding)) => {
+                backend.embed(ids, &embedding.table, embedding.first_row, &residual);
+                // A token's row lies on one rank; the others have zeros.
+                self.comm.all_reduce(backend, &residual);
+            }
             (StageInput::Hidden(_), None) => {}
             _ => panic!("token ids go to the first stage, hidden states to the others"),
         }
@@ -271,7 +287,15 @@ impl<B: Backend> DeepSeek<B> {
             (StageOutput::Logits { rows, logits }, Some(head)) => {
                 let last = ws.last.rows(0..rows.dim(0));
                 backend.gather_rows(&normed.dense, rows, &last);
-                backend.linear(&Activation::dense(last), &head.lm_head, logits);
+                let last = Activation::dense(last);
+                match &ws.shard_logits {
+                    None => backend.linear(&last, &head.lm_head, logits),
+                    Some(shard) => {
+                        let shard = shard.rows(0..rows.dim(0));
+                        backend.linear(&last, &head.lm_head, &shard);
+                        self.comm.all_gather_last(backend, &shard, logits);
+                    }
+                }
             }
             (StageOutput::Hidden(hidden), None) => {
                 assert!(residual.shares_buffer(hidden), "a middle stage's output is the tensor it was given");

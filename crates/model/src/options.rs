@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use r1_core::{DType, Rank};
+use r1_weights::ModelConfig;
 
 /// Which form of MLA a prefill takes. Decode is always absorbed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,4 +62,11 @@ pub struct ModelOptions {
     pub rank: Rank,
     /// Tensor-parallel ranks.
     pub world_size: usize,
+}
+
+impl ModelOptions {
+    /// Elements of the largest tensor that the ranks sum or gather in one step: the room that a communicator needs.
+    pub fn max_collective_elements(&self, config: &ModelConfig) -> usize {
+        (self.max_batched_tokens * config.hidden_size).max(self.max_logit_rows * config.vocab_size)
+    }
 }
