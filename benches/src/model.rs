@@ -31,6 +31,7 @@ pub fn load(config: &ModelConfig, checkpoint: &Checkpoint, mla_form: MlaForm) ->
         max_model_len: MAX_MODEL_LEN,
         max_expanded_tokens: MAX_MODEL_LEN,
         layers: None,
+        deterministic: false,
         rank: Rank(0),
         world_size: 1,
     };

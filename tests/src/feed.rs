@@ -25,6 +25,8 @@ pub struct Load {
     pub form: MlaForm,
     /// First layer and the one after the last; `None` is all of them.
     pub layers: Option<[usize; 2]>,
+    /// Refuse what is not batch invariant.
+    pub deterministic: bool,
 }
 
 impl Load {
@@ -36,6 +38,7 @@ impl Load {
             fp8: Fp8Compute::WeightOnly,
             form,
             layers: None,
+            deterministic: false,
         }
     }
 
@@ -51,6 +54,7 @@ impl Load {
             max_model_len: MAX_TOKENS,
             max_expanded_tokens: MAX_TOKENS,
             layers: self.layers.map(|[first, end]| first..end),
+            deterministic: self.deterministic,
             rank: Rank(rank),
             world_size,
         }

@@ -34,6 +34,7 @@ pub fn start_tiny<B: Backend>(backend: Arc<B>, max_num_seqs: usize) -> Handle {
         max_model_len,
         max_expanded_tokens: 64,
         layers: None,
+        deterministic: false,
         rank: Rank(0),
         world_size: 1,
     };

@@ -125,6 +125,7 @@ impl Launch {
                 max_model_len,
                 max_expanded_tokens: max_num_batched_tokens,
                 layers: None,
+                deterministic: false,
                 rank: Rank(0),
                 world_size: 1,
             },

@@ -170,6 +170,7 @@ impl Backend for Cpu {
             activation_dtypes: vec![DType::F32, DType::BF16],
             fp8_activations: false,
             asynchronous: false,
+            batch_invariant: true,
         }
     }
 
@@ -218,6 +219,10 @@ impl Backend for Cpu {
 
     fn flush(&self) -> Ticket {
         Ticket::ready(Ok(()))
+    }
+
+    fn feed_tokens(&self, drawn: &Tensor<Self>, from: &Tensor<Self>, ids: &Tensor<Self>) {
+        ops::rows::feed_tokens(drawn, from, ids);
     }
 
     fn embed(&self, ids: &Tensor<Self>, table: &Tensor<Self>, first_row: usize, out: &Tensor<Self>) {

@@ -12,7 +12,7 @@ use r1_backend::{
 };
 use r1_core::DType;
 use r1_cpu::{Cpu, CpuError, CpuOptions, Isa};
-use support::{cpu, ids, read, tensor};
+use support::{cpu, ids, read, read_ids, tensor};
 
 /// What `call` panics with.
 #[track_caller]
@@ -134,6 +134,11 @@ fn ids_out_of_range_panic_and_the_next_step_works() {
     assert_eq!(message, "gather_rows: row 2 of 2");
     cpu.gather_rows(&x, &ids(&cpu, &[1, 0], &[2]), &out);
     assert_eq!(read(&cpu, &out), [3.0, 4.0, 1.0, 2.0]);
+    let (tokens, fed) = (ids(&cpu, &[7, 8], &[2]), ids(&cpu, &[0; 3], &[3]));
+    let message = panic_of(|| cpu.feed_tokens(&tokens, &ids(&cpu, &[1, 2, u32::MAX], &[3]), &fed));
+    assert_eq!(message, "feed_tokens: row 2 of 2");
+    cpu.feed_tokens(&tokens, &ids(&cpu, &[1, u32::MAX, 0], &[3]), &fed);
+    assert_eq!(read_ids(&cpu, &fed), [8, 0, 7]);
     let logits = tensor(&cpu, &[0.0; 8], &[1, 8], DType::F32);
     let mut sampling = SamplingBatch { bias: vec![(8, 1.0)], ..SamplingBatch::default() };
     sampling.rows.push(RowSampling { bias: 0..1, ..RowSampling::greedy() });

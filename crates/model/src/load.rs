@@ -17,7 +17,7 @@ use r1_weights::{Checkpoint, HostLinear, ModelConfig, Partition, ScoringFunc, To
 
 use crate::deepseek::{DeepSeek, Embedding, FeedForward, Head, Layer, Workspace};
 use crate::mla::Mla;
-use crate::{ModelError, ModelOptions, WeightFormat};
+use crate::{MlaForm, ModelError, ModelOptions, WeightFormat};
 
 const FLOAT: &[DType] = &[DType::F32, DType::BF16, DType::F16];
 
@@ -35,11 +35,7 @@ impl<B: Backend> DeepSeek<B> {
         options: ModelOptions,
         progress: &mut dyn FnMut(f32),
     ) -> Result<Self, ModelError> {
-        assert_eq!(
-            (comm.rank(), comm.world_size()),
-            (options.rank.0, options.world_size),
-            "the communicator and the options speak of one rank"
-        );
+        options.assert_rank(&*comm);
         check(&*backend, config, &options)?;
         let verified = checkpoint.verify(config)?;
         if !verified.unexpected.is_empty() {
@@ -68,6 +64,7 @@ impl<B: Backend> DeepSeek<B> {
         let rope = rope_table(&*backend, config, options.max_model_len)?;
         let workspace = Workspace::alloc(&*backend, config, &options, &layers, head.as_ref())?;
         let config = config.clone();
+        let comm = Some(comm);
         Ok(Self { backend, comm, config, options, embedding, layers, head, rope, workspace, weight_bytes })
     }
 }
@@ -92,6 +89,9 @@ fn check<B: Backend>(backend: &B, config: &ModelConfig, options: &ModelOptions) 
         let why = "every published model of this architecture has shared experts".into();
         return Err(ModelError::Unsupported { what: "n_shared_experts 0".into(), why });
     }
+    if options.deterministic {
+        check_deterministic(backend.name(), capabilities.batch_invariant, options)?;
+    }
     let world = options.world_size;
     let widths = [
         ("num_attention_heads", config.num_attention_heads),
@@ -103,6 +103,30 @@ fn check<B: Backend>(backend: &B, config: &ModelConfig, options: &ModelOptions) 
         if !size.is_multiple_of(world) {
             return Err(ModelError::Indivisible { what, size, world });
         }
+    }
+    Ok(())
+}
+
+/// Refuses what would let a row's result depend on the step around it.
+fn check_deterministic(
+    device: &str,
+    batch_invariant: bool,
+    options: &ModelOptions,
+) -> Result<(), ModelError> {
+    if options.mla_form != MlaForm::Absorbed {
+        return Err(ModelError::Unsupported {
+            what: format!("--deterministic with MLA form {:?}", options.mla_form),
+            why: "attention's form would change with the cut of a prompt into steps; the absorbed form does not"
+                .into(),
+        });
+    }
+    if !batch_invariant {
+        return Err(ModelError::Unsupported {
+            what: "--deterministic".into(),
+            why: format!(
+                "the device {device} sums in an order that depends on the batch; use --device cpu, which does not"
+            ),
+        });
     }
     Ok(())
 }

@@ -58,6 +58,9 @@ pub struct ModelOptions {
     pub max_expanded_tokens: usize,
     /// Layers of this pipeline stage; `None` is all of them.
     pub layers: Option<Range<usize>>,
+    /// A row's result depends on its own sequence alone, bit for bit: not on the other rows of a step, nor on how its prompt
+    /// is cut. Asks for [`MlaForm::Absorbed`] and for a backend that is `batch_invariant`; others are refused.
+    pub deterministic: bool,
     /// This tensor-parallel rank.
     pub rank: Rank,
     /// Tensor-parallel ranks.

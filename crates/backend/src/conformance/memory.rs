@@ -99,6 +99,30 @@ pub fn traffic_honours_views<B: Backend>(backend: &B) {
     assert_eq!(row, [10, 11, 12]);
 }
 
+/// [`Backend::read_back`] gives what a step wrote, once its ticket was waited for, whatever other tensors were written since.
+pub fn read_back<B: Backend>(backend: &B) {
+    seeded("read_back", |random| {
+        let drawn: Vec<u32> = (0..7).map(|_| random.next() as u32).collect();
+        let (read, other) = (Slab::ids(backend, &[7], &[1; 7]), Slab::ids(backend, &[7], &[2; 7]));
+        let (from, source) =
+            (Slab::ids(backend, &[7], &[0, 1, 2, 3, 4, 5, 6]), Slab::ids(backend, &[7], &drawn));
+        backend.feed_tokens(&source.view, &from.view, &read.view);
+        backend.flush().wait().expect("the step runs");
+        backend.feed_tokens(&source.view, &from.view, &other.view);
+        let mut host = [0; 7];
+        backend.read_back(&read.view, HostSliceMut::U32(&mut host)).expect("read_back");
+        assert_eq!(host, drawn[..], "read_back");
+        settle(backend, "feed_tokens");
+        for dtype in backend.capabilities().activation_dtypes {
+            let slab = Slab::normal(backend, random, &[3, 5], dtype, LAYOUTS[1], 1.0);
+            backend.flush().wait().expect("the step runs");
+            let mut host = [f32::NAN; 15];
+            backend.read_back(&slab.view, HostSliceMut::F32(&mut host)).expect("read_back");
+            assert_eq!(host.map(f64::from), slab.host[..], "read_back {dtype}");
+        }
+    });
+}
+
 /// [`Backend::import`] of every type, from bytes at odd addresses too, and of every E4M3 code.
 pub fn import<B: Backend>(backend: &B) {
     seeded("import", |random| {
