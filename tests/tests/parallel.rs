@@ -2,15 +2,19 @@
 #![forbid(unsafe_code)]
 
 use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
-use r1_backend::{Backend, Communicator};
+use r1_backend::{Backend, CommError, Communicator, Tensor};
 use r1_comm::Local;
 use r1_cpu::{Cpu, CpuOptions};
-use r1_model::{DeepSeek, MlaForm};
+use r1_model::{DeepSeek, MlaForm, StepError};
 use r1_reference::Reference;
-use r1_tests::{Feed, Gap, Golden, Load, teacher_force, teacher_force_stages};
+use r1_tests::{Feed, Feeder, Gap, Golden, Load, teacher_force, teacher_force_stages};
 use r1_weights::{Checkpoint, HostLinear, ModelConfig, Partition};
 
 fn ranks_match<B: Backend>(make: impl Fn() -> B + Sync, name: &str, world: usize) {
@@ -171,4 +175,116 @@ fn stages_match() {
         load.open(backend.clone(), &golden.dir)
     });
     assert_eq!(teacher_force_stages(&stages.each_ref(), &feeds), teacher_force(&whole, &feeds));
+}
+
+/// Panics in its `fails_at`-th sum, counted from 1.
+struct Failing {
+    comm: Local,
+    sums: AtomicUsize,
+    fails_at: usize,
+}
+
+impl Communicator<Cpu> for Failing {
+    fn rank(&self) -> usize {
+        Communicator::<Cpu>::rank(&self.comm)
+    }
+    fn world_size(&self) -> usize {
+        Communicator::<Cpu>::world_size(&self.comm)
+    }
+    fn all_reduce(&self, backend: &Cpu, x: &Tensor<Cpu>) {
+        assert!(self.sums.fetch_add(1, Ordering::Relaxed) + 1 != self.fails_at, "this rank fails");
+        self.comm.all_reduce(backend, x);
+    }
+    fn all_gather(&self, backend: &Cpu, x: &Tensor<Cpu>, out: &Tensor<Cpu>) {
+        self.comm.all_gather(backend, x, out);
+    }
+    fn all_gather_last(&self, backend: &Cpu, x: &Tensor<Cpu>, out: &Tensor<Cpu>) {
+        self.comm.all_gather_last(backend, x, out);
+    }
+    fn reduce_scatter(&self, backend: &Cpu, x: &Tensor<Cpu>, out: &Tensor<Cpu>) {
+        self.comm.reduce_scatter(backend, x, out);
+    }
+    fn all_to_all(&self, backend: &Cpu, x: &Tensor<Cpu>, out: &Tensor<Cpu>) {
+        self.comm.all_to_all(backend, x, out);
+    }
+    fn broadcast(&self, backend: &Cpu, x: &Tensor<Cpu>, root: usize) {
+        self.comm.broadcast(backend, x, root);
+    }
+    fn send(&self, backend: &Cpu, x: &Tensor<Cpu>, to: usize) {
+        self.comm.send(backend, x, to);
+    }
+    fn recv(&self, backend: &Cpu, x: &Tensor<Cpu>, from: usize) {
+        self.comm.recv(backend, x, from);
+    }
+    fn check(&self) -> Result<(), CommError> {
+        Communicator::<Cpu>::check(&self.comm)
+    }
+}
+
+/// Two ranks of which the second panics in its `fails_at`-th sum, 0 for never; both then meet in a new group, run the step
+/// again, and go on to the end. Gives both ranks' logits and how many steps failed on the first.
+fn two_ranks(fails_at: usize) -> Vec<(Vec<Vec<f32>>, usize)> {
+    let golden = Golden::open("toy_v3_f32");
+    let ids = golden.input_ids();
+    let feeds = [Feed { tokens: &ids, chunk: 5 }, Feed { tokens: &ids, chunk: 1 }];
+    let run = |first: Local, second: Local| {
+        let rank = Communicator::<Cpu>::rank(&first);
+        let backend = Arc::new(Cpu::new(CpuOptions { threads: Some(1), isa: None }).expect("a CPU"));
+        let fails_at = if rank == 1 { fails_at } else { 0 };
+        let comm = Arc::new(Failing { comm: first, sums: AtomicUsize::new(0), fails_at });
+        let mut model = Load::f32(MlaForm::Absorbed).open_rank(backend, comm, &golden.dir);
+        let mut feeder = Feeder::new(&[&model], &feeds);
+        let (mut failures, mut second) = (0, Some(second));
+        loop {
+            match catch_unwind(AssertUnwindSafe(|| feeder.step(&[&model]))) {
+                Ok(Ok(true)) => {}
+                Ok(Ok(false)) => return (feeder.logits, failures),
+                Ok(Err(error)) => {
+                    let gone = CommError::PeerGone { op: "all_reduce", rank: 1 };
+                    assert!(rank == 0 && error == StepError::Comm(gone), "rank {rank}: {error}");
+                    failures += 1;
+                }
+                Err(panic) => {
+                    assert_eq!(panic.downcast_ref::<&str>(), Some(&"this rank fails"), "rank {rank}");
+                    failures += 1;
+                }
+            }
+            if failures > 0
+                && let Some(second) = second.take()
+            {
+                model.leave();
+                assert_eq!(model.finish(), Ok(()), "a rank without a group has no failure of one");
+                let alone = catch_unwind(AssertUnwindSafe(|| feeder.step(&[&model]))).expect_err("a panic");
+                let message = alone
+                    .downcast_ref::<String>()
+                    .map_or_else(|| (*alone.downcast_ref::<&str>().expect("words")).to_owned(), Clone::clone);
+                assert!(message.contains("has left its own"), "{message}");
+                model.join(Arc::new(second));
+            }
+        }
+    };
+    thread::scope(|scope| {
+        let groups = Local::group(2, 1 << 20).into_iter().zip(Local::group(2, 1 << 20));
+        let threads: Vec<_> = groups.map(|(first, second)| scope.spawn(move || run(first, second))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("a rank ends")).collect()
+    })
+}
+
+/// A rank that panics in a step frees the other, and in a new group both give what they would have given.
+#[test]
+fn ranks_go_on_in_a_new_group_after_a_panic() {
+    let (done, finished) = mpsc::channel();
+    thread::spawn(move || {
+        let undisturbed = two_ranks(0);
+        // A step of three layers has seven sums: the embedding's, and two for each layer.
+        for fails_at in [1, 8, 11, 14] {
+            let disturbed = two_ranks(fails_at);
+            for ((logits, failures), (expected, none)) in disturbed.iter().zip(&undisturbed) {
+                assert_eq!((*failures, *none), (1, 0), "sum {fails_at}");
+                assert_eq!(logits, expected, "sum {fails_at}");
+            }
+        }
+        done.send(()).expect("somebody waits");
+    });
+    finished.recv_timeout(Duration::from_secs(120)).expect("the ranks neither hang nor fail");
 }

@@ -1,6 +1,7 @@
 //! Ranks as threads of one process, which meet in host memory.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use r1_backend::{Backend, CommError, Communicator, HostSlice, HostSliceMut, Tensor};
@@ -61,7 +62,7 @@ fn read(staging: &RwLock<Staging>) -> std::sync::RwLockReadGuard<'_, Staging> {
 }
 
 /// Elements `range` of every rank's floats, summed in rank order.
-fn sum_in_rank_order(ranks: &[RwLock<Staging>], range: std::ops::Range<usize>, out: &mut Vec<f32>) {
+fn sum_in_rank_order(ranks: &[RwLock<Staging>], range: Range<usize>, out: &mut Vec<f32>) {
     out.clear();
     out.extend_from_slice(&read(&ranks[0]).floats[range.clone()]);
     for rank in &ranks[1..] {

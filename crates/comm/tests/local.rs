@@ -326,6 +326,34 @@ fn a_rank_that_panics_frees_those_that_wait() {
     });
 }
 
+/// A rank that waits for a slow one parks: it takes next to no time of a core.
+#[cfg(target_os = "linux")]
+#[test]
+fn waiting_takes_no_core() {
+    use std::time::Duration;
+
+    const WAIT: Duration = Duration::from_millis(400);
+    // Nanoseconds that this thread has run.
+    let on_core = || {
+        let stat = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+        stat.split(' ').next()?.parse::<u64>().ok().map(Duration::from_nanos)
+    };
+    let results = ranks(2, |backend, local| {
+        let x = floats(backend, &[1], DType::F32, &[1.0]);
+        if rank_of(&local) == 1 {
+            thread::sleep(WAIT);
+        }
+        let before = on_core();
+        local.all_reduce(backend, &x);
+        check(&local).unwrap();
+        on_core().zip(before).map(|(after, before)| after - before)
+    });
+    // Where the system does not keep these statistics there is nothing to compare.
+    if let Some(waited) = results[0] {
+        assert!(waited < WAIT / 4, "waiting {WAIT:?} took {waited:?} of a core");
+    }
+}
+
 #[test]
 fn a_rank_that_is_done_does_not_undo_the_last_sum() {
     for _ in 0..200 {

@@ -262,7 +262,10 @@ impl<B: Backend> DeepSeek<B> {
         output: &StageOutput<'_, B>,
     ) {
         let (backend, ws) = (&*self.backend, &self.workspace);
-        let comm = &**self.comm.as_ref().expect("a step needs a group: this rank has left its own and joined no other");
+        let comm = &**self
+            .comm
+            .as_ref()
+            .expect("a step needs a group: this rank has left its own and joined no other");
         let rows = 0..batch.num_tokens;
         assert!(rows.end <= self.options.max_batched_tokens, "a step of {} tokens", rows.end);
         assert_eq!(caches.len(), self.layers.len(), "one cache per layer");
