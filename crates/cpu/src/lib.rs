@@ -184,10 +184,10 @@ impl Backend for Cpu {
         let size_bytes = shape
             .iter()
             .try_fold(dtype.size_bytes(), |size, &dim| size.checked_mul(dim))
-            .ok_or_else(|| out_of_memory(usize::MAX, what(), None))?;
+            .ok_or_else(|| out_of_memory(usize::MAX, what(), self.left_bytes()))?;
         self.check_room(size_bytes, &what)?;
         let buffer = Buffer::zeroed(size_bytes, &self.owned_bytes)
-            .ok_or_else(|| out_of_memory(size_bytes, what(), None))?;
+            .ok_or_else(|| out_of_memory(size_bytes, what(), self.left_bytes()))?;
         Ok(Tensor::from_buffer(buffer, shape, dtype))
     }
 
@@ -201,7 +201,7 @@ impl Backend for Cpu {
             let what = || format!("a copy of misaligned weights {:?} {}", host.shape(), host.dtype());
             self.check_room(bytes.len(), &what)?;
             let copy = Buffer::copied(bytes, &self.owned_bytes)
-                .ok_or_else(|| out_of_memory(bytes.len(), what(), None))?;
+                .ok_or_else(|| out_of_memory(bytes.len(), what(), self.left_bytes()))?;
             host.discard();
             copy
         };

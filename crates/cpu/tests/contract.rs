@@ -95,6 +95,46 @@ fn too_much_memory_is_an_error_with_a_way_out() {
     }
 }
 
+/// In a process of its own, whose address space is limited: what does not fit is an error that says how much is left.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_limited_address_space_is_an_error_with_numbers() {
+    const LIMIT_KIB: usize = 1 << 20;
+    const INSIDE: &str = "R1_TEST_LIMITED";
+    if std::env::var_os(INSIDE).is_none() {
+        let status = std::process::Command::new("sh")
+            .args(["-c", &format!("ulimit -v {LIMIT_KIB} && exec \"$0\" \"$@\"")])
+            .arg(std::env::current_exe().expect("this test"))
+            .args(["--exact", "a_limited_address_space_is_an_error_with_numbers"])
+            .env(INSIDE, "1")
+            .output()
+            .expect("sh runs");
+        assert!(status.status.success(), "{status:?}");
+        assert!(String::from_utf8_lossy(&status.stdout).contains("1 passed"), "{status:?}");
+        return;
+    }
+    let cpu = cpu(None, 1);
+    let left = cpu.free_bytes().expect("Linux says");
+    assert!(left < LIMIT_KIB * 1024, "{left} bytes");
+    let mut kept = Vec::new();
+    let error = loop {
+        match cpu.alloc(&[64 << 20], DType::F8E4M3) {
+            Ok(tensor) => kept.push(tensor),
+            Err(error) => break error,
+        }
+        assert!(kept.len() < 16, "1 GiB holds no more than 16 tensors of 64 MiB");
+    };
+    assert!(!kept.is_empty(), "{error}");
+    let BackendError::OutOfMemory { requested_bytes, hint, .. } = &error else { panic!("{error}") };
+    assert_eq!(*requested_bytes, 64 << 20);
+    let left: usize = hint.split(' ').next().and_then(|left| left.parse().ok()).expect("a number");
+    // Large tensors are laid out in one huge page more than they need.
+    assert!(left < 66 << 20, "{error}");
+    // The backend lives on, and what is given back can be had again.
+    kept.pop();
+    cpu.alloc(&[32 << 20], DType::F8E4M3).expect("room again");
+}
+
 #[test]
 fn fp8_activations_are_the_callers_bug() {
     let cpu = cpu(None, 1);

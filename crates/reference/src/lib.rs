@@ -152,10 +152,12 @@ impl Backend for Reference {
     }
 
     fn alloc(&self, shape: &[usize], dtype: r1_core::DType) -> Result<View, BackendError> {
+        storage::check_room(shape, dtype)?;
         storage::zeros(shape, dtype).map_err(|error| failed("alloc", &error))
     }
 
     fn import(&self, host: &HostTensor) -> Result<View, BackendError> {
+        storage::check_room(host.shape(), host.dtype())?;
         storage::import(host).map_err(|error| failed("import", &error))
     }
 

@@ -41,6 +41,19 @@ pub fn alloc_is_zeroed<B: Backend>(backend: &B) {
     assert_eq!(ids, [0; 5], "alloc U32");
 }
 
+/// [`Backend::alloc`] of what no machine has is an error that says how much was asked for, and the backend lives on.
+pub fn alloc_refuses<B: Backend>(backend: &B) {
+    for (shape, requested) in [(&[1 << 25, 1 << 25][..], 1 << 52), (&[usize::MAX, 2], usize::MAX)] {
+        match backend.alloc(shape, DType::F32) {
+            Err(BackendError::OutOfMemory { requested_bytes, .. }) => assert_eq!(requested_bytes, requested),
+            Err(error) => panic!("alloc {shape:?}: {error}"),
+            Ok(_) => panic!("alloc {shape:?}: the backend says it has {requested} bytes"),
+        }
+    }
+    let tensor = backend.alloc(&[2], DType::F32).expect("alloc");
+    assert_eq!(download(backend, &tensor), [0.0; 2]);
+}
+
 /// [`Backend::upload`] rounds to nearest even and saturates E4M3, [`Backend::download`] widens exactly.
 pub fn upload_rounds<B: Backend>(backend: &B) {
     // What is written, and what BF16, F16 and E4M3 must make of it.
