@@ -25,12 +25,12 @@ pub fn load(config: &ModelConfig, checkpoint: &Arc<Checkpoint>, mla_form: MlaFor
         weights: WeightFormat::AsStored,
         fp8: Fp8Compute::WeightOnly,
         mla_form,
-        deterministic: false,
         max_batched_tokens: MAX_MODEL_LEN,
         max_logit_rows: MAX_NUM_SEQS,
         max_model_len: MAX_MODEL_LEN,
         max_expanded_tokens: MAX_MODEL_LEN,
         layers: None,
+        deterministic: false,
         rank: Rank(0),
         world_size: 1,
     };

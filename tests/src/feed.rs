@@ -3,10 +3,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use r1_backend::{Backend, Batch, Communicator, HostSlice, HostSliceMut, Tensor};
+use r1_backend::{Backend, Batch, Communicator, HostSlice, HostSliceMut, LatentCache, Tensor};
 use r1_comm::Local;
 use r1_core::{DType, Rank};
-use r1_model::{DeepSeek, Fp8Compute, MlaForm, ModelOptions, StageInput, StageOutput, WeightFormat};
+use r1_model::{
+    DeepSeek, Fp8Compute, MlaForm, ModelOptions, StageInput, StageOutput, StepError, WeightFormat,
+};
 use r1_weights::{Checkpoint, ModelConfig};
 
 const BLOCK_SIZE: usize = 4;
@@ -25,6 +27,8 @@ pub struct Load {
     pub form: MlaForm,
     /// First layer and the one after the last; `None` is all of them.
     pub layers: Option<[usize; 2]>,
+    /// Refuse what is not batch invariant.
+    pub deterministic: bool,
 }
 
 impl Load {
@@ -36,6 +40,25 @@ impl Load {
             fp8: Fp8Compute::WeightOnly,
             form,
             layers: None,
+            deterministic: false,
+        }
+    }
+
+    /// For one of `world_size` tensor-parallel ranks.
+    pub fn options(self, rank: usize, world_size: usize) -> ModelOptions {
+        ModelOptions {
+            activation_dtype: self.dtype,
+            weights: self.weights,
+            fp8: self.fp8,
+            mla_form: self.form,
+            max_batched_tokens: MAX_TOKENS,
+            max_logit_rows: MAX_TOKENS,
+            max_model_len: MAX_TOKENS,
+            max_expanded_tokens: MAX_TOKENS,
+            layers: self.layers.map(|[first, end]| first..end),
+            deterministic: self.deterministic,
+            rank: Rank(rank),
+            world_size,
         }
     }
 
@@ -59,19 +82,7 @@ impl Load {
     ) -> DeepSeek<B> {
         let config = ModelConfig::open(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
         let checkpoint = Checkpoint::open(dir).unwrap_or_else(|error| panic!("{}: {error}", dir.display()));
-        let options = ModelOptions {
-            activation_dtype: self.dtype,
-            weights: self.weights,
-            fp8: self.fp8,
-            mla_form: self.form,
-            max_batched_tokens: MAX_TOKENS,
-            max_logit_rows: MAX_TOKENS,
-            max_model_len: MAX_TOKENS,
-            max_expanded_tokens: MAX_TOKENS,
-            layers: self.layers.map(|[first, end]| first..end),
-            rank: Rank(comm.rank()),
-            world_size: comm.world_size(),
-        };
+        let options = self.options(comm.rank(), comm.world_size());
         let loaded = DeepSeek::load(backend, comm, &checkpoint, &config, options, &mut |_| {});
         loaded.unwrap_or_else(|error| panic!("{}: {error}", dir.display()))
     }
@@ -99,27 +110,57 @@ pub fn teacher_force<B: Backend>(model: &DeepSeek<B>, feeds: &[Feed<'_>]) -> Vec
 /// # Panics
 /// When a step fails.
 pub fn teacher_force_stages<B: Backend>(stages: &[&DeepSeek<B>], feeds: &[Feed<'_>]) -> Vec<Vec<f32>> {
-    let backend = &**stages[0].backend();
-    let config = stages[0].config();
-    let vocab_size = config.vocab_size;
-    let blocks_each =
-        feeds.iter().map(|feed| feed.tokens.len().div_ceil(BLOCK_SIZE)).max().expect("a sequence");
-    let num_blocks = blocks_each * feeds.len();
-    let caches: Vec<_> = stages
-        .iter()
-        .map(|stage| stage.alloc_cache(num_blocks, BLOCK_SIZE).expect("a small cache"))
-        .collect();
-    // Neighbours in a sequence lie far from each other, and no sequence has block 0 first.
-    let block = |seq: usize, index: usize| num_blocks - 1 - (index * feeds.len() + seq);
-    let mut done = vec![0; feeds.len()];
-    let mut logits = vec![Vec::new(); feeds.len()];
-    loop {
+    let mut feeder = Feeder::new(stages, feeds);
+    while feeder.step(stages).expect("the step runs") {}
+    feeder.logits
+}
+
+/// The same step by step, so that a step may fail and be run again.
+pub struct Feeder<'a, B: Backend> {
+    feeds: &'a [Feed<'a>],
+    /// By stage and layer.
+    caches: Vec<Vec<LatentCache<B>>>,
+    blocks_each: usize,
+    /// Tokens of each sequence that are in the cache.
+    done: Vec<usize>,
+    /// `[done, V]` of each sequence.
+    pub logits: Vec<Vec<f32>>,
+}
+
+impl<'a, B: Backend> Feeder<'a, B> {
+    /// Allocates the caches.
+    ///
+    /// # Panics
+    /// When there is no room, or no sequence.
+    pub fn new(stages: &[&DeepSeek<B>], feeds: &'a [Feed<'a>]) -> Self {
+        let blocks_each =
+            feeds.iter().map(|feed| feed.tokens.len().div_ceil(BLOCK_SIZE)).max().expect("a sequence");
+        let caches = stages
+            .iter()
+            .map(|stage| stage.alloc_cache(blocks_each * feeds.len(), BLOCK_SIZE).expect("a small cache"))
+            .collect();
+        Self { feeds, caches, blocks_each, done: vec![0; feeds.len()], logits: vec![Vec::new(); feeds.len()] }
+    }
+
+    /// Runs one step; `false` when there was nothing left to run. A step that fails leaves everything as it was.
+    ///
+    /// # Panics
+    /// When there is no room for a step's tensors.
+    pub fn step(&mut self, stages: &[&DeepSeek<B>]) -> Result<bool, StepError> {
+        let Self { feeds, caches, blocks_each, done, logits } = self;
+        let blocks_each = *blocks_each;
+        let backend = &**stages[0].backend();
+        let config = stages[0].config();
+        let vocab_size = config.vocab_size;
+        let num_blocks = blocks_each * feeds.len();
+        // Neighbours in a sequence lie far from each other, and no sequence has block 0 first.
+        let block = |seq: usize, index: usize| num_blocks - 1 - (index * feeds.len() + seq);
         let mut rows: Vec<(usize, usize)> = (feeds.iter().enumerate())
             .map(|(seq, feed)| (seq, feed.chunk.min(feed.tokens.len() - done[seq])))
             .filter(|&(_, len)| len > 0)
             .collect();
         if rows.is_empty() {
-            return logits;
+            return Ok(false);
         }
         rows.sort_by_key(|&(_, len)| len > 1);
         let num_decodes = rows.iter().filter(|&&(_, len)| len == 1).count();
@@ -170,7 +211,7 @@ pub fn teacher_force_stages<B: Backend>(stages: &[&DeepSeek<B>], feeds: &[Feed<'
                 StageOutput::Hidden(&hidden)
             };
             stage.forward(&input, &batch, &caches[i], &output);
-            stage.finish().expect("the step runs");
+            stage.finish()?;
         }
         let mut host = vec![0.0; num_tokens * vocab_size];
         backend.download(&out, HostSliceMut::F32(&mut host)).expect("the logits are there");
@@ -180,5 +221,6 @@ pub fn teacher_force_stages<B: Backend>(stages: &[&DeepSeek<B>], feeds: &[Feed<'
             at += len;
             done[seq] += len;
         }
+        Ok(true)
     }
 }

@@ -6,6 +6,6 @@ mod golden;
 pub mod server;
 mod tiny;
 
-pub use feed::{Feed, Load, teacher_force, teacher_force_stages};
+pub use feed::{Feed, Feeder, Load, teacher_force, teacher_force_stages};
 pub use golden::{Gap, Golden, goldens_dir};
 pub use tiny::{Tiny, tiny_dir};

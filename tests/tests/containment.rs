@@ -47,7 +47,6 @@ impl<B: Backend> Communicator<B> for Faulty<B> {
         self.inner.all_gather(backend, x, out);
     }
 
-
     fn all_gather_last(&self, backend: &B, x: &Tensor<B>, out: &Tensor<B>) {
         self.inner.all_gather_last(backend, x, out);
     }

@@ -4,11 +4,13 @@
 use std::sync::Arc;
 
 use r1_backend::Backend;
+use r1_comm::Local;
 use r1_core::DType;
 use r1_cpu::{Cpu, CpuOptions};
-use r1_model::{Fp8Compute, MlaForm, WeightFormat};
+use r1_model::{DeepSeek, Fp8Compute, MlaForm, WeightFormat};
 use r1_reference::Reference;
 use r1_tests::{Feed, Gap, Golden, Load, teacher_force};
+use r1_weights::{Checkpoint, ModelConfig};
 
 const TOYS: [&str; 7] =
     ["toy_v3_f32", "toy_v3_bf16", "toy_v3_fp8", "toy_v2_lite", "toy_v2", "toy_moonlight", "toy_ragged_fp8"];
@@ -48,6 +50,53 @@ fn reference_matches_transformers_in_f32() {
     for name in TOYS {
         matches_in_f32(&backend, name);
     }
+}
+
+/// The CPU computes a token's logits in the same way whatever runs beside it and however its prompt is cut: the same bits.
+#[test]
+fn cpu_is_batch_invariant() {
+    for name in ["toy_v3_bf16", "toy_v3_fp8", "toy_v2", "toy_ragged_fp8"] {
+        let golden = Golden::open(name);
+        let ids = golden.input_ids();
+        for dtype in [DType::F32, DType::BF16] {
+            let load = Load { dtype, deterministic: true, ..Load::f32(MlaForm::Absorbed) };
+            let model = load.open(cpu(), &golden.dir);
+            let alone = &teacher_force(&model, &[Feed { tokens: &ids, chunk: 64 }])[0];
+            for chunks in [&[1][..], &[7], &[5, 64, 1, 3], &[64, 1, 3, 1, 2, 9, 11, 1, 13]] {
+                let feeds: Vec<_> = chunks.iter().map(|&chunk| Feed { tokens: &ids, chunk }).collect();
+                for logits in teacher_force(&model, &feeds) {
+                    let same = logits.iter().zip(alone).all(|(a, b)| a.to_bits() == b.to_bits());
+                    assert!(same && logits.len() == alone.len(), "{name} {dtype} {chunks:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_not_batch_invariant_is_refused() {
+    let golden = Golden::open("toy_v3_f32");
+    let config = ModelConfig::open(&golden.dir).expect("config.json");
+    let checkpoint = Checkpoint::open(&golden.dir).expect("weights");
+    fn refusal<B: Backend>(backend: Arc<B>, form: MlaForm, with: (&Checkpoint, &ModelConfig)) -> String {
+        let options = Load { deterministic: true, ..Load::f32(form) }.options(0, 1);
+        let comm = Arc::new(Local::single());
+        let loaded = DeepSeek::load(backend, comm, with.0, with.1, options, &mut |_| {});
+        loaded.err().expect("a refusal").to_string()
+    }
+    let with = (&checkpoint, &config);
+    for form in [MlaForm::Auto, MlaForm::Expanded] {
+        let refused = refusal(cpu(), form, with);
+        assert!(
+            refused.starts_with("--deterministic with MLA form ") && refused.contains("absorbed"),
+            "{refused}"
+        );
+    }
+    assert_eq!(
+        refusal(Arc::new(Reference::new()), MlaForm::Absorbed, with),
+        "--deterministic is not supported: the device reference sums in an order that depends on the batch; use --device \
+         cpu, which does not"
+    );
 }
 
 /// BF16 activations: as close to torch's F32 as twice torch's own BF16.

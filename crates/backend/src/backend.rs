@@ -73,6 +73,9 @@ pub struct Capabilities {
     pub fp8_activations: bool,
     /// Work runs behind the caller's back, so that planning a step ahead pays.
     pub asynchronous: bool,
+    /// A row's result depends neither on the other rows of a step nor on how a prompt is cut into steps, bit for bit, in
+    /// the absorbed form of attention.
+    pub batch_invariant: bool,
 }
 
 /// A device and its operations.
@@ -128,10 +131,21 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// Reads `src` once everything enqueued before has run.
     fn download(&self, src: &Tensor<Self>, dst: HostSliceMut<'_>) -> Result<(), BackendError>;
 
+    /// As [`download`](Backend::download), but waits for no work beyond the steps whose tickets have been waited for. `src` must
+    /// have been written by one of those and must not be written by work enqueued since.
+    fn read_back(&self, src: &Tensor<Self>, dst: HostSliceMut<'_>) -> Result<(), BackendError> {
+        self.download(src, dst)
+    }
+
     /// Closes a step: the ticket gives the first failure of what was enqueued since the last flush.
     fn flush(&self) -> Ticket;
 
     // Primitives.
+
+    /// `ids[t] = drawn[from[t]]` where `from[t]` is not `u32::MAX`; other ids stay. A step that is enqueued before the tokens of
+    /// the step before it are known on the host reads them so. `drawn` `[L]`, `from` `[T]`, `ids` `[T]`, all U32; a `from[t]`
+    /// that is no row of `drawn` is a bug of the caller.
+    fn feed_tokens(&self, drawn: &Tensor<Self>, from: &Tensor<Self>, ids: &Tensor<Self>);
 
     /// `out[t] = table[ids[t] - first_row]`; ids whose row this table does not hold give zeros (a vocabulary shard).
     /// `ids` `[T]` U32, `table` `[V, D]`, `out` `[T, D]`.

@@ -44,6 +44,9 @@ pub trait Communicator<B: Backend>: Send + Sync {
     fn all_reduce(&self, backend: &B, x: &Tensor<B>);
     /// `out [world_size * n, …]` = every rank's `x [n, …]`, in rank order.
     fn all_gather(&self, backend: &B, x: &Tensor<B>, out: &Tensor<B>);
+    /// `out [L, world_size * n]`: row `l` is row `l` of every rank's `x [L, n]`, one after the other in rank order. It puts
+    /// together what column-parallel linears gave.
+    fn all_gather_last(&self, backend: &B, x: &Tensor<B>, out: &Tensor<B>);
     /// `out [n, …]` = this rank's part of `Σ_r x_r [world_size * n, …]`.
     fn reduce_scatter(&self, backend: &B, x: &Tensor<B>, out: &Tensor<B>);
     /// Part `r` of `x [world_size * n, …]` goes to rank `r`; part `r` of `out` comes from rank `r`.

@@ -1,5 +1,6 @@
 //! Host memory on its way to a backend: a checkpoint's bytes with shape and dtype. Knows no device.
 
+use std::collections::TryReserveError;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -116,22 +117,23 @@ impl HostTensor {
         Self { owner: self.owner.clone(), range: from..from + len * row_bytes, shape, dtype: self.dtype }
     }
 
-    /// Columns `start..start + len` of a matrix, copied.
+    /// Columns `start..start + len` of a matrix, copied; an error where there is no room for the copy.
     ///
     /// # Panics
     /// When this is no matrix or the columns do not exist.
-    pub fn columns(&self, start: usize, len: usize) -> Self {
+    pub fn columns(&self, start: usize, len: usize) -> Result<Self, TryReserveError> {
         let [rows, cols] = self.shape[..] else {
             panic!("HostTensor::columns: {:?} is no matrix", self.shape)
         };
         assert!(start + len <= cols, "HostTensor::columns: {start}+{len} past {cols}");
         let size = self.dtype.size_bytes();
         let bytes = self.bytes();
-        let mut out = Vec::with_capacity(rows * len * size);
+        let mut out = Vec::new();
+        out.try_reserve_exact(rows * len * size)?;
         for row in 0..rows {
             let from = (row * cols + start) * size;
             out.extend_from_slice(&bytes[from..from + len * size]);
         }
-        Self::from_vec(out, &[rows, len], self.dtype)
+        Ok(Self::from_vec(out, &[rows, len], self.dtype))
     }
 }

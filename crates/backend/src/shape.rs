@@ -155,6 +155,15 @@ impl Check {
     }
 }
 
+/// See [`Backend::feed_tokens`].
+#[track_caller]
+pub fn feed_tokens<B: Backend>(drawn: &Tensor<B>, from: &Tensor<B>, ids: &Tensor<B>) {
+    Check::new("feed_tokens")
+        .arg("drawn", drawn, &["L"], &[DType::U32])
+        .arg("from", from, &["T"], &[DType::U32])
+        .arg("ids", ids, &["T"], &[DType::U32]);
+}
+
 /// See [`Backend::embed`].
 #[track_caller]
 pub fn embed<B: Backend>(ids: &Tensor<B>, table: &Tensor<B>, out: &Tensor<B>) {

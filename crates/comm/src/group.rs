@@ -1,6 +1,8 @@
 //! Where ranks meet: one barrier per collective, mailboxes for pairs, and the news that a rank has left.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::thread;
 
 use r1_backend::CommError;
 
@@ -26,6 +28,10 @@ pub(crate) struct Call {
 /// have read n: one barrier per collective is enough.
 const SETS: usize = 2;
 
+/// Turns of a waiting rank before it parks: some tens of microseconds, about how far apart ranks that do the same work arrive.
+/// To be woken takes as long, and longer than a small sum.
+const SPINS: u32 = 2000;
+
 #[derive(Debug)]
 struct State {
     /// Collectives that all ranks have arrived at.
@@ -38,6 +44,8 @@ struct State {
     mail: Vec<Option<usize>>,
     /// Ranks that have left, in order: the first is why the others cannot go on.
     gone: Vec<usize>,
+    /// Ranks that must be woken.
+    parked: usize,
 }
 
 impl State {
@@ -50,7 +58,11 @@ impl State {
 #[derive(Debug)]
 pub(crate) struct Group {
     world_size: usize,
+    /// `SPINS`, or 0 where ranks share cores: one that spins would keep another from arriving.
+    spins: u32,
     state: Mutex<State>,
+    /// Goes up with every change that somebody can wait for; what spins looks at, so that it leaves the lock alone.
+    changes: AtomicUsize,
     changed: Condvar,
     /// By set and rank.
     staging: [Vec<RwLock<Staging>>; SETS],
@@ -65,14 +77,18 @@ impl Group {
         };
         let set = || (0..world_size).map(|_| staging(max_elements)).collect();
         let call = Call { op: "", elements: 0, root: 0 };
+        let cores = thread::available_parallelism().map_or(1, usize::from);
         Self {
             world_size,
+            spins: if world_size <= cores { SPINS } else { 0 },
+            changes: AtomicUsize::new(0),
             state: Mutex::new(State {
                 completed: 0,
                 arrived: 0,
                 calls: [vec![call; world_size], vec![call; world_size]],
                 mail: vec![None; world_size * world_size],
                 gone: Vec::with_capacity(world_size),
+                parked: 0,
             }),
             changed: Condvar::new(),
             staging: [set(), set()],
@@ -89,14 +105,37 @@ impl Group {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until `done` gives something.
+    /// Waits until `done` gives something: for a short while awake, then parked.
     fn wait<T>(&self, mut done: impl FnMut(&mut State) -> Option<T>) -> T {
+        let mut spins = self.spins;
         let mut state = self.state();
         loop {
             if let Some(result) = done(&mut state) {
                 return result;
             }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            if spins > 0 {
+                let seen = self.changes.load(Ordering::Relaxed);
+                drop(state);
+                while spins > 0 && self.changes.load(Ordering::Relaxed) == seen {
+                    spins -= 1;
+                    std::hint::spin_loop();
+                }
+                state = self.state();
+            } else {
+                state.parked += 1;
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state.parked -= 1;
+            }
+        }
+    }
+
+    /// Lets those that wait look at the state again.
+    fn announce(&self, state: MutexGuard<'_, State>) {
+        self.changes.fetch_add(1, Ordering::Relaxed);
+        let parked = state.parked > 0;
+        drop(state);
+        if parked {
+            self.changed.notify_all();
         }
     }
 
@@ -106,8 +145,7 @@ impl Group {
         if !state.gone.contains(&rank) {
             state.gone.push(rank);
         }
-        drop(state);
-        self.changed.notify_all();
+        self.announce(state);
     }
 
     /// One collective: `lay_out` fills this rank's staging, and once all ranks have arrived, `read` is given everyone's.
@@ -134,9 +172,10 @@ impl Group {
         if state.arrived == self.world_size {
             state.arrived = 0;
             state.completed += 1;
-            self.changed.notify_all();
+            self.announce(state);
+        } else {
+            drop(state);
         }
-        drop(state);
         self.wait(|state| {
             if state.completed > round {
                 // Complete, even if someone has left since.
@@ -162,8 +201,9 @@ impl Group {
             None => Some(Ok(())),
         })?;
         lay_out(&mut self.messages[pair].write().unwrap_or_else(PoisonError::into_inner))?;
-        self.state().mail[pair] = Some(elements);
-        self.changed.notify_all();
+        let mut state = self.state();
+        state.mail[pair] = Some(elements);
+        self.announce(state);
         Ok(())
     }
 
@@ -186,8 +226,9 @@ impl Group {
         } else {
             Err(CommError::Mismatch { op: "recv", rank: from, found: "send", found_elements: sent, elements })
         };
-        self.state().mail[pair] = None;
-        self.changed.notify_all();
+        let mut state = self.state();
+        state.mail[pair] = None;
+        self.announce(state);
         result
     }
 }

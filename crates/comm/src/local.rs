@@ -1,6 +1,7 @@
 //! Ranks as threads of one process, which meet in host memory.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use r1_backend::{Backend, CommError, Communicator, HostSlice, HostSliceMut, Tensor};
@@ -61,11 +62,28 @@ fn read(staging: &RwLock<Staging>) -> std::sync::RwLockReadGuard<'_, Staging> {
 }
 
 /// Elements `range` of every rank's floats, summed in rank order.
-fn sum_in_rank_order(ranks: &[RwLock<Staging>], range: std::ops::Range<usize>, out: &mut Vec<f32>) {
+fn sum_in_rank_order(ranks: &[RwLock<Staging>], range: Range<usize>, out: &mut Vec<f32>) {
     out.clear();
     out.extend_from_slice(&read(&ranks[0]).floats[range.clone()]);
     for rank in &ranks[1..] {
         out.iter_mut().zip(&read(rank).floats[range.clone()]).for_each(|(sum, x)| *sum += x);
+    }
+}
+
+/// `out [rows, ranks * n]`: row by row, every rank's `[rows, n]`.
+fn interleave<T: Copy + Default>(
+    ranks: &[RwLock<Staging>],
+    [rows, n]: [usize; 2],
+    values: impl Fn(&Staging) -> &Vec<T>,
+    out: &mut Vec<T>,
+) {
+    let width = ranks.len() * n;
+    out.resize(rows * width, T::default());
+    for (r, rank) in ranks.iter().enumerate() {
+        let rank = read(rank);
+        for (row, part) in values(&rank).chunks_exact(n.max(1)).enumerate() {
+            out[row * width + r * n..][..n].copy_from_slice(part);
+        }
     }
 }
 
@@ -167,6 +185,24 @@ fn assert_parts<B: Backend>(op: &str, part: &Tensor<B>, whole: &Tensor<B>, times
     );
 }
 
+/// Checks that `whole` `[L, times * n]` has the rows of `part` `[L, n]`; gives `n`.
+#[track_caller]
+fn assert_columns<B: Backend>(op: &str, part: &Tensor<B>, whole: &Tensor<B>, times: usize) -> usize {
+    let fits = match (part.shape(), whole.shape()) {
+        (&[rows, n], &[whole_rows, width]) => rows == whole_rows && width == times * n,
+        _ => false,
+    };
+    assert!(
+        fits && part.dtype() == whole.dtype(),
+        "{op}: out has shape {:?} {} and x {:?} {}, with {times} ranks",
+        whole.shape(),
+        whole.dtype(),
+        part.shape(),
+        part.dtype()
+    );
+    part.dim(1)
+}
+
 #[track_caller]
 fn assert_floats<B: Backend>(op: &str, x: &Tensor<B>) {
     assert!(x.dtype() != DType::U32, "{op}: x has dtype U32, and only floats are summed");
@@ -209,6 +245,22 @@ impl<B: Backend> Communicator<B> for Local {
                 } else {
                     result.floats.extend_from_slice(&rank.floats);
                 }
+            }
+        });
+    }
+
+    fn all_gather_last(&self, backend: &B, x: &Tensor<B>, out: &Tensor<B>) {
+        let n = assert_columns("all_gather_last", x, out, self.group.world_size());
+        if self.alone() {
+            return self.copy(backend, x, out);
+        }
+        let call = Call { op: "all_gather_last", elements: x.num_elements(), root: 0 };
+        let rows = x.dim(0);
+        self.collective(backend, call, x, out, |ranks, result| {
+            if out.dtype() == DType::U32 {
+                interleave(ranks, [rows, n], |staging| &staging.ids, &mut result.ids);
+            } else {
+                interleave(ranks, [rows, n], |staging| &staging.floats, &mut result.floats);
             }
         });
     }

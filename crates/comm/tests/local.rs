@@ -124,6 +124,44 @@ fn all_gather_is_in_rank_order() {
 }
 
 #[test]
+fn all_gather_last_puts_columns_together() {
+    for world_size in 1..=4 {
+        for (rows, n) in [(1, 3), (4, 1), (3, 5)] {
+            let id = |rank: usize, row: usize, i: usize| (100 * rank + 10 * row + i) as u32;
+            let results = ranks(world_size, |backend, local| {
+                let rank = rank_of(&local);
+                let part: Vec<u32> = (0..rows * n).map(|at| id(rank, at / n, at % n)).collect();
+                // Both lie in wider tensors, as a step's rows of a workspace do.
+                let wide = backend.alloc(&[rows + 2, n + 3], DType::F32).unwrap();
+                let x = wide.rows(1..rows + 1).narrow(1, 2..n + 2);
+                let values: Vec<f32> = part.iter().map(|&id| id as f32 + 0.5).collect();
+                backend.upload(HostSlice::F32(&values), &x);
+                let whole = backend.alloc(&[rows, world_size * n + 1], DType::F32).unwrap();
+                let out = whole.narrow(1, 0..world_size * n);
+                local.all_gather_last(backend, &x, &out);
+                let all = backend.alloc(&[rows, world_size * n], DType::U32).unwrap();
+                local.all_gather_last(backend, &ids(backend, &part).reshape(&[rows, n]), &all);
+                check(&local).unwrap();
+                (read(backend, &out), read_ids(backend, &all))
+            });
+            let want: Vec<u32> = (0..rows)
+                .flat_map(|row| (0..world_size * n).map(move |at| id(at / n, row, at % n)))
+                .collect();
+            let floats: Vec<f32> = want.iter().map(|&id| id as f32 + 0.5).collect();
+            assert_eq!(results, vec![(floats, want); world_size], "{world_size} ranks, [{rows}, {n}]");
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "all_gather_last: out has shape [2, 5] F32 and x [2, 3] F32, with 2 ranks")]
+fn all_gather_last_checks_shapes() {
+    let backend = Reference::new();
+    let (x, out) = (floats(&backend, &[2, 3], DType::F32, &[0.0; 6]), backend.alloc(&[2, 5], DType::F32));
+    Local::group(2, 0)[0].all_gather_last(&backend, &x, &out.unwrap());
+}
+
+#[test]
 fn reduce_scatter_gives_each_rank_its_part() {
     for world_size in 1..=4 {
         let results = ranks(world_size, |backend, local| {
@@ -286,6 +324,34 @@ fn a_rank_that_panics_frees_those_that_wait() {
         assert_eq!(check(&waiting), Err(CommError::PeerGone { op: "all_reduce", rank: 1 }));
         assert!(thread.join().is_err());
     });
+}
+
+/// A rank that waits for a slow one parks: it takes next to no time of a core.
+#[cfg(target_os = "linux")]
+#[test]
+fn waiting_takes_no_core() {
+    use std::time::Duration;
+
+    const WAIT: Duration = Duration::from_millis(400);
+    // Nanoseconds that this thread has run.
+    let on_core = || {
+        let stat = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+        stat.split(' ').next()?.parse::<u64>().ok().map(Duration::from_nanos)
+    };
+    let results = ranks(2, |backend, local| {
+        let x = floats(backend, &[1], DType::F32, &[1.0]);
+        if rank_of(&local) == 1 {
+            thread::sleep(WAIT);
+        }
+        let before = on_core();
+        local.all_reduce(backend, &x);
+        check(&local).unwrap();
+        on_core().zip(before).map(|(after, before)| after - before)
+    });
+    // Where the system does not keep these statistics there is nothing to compare.
+    if let Some(waited) = results[0] {
+        assert!(waited < WAIT / 4, "waiting {WAIT:?} took {waited:?} of a core");
+    }
 }
 
 #[test]

@@ -89,6 +89,8 @@ pub struct Cpu {
     mapped_bytes: AtomicUsize,
     /// What the system could give when the backend was made: zeroed memory is lent untouched, so what is left shrinks late.
     budget_bytes: Option<usize>,
+    /// Backends that share the machine's memory, this one included.
+    sharing: usize,
 }
 
 impl Cpu {
@@ -108,7 +110,18 @@ impl Cpu {
             owned_bytes: Meter::default(),
             mapped_bytes: AtomicUsize::new(0),
             budget_bytes: memory::available_bytes(),
+            sharing: 1,
         })
+    }
+
+    /// Says that `backends` of this process share the machine's memory, this one included: each counts on an equal part.
+    ///
+    /// # Panics
+    /// When that is none.
+    #[must_use]
+    pub fn sharing_memory(self, backends: usize) -> Self {
+        assert!(backends > 0, "this backend is one of them");
+        Self { sharing: backends, ..self }
     }
 
     /// The instructions in use.
@@ -170,12 +183,13 @@ impl Backend for Cpu {
             activation_dtypes: vec![DType::F32, DType::BF16],
             fp8_activations: false,
             asynchronous: false,
+            batch_invariant: true,
         }
     }
 
     fn free_bytes(&self) -> Option<usize> {
         let mapped = self.mapped_bytes.load(Ordering::Relaxed);
-        self.left_bytes().map(|left| left.saturating_sub(mapped))
+        self.left_bytes().map(|left| (left / self.sharing).saturating_sub(mapped))
     }
 
     fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor<Self>, BackendError> {
@@ -183,10 +197,10 @@ impl Backend for Cpu {
         let size_bytes = shape
             .iter()
             .try_fold(dtype.size_bytes(), |size, &dim| size.checked_mul(dim))
-            .ok_or_else(|| out_of_memory(usize::MAX, what(), None))?;
+            .ok_or_else(|| out_of_memory(usize::MAX, what(), self.left_bytes()))?;
         self.check_room(size_bytes, &what)?;
         let buffer = Buffer::zeroed(size_bytes, &self.owned_bytes)
-            .ok_or_else(|| out_of_memory(size_bytes, what(), None))?;
+            .ok_or_else(|| out_of_memory(size_bytes, what(), self.left_bytes()))?;
         Ok(Tensor::from_buffer(buffer, shape, dtype))
     }
 
@@ -200,7 +214,7 @@ impl Backend for Cpu {
             let what = || format!("a copy of misaligned weights {:?} {}", host.shape(), host.dtype());
             self.check_room(bytes.len(), &what)?;
             let copy = Buffer::copied(bytes, &self.owned_bytes)
-                .ok_or_else(|| out_of_memory(bytes.len(), what(), None))?;
+                .ok_or_else(|| out_of_memory(bytes.len(), what(), self.left_bytes()))?;
             host.discard();
             copy
         };
@@ -218,6 +232,10 @@ impl Backend for Cpu {
 
     fn flush(&self) -> Ticket {
         Ticket::ready(Ok(()))
+    }
+
+    fn feed_tokens(&self, drawn: &Tensor<Self>, from: &Tensor<Self>, ids: &Tensor<Self>) {
+        ops::rows::feed_tokens(drawn, from, ids);
     }
 
     fn embed(&self, ids: &Tensor<Self>, table: &Tensor<Self>, first_row: usize, out: &Tensor<Self>) {

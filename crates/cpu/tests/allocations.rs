@@ -76,7 +76,9 @@ fn a_second_step_allocates_nothing() {
     };
     let row = RowSampling { temperature: 1.0, top_p: 0.9, top_k: 40, ..RowSampling::greedy() };
     let sampling = SamplingBatch { rows: vec![row], ..SamplingBatch::default() };
+    let (from, fed) = (ids(&cpu, &[0, u32::MAX], &[2]), ids(&cpu, &[1, 2], &[2]));
     let step = || {
+        cpu.feed_tokens(&drawn, &from, &fed);
         cpu.add_rms_norm(&hidden, &x, &norm, 1e-6, &normed);
         cpu.linear(&normed, &linear, &gate_up);
         cpu.silu_mul(&gate_up, &acted);

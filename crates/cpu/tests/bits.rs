@@ -3,11 +3,12 @@
 mod support;
 
 use r1_backend::{
-    Activation, Backend, Batch, Experts, HeadForm, HeadWeight, HostSlice, LatentCache, MlpWeights, Weight,
+    Activation, Backend, Batch, Experts, GroupScore, Groups, HeadForm, HeadWeight, HostSlice, LatentCache,
+    LogprobsOut, MlpWeights, RopeTable, Routing, RowSampling, SamplingBatch, ScoreFunction, Tensor, Weight,
 };
 use r1_core::DType;
 use r1_cpu::Cpu;
-use support::{FORMATS, Random, assert_close, bits, cpu, every_isa, ids, read, tensor, weight};
+use support::{FORMATS, Random, assert_close, bits, cpu, every_isa, ids, read, read_ids, tensor, weight};
 
 /// Sizes past every blocking constant: spans of K, token blocks, rows per task, and none a multiple of a vector.
 const LINEAR: [[usize; 3]; 4] = [[33, 70, 300], [130, 37, 2100], [5, 131, 1031], [64, 7, 1024]];
@@ -309,6 +310,159 @@ fn fp8_nan_codes_stay_nan() {
                     cpu.describe()
                 );
             }
+        }
+    }
+}
+
+/// Rows of `[tokens, …]` tensors: runs `op` on all of them and on some alone, and compares the bits of what it wrote.
+/// `make` gives the tensors anew, since operations write to some of them.
+fn rows_alone(
+    what: &str,
+    tokens: usize,
+    make: &dyn Fn() -> Vec<Tensor<Cpu>>,
+    op: &dyn Fn(&[Tensor<Cpu>]),
+    read: &dyn Fn(&Tensor<Cpu>) -> Vec<u32>,
+) {
+    let all = make();
+    op(&all);
+    for (start, len) in [(0, 1), (tokens / 2, 1), (tokens - 1, 1), (3, 5), (tokens - 7, 7)] {
+        let some: Vec<_> = make().iter().map(|tensor| tensor.rows(start..start + len)).collect();
+        op(&some);
+        for (i, (part, whole)) in some.iter().zip(&all).enumerate() {
+            let want = read(&whole.rows(start..start + len));
+            assert_eq!(read(part), want, "{what}: tensor {i}, {len} rows from {start}");
+        }
+    }
+}
+
+/// The operations that work row by row, on more rows than one task takes.
+#[test]
+fn other_rows_are_those_of_single_tokens() {
+    for cpu in every_isa(3) {
+        let (tokens, d) = (67, 333);
+        let float =
+            |seed, cols, dtype| tensor(&cpu, &Random(seed).floats(tokens * cols), &[tokens, cols], dtype);
+        let words = |t: &Tensor<Cpu>| match t.dtype() {
+            DType::U32 => read_ids(&cpu, t),
+            _ => bits(&read(&cpu, t)),
+        };
+        let norm = tensor(&cpu, &Random(9).floats(d), &[d], DType::F32);
+        for dtype in [DType::F32, DType::BF16] {
+            let three = || vec![float(1, d, dtype), float(2, d, dtype), float(3, d, dtype)];
+            let check = |what: &str, op: &dyn Fn(&[Tensor<Cpu>])| {
+                rows_alone(&format!("{what} {dtype} {}", cpu.describe()), tokens, &three, op, &words);
+            };
+            let out = |t: &Tensor<Cpu>| Activation::dense(t.clone());
+            check("rms_norm", &|t| cpu.rms_norm(&t[0], &norm, 1e-6, &out(&t[1])));
+            check("add", &|t| cpu.add(&t[0], &t[1]));
+            check("add_rms_norm", &|t| cpu.add_rms_norm(&t[0], &t[1], &norm, 1e-6, &out(&t[2])));
+            let gated = || vec![float(1, 2 * d, dtype), float(2, d, dtype)];
+            rows_alone("silu_mul", tokens, &gated, &|t| cpu.silu_mul(&t[0], &out(&t[1])), &words);
+            let table = tensor(&cpu, &Random(4).floats(19 * d), &[19, d], dtype);
+            let looked_up = || {
+                let chosen: Vec<u32> = (0..tokens as u32).map(|t| t * 7 % 23).collect();
+                vec![ids(&cpu, &chosen, &[tokens]), float(1, d, dtype)]
+            };
+            rows_alone("embed", tokens, &looked_up, &|t| cpu.embed(&t[0], &table, 2, &t[1]), &words);
+        }
+        let routing = Routing {
+            score: ScoreFunction::Sigmoid,
+            groups: Some(Groups { n_group: 4, topk_group: 2, score: GroupScore::TopTwoSum }),
+            top_k: 5,
+            norm_topk_prob: true,
+            routed_scaling_factor: 2.5,
+        };
+        let bias = tensor(&cpu, &Random(5).floats(36), &[36], DType::F32);
+        let routed = || {
+            let chosen = ids(&cpu, &vec![0; tokens * 5], &[tokens, 5]);
+            vec![float(1, 36, DType::F32), chosen, float(2, 5, DType::F32)]
+        };
+        for (score, groups) in [(ScoreFunction::Sigmoid, routing.groups), (ScoreFunction::Softmax, None)] {
+            let routing = Routing { score, groups, ..routing };
+            let op = |t: &[Tensor<Cpu>]| cpu.route(&t[0], Some(&bias), &routing, &t[1], &t[2]);
+            rows_alone("route", tokens, &routed, &op, &words);
+        }
+    }
+}
+
+/// Queries are rotated and latents written to the cache as they are alone; the cache's other rows are left alone.
+#[test]
+fn rope_and_cache_rows_are_those_of_single_tokens() {
+    for cpu in every_isa(3) {
+        for dtype in [DType::F32, DType::BF16] {
+            let (tokens, blocks, block) = (50, 5, 16);
+            let norm = tensor(&cpu, &Random(1).floats(LATENT), &[LATENT], dtype);
+            let rope =
+                RopeTable { cos_sin: tensor(&cpu, &Random(2).floats(99 * ROPE), &[99, ROPE], DType::F32) };
+            let run = |rows: std::ops::Range<usize>| {
+                let n = rows.len();
+                let pick = |values: &[f32], cols: usize| values[rows.start * cols..rows.end * cols].to_vec();
+                let q = pick(&Random(3).floats(tokens * HEADS * ROPE), HEADS * ROPE);
+                let kv = pick(&Random(4).floats(tokens * (LATENT + ROPE)), LATENT + ROPE);
+                let q = tensor(&cpu, &q, &[n, HEADS, ROPE], dtype);
+                let kv = tensor(&cpu, &kv, &[n, LATENT + ROPE], dtype);
+                let data = cpu.alloc(&[blocks, block, LATENT + ROPE], dtype).expect("room");
+                let mut batch = paged(&cpu, &[(n, n)], [LATENT, LATENT + ROPE], blocks).batch;
+                let slot = |t: usize| (t * 37 % (blocks * block)) as u32;
+                batch.positions = ids(&cpu, &rows.clone().map(|t| t as u32).collect::<Vec<_>>(), &[n]);
+                batch.slots = ids(&cpu, &rows.clone().map(slot).collect::<Vec<_>>(), &[n]);
+                let cache = LatentCache { data, latent_dim: LATENT };
+                cpu.rope_cache(&q, &kv, &norm, 1e-6, &rope, &batch, &cache);
+                let cached = read(&cpu, &cache.data);
+                let row = |t: usize| cached[slot(t) as usize * (LATENT + ROPE)..][..LATENT + ROPE].to_vec();
+                (bits(&read(&cpu, &q)), rows.clone().map(|t| bits(&row(t))).collect::<Vec<_>>())
+            };
+            let (q, cached) = run(0..tokens);
+            for rows in [0..1, 20..21, 49..50, 3..17] {
+                let (part, part_cached) = run(rows.clone());
+                assert_eq!(part, q[rows.start * HEADS * ROPE..rows.end * HEADS * ROPE], "{dtype} {rows:?}");
+                assert_eq!(part_cached, cached[rows.clone()], "{dtype} {rows:?}");
+            }
+        }
+    }
+}
+
+/// What is drawn of a row, and its log-probabilities, are what they are alone.
+#[test]
+fn sampled_rows_are_those_of_single_rows() {
+    for cpu in every_isa(3) {
+        let (rows, vocab, most) = (23, 3001, 4);
+        let values: Vec<f32> = Random(6).floats(rows * vocab).iter().map(|z| z * 8.0).collect();
+        let logits = tensor(&cpu, &values, &[rows, vocab], DType::F32);
+        let row = |i: usize| RowSampling {
+            temperature: [0.0, 0.7, 1.0, 1.3][i % 4],
+            top_p: [1.0, 0.9, 0.5][i % 3],
+            top_k: [0, 40, 0, 0, 7][i % 5],
+            min_p: [0.0, 0.0, 0.05][i % 3],
+            seed: 11,
+            position: i as u64,
+            ..RowSampling::greedy()
+        };
+        let run = |range: std::ops::Range<usize>| {
+            let n = range.len();
+            let logits = logits.rows(range.clone());
+            let sampling = SamplingBatch { rows: range.map(row).collect(), ..SamplingBatch::default() };
+            let drawn = ids(&cpu, &vec![0; n], &[n]);
+            cpu.sample(&logits, &sampling, &drawn);
+            let out = LogprobsOut {
+                chosen: cpu.alloc(&[n], DType::F32).expect("room"),
+                top_ids: cpu.alloc(&[n, most], DType::U32).expect("room"),
+                top: cpu.alloc(&[n, most], DType::F32).expect("room"),
+            };
+            cpu.logprobs(&logits, &drawn, &out);
+            let each = |t: &Tensor<Cpu>| bits(&read(&cpu, t));
+            (read_ids(&cpu, &drawn), each(&out.chosen), read_ids(&cpu, &out.top_ids), each(&out.top))
+        };
+        let (drawn, chosen, top_ids, top) = run(0..rows);
+        for range in [0..1, 11..12, rows - 1..rows, 5..9] {
+            let tops = range.start * most..range.end * most;
+            let want = (
+                drawn[range.clone()].to_vec(),
+                chosen[range.clone()].to_vec(),
+                top_ids[tops.clone()].to_vec(),
+                top[tops].to_vec(),
+            );
+            assert_eq!(run(range.clone()), want, "rows {range:?}, {}", cpu.describe());
         }
     }
 }

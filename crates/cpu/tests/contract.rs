@@ -12,7 +12,7 @@ use r1_backend::{
 };
 use r1_core::DType;
 use r1_cpu::{Cpu, CpuError, CpuOptions, Isa};
-use support::{cpu, ids, read, tensor};
+use support::{cpu, ids, read, read_ids, tensor};
 
 /// What `call` panics with.
 #[track_caller]
@@ -95,6 +95,46 @@ fn too_much_memory_is_an_error_with_a_way_out() {
     }
 }
 
+/// In a process of its own, whose address space is limited: what does not fit is an error that says how much is left.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_limited_address_space_is_an_error_with_numbers() {
+    const LIMIT_KIB: usize = 1 << 20;
+    const INSIDE: &str = "R1_TEST_LIMITED";
+    if std::env::var_os(INSIDE).is_none() {
+        let status = std::process::Command::new("sh")
+            .args(["-c", &format!("ulimit -v {LIMIT_KIB} && exec \"$0\" \"$@\"")])
+            .arg(std::env::current_exe().expect("this test"))
+            .args(["--exact", "a_limited_address_space_is_an_error_with_numbers"])
+            .env(INSIDE, "1")
+            .output()
+            .expect("sh runs");
+        assert!(status.status.success(), "{status:?}");
+        assert!(String::from_utf8_lossy(&status.stdout).contains("1 passed"), "{status:?}");
+        return;
+    }
+    let cpu = cpu(None, 1);
+    let left = cpu.free_bytes().expect("Linux says");
+    assert!(left < LIMIT_KIB * 1024, "{left} bytes");
+    let mut kept = Vec::new();
+    let error = loop {
+        match cpu.alloc(&[64 << 20], DType::F8E4M3) {
+            Ok(tensor) => kept.push(tensor),
+            Err(error) => break error,
+        }
+        assert!(kept.len() < 16, "1 GiB holds no more than 16 tensors of 64 MiB");
+    };
+    assert!(!kept.is_empty(), "{error}");
+    let BackendError::OutOfMemory { requested_bytes, hint, .. } = &error else { panic!("{error}") };
+    assert_eq!(*requested_bytes, 64 << 20);
+    let left: usize = hint.split(' ').next().and_then(|left| left.parse().ok()).expect("a number");
+    // Large tensors are laid out in one huge page more than they need.
+    assert!(left < 66 << 20, "{error}");
+    // The backend lives on, and what is given back can be had again.
+    kept.pop();
+    cpu.alloc(&[32 << 20], DType::F8E4M3).expect("room again");
+}
+
 #[test]
 fn fp8_activations_are_the_callers_bug() {
     let cpu = cpu(None, 1);
@@ -134,6 +174,11 @@ fn ids_out_of_range_panic_and_the_next_step_works() {
     assert_eq!(message, "gather_rows: row 2 of 2");
     cpu.gather_rows(&x, &ids(&cpu, &[1, 0], &[2]), &out);
     assert_eq!(read(&cpu, &out), [3.0, 4.0, 1.0, 2.0]);
+    let (tokens, fed) = (ids(&cpu, &[7, 8], &[2]), ids(&cpu, &[0; 3], &[3]));
+    let message = panic_of(|| cpu.feed_tokens(&tokens, &ids(&cpu, &[1, 2, u32::MAX], &[3]), &fed));
+    assert_eq!(message, "feed_tokens: row 2 of 2");
+    cpu.feed_tokens(&tokens, &ids(&cpu, &[1, u32::MAX, 0], &[3]), &fed);
+    assert_eq!(read_ids(&cpu, &fed), [8, 0, 7]);
     let logits = tensor(&cpu, &[0.0; 8], &[1, 8], DType::F32);
     let mut sampling = SamplingBatch { bias: vec![(8, 1.0)], ..SamplingBatch::default() };
     sampling.rows.push(RowSampling { bias: 0..1, ..RowSampling::greedy() });

@@ -85,9 +85,7 @@ pub enum StartError {
 
 /// A fresh secret, so that nobody outside can make two prompts collide.
 fn prefix_key() -> Result<PrefixKey, StartError> {
-    let random = || {
-        getrandom::u64().map_err(|error| StartError::NoRandomness { why: error.to_string() })
-    };
+    let random = || getrandom::u64().map_err(|error| StartError::NoRandomness { why: error.to_string() });
     Ok(PrefixKey::new([random()?, random()?]))
 }
 

@@ -181,7 +181,7 @@ impl<B: Backend> Rank<B> {
         let ticket = self.in_flight[slot].ticket.take().unwrap_or_else(|| self.model.backend().flush());
         let waited = catch_unwind(AssertUnwindSafe(|| -> Result<(), StepError> {
             ticket.wait()?;
-            if self.left.is_none() { self.model.check() } else { Ok(()) }
+            self.model.check()
         }));
         let failure = match waited {
             Ok(Ok(())) => None,

@@ -53,15 +53,17 @@ pub(crate) struct Layer<B: Backend> {
 
 /// Before the first layer of the first stage.
 pub(crate) struct Embedding<B: Backend> {
-    /// `[V, D]`.
+    /// `[V / world, D]`: this rank's rows of the table.
     pub(crate) table: Tensor<B>,
+    /// The first of them.
+    pub(crate) first_row: usize,
 }
 
 /// After the last layer of the last stage.
 pub(crate) struct Head<B: Backend> {
     /// `[D]`.
     pub(crate) norm: Tensor<B>,
-    /// `[V, D]`.
+    /// `[V / world, D]`: this rank's rows, which give its columns of the logits.
     pub(crate) lm_head: Weight<B>,
 }
 
@@ -71,6 +73,8 @@ pub(crate) struct Workspace<B: Backend> {
     normed: Activation<B>,
     block_out: Tensor<B>,
     last: Tensor<B>,
+    /// `[L, V / world]` F32: this rank's columns of the logits, before they are gathered. One rank has them all.
+    shard_logits: Option<Tensor<B>>,
     mla: MlaScratch<B>,
     dense: Option<MlpScratch<B>>,
     moe: Option<MoeScratch<B>>,
@@ -79,7 +83,8 @@ pub(crate) struct Workspace<B: Backend> {
 /// A stage of a DeepSeek model on one rank.
 pub struct DeepSeek<B: Backend> {
     pub(crate) backend: Arc<B>,
-    pub(crate) comm: Arc<dyn Communicator<B>>,
+    /// `None` after the rank has left its group.
+    pub(crate) comm: Option<Arc<dyn Communicator<B>>>,
     pub(crate) config: ModelConfig,
     pub(crate) options: ModelOptions,
     pub(crate) embedding: Option<Embedding<B>>,
@@ -114,6 +119,7 @@ impl<B: Backend> Workspace<B> {
         config: &ModelConfig,
         options: &ModelOptions,
         layers: &[Layer<B>],
+        head: Option<&Head<B>>,
     ) -> Result<Self, BackendError> {
         let (rows, dtype, hidden) =
             (options.max_batched_tokens, options.activation_dtype, config.hidden_size);
@@ -137,11 +143,18 @@ impl<B: Backend> Workspace<B> {
                 _ => {}
             }
         }
+        let shard_logits = match head {
+            Some(head) if options.world_size > 1 => {
+                Some(backend.alloc(&[options.max_logit_rows, head.lm_head.out_features()], DType::F32)?)
+            }
+            _ => None,
+        };
         Ok(Self {
             residual: backend.alloc(&[rows, hidden], dtype)?,
             normed: Activation::alloc(backend, rows, hidden, dtype, fp8)?,
             block_out: backend.alloc(&[rows, hidden], dtype)?,
             last: backend.alloc(&[options.max_logit_rows, hidden], dtype)?,
+            shard_logits,
             mla: MlaScratch::alloc(backend, config, options)?,
             dense,
             moe,
@@ -150,6 +163,17 @@ impl<B: Backend> Workspace<B> {
 }
 
 impl ModelOptions {
+    /// # Panics
+    /// When the communicator is another rank's than the options'.
+    #[track_caller]
+    pub(crate) fn assert_rank<B: Backend>(&self, comm: &dyn Communicator<B>) {
+        assert_eq!(
+            (comm.rank(), comm.world_size()),
+            (self.rank.0, self.world_size),
+            "the communicator's rank and group size, and the model's"
+        );
+    }
+
     /// Whether linears' inputs keep an FP8 form, and whether its scales are powers of two.
     pub(crate) fn activation_fp8(&self, config: &ModelConfig) -> Option<bool> {
         let quantization = config.quantization.as_ref()?;
@@ -199,16 +223,42 @@ impl<B: Backend> DeepSeek<B> {
             .collect()
     }
 
-    /// Closes a step: waits for it and gives the first failure of the device or of a collective.
+    /// Leaves the group of ranks, after a step that failed here or elsewhere: drops this model's communicator, so that ranks
+    /// which wait for this one are freed. A communicator that others hold too is not gone until they drop it as well.
+    pub fn leave(&mut self) {
+        self.comm = None;
+    }
+
+    /// Joins another group as the same rank; weights and caches stay. What an interrupted step left in the workspace is never
+    /// read, and the cache rows of its tokens are written again when they are computed again.
+    ///
+    /// # Panics
+    /// When `comm` is another rank, or of another group size, than the weights were cut for.
+    pub fn join(&mut self, comm: Arc<dyn Communicator<B>>) {
+        self.options.assert_rank(&*comm);
+        self.comm = Some(comm);
+    }
+
+    /// Closes a step: waits for it and gives the first failure of the device or of a collective. A rank that has left its
+    /// group has only the device's.
     pub fn finish(&self) -> Result<(), StepError> {
-        self.backend.flush().wait()?;
-        Ok(self.comm.check()?)
+        let device = self.backend.flush().wait();
+        // Asked in any case: a failure that is not taken would be the next step's.
+        let comm = self.check();
+        device?;
+        comm
+    }
+
+    /// The first failure of a collective since the last call, for who waits for the step's ticket himself.
+    pub fn check(&self) -> Result<(), StepError> {
+        Ok(self.comm.as_ref().map_or(Ok(()), |comm| comm.check())?)
     }
 
     /// Enqueues one step. `caches` has one entry per layer of the stage.
     ///
     /// # Panics
-    /// When input or output do not fit the stage, or the batch is larger than `options` allow.
+    /// When input or output do not fit the stage, the batch is larger than `options` allow, or the rank has left its group and
+    /// joined no other.
     pub fn forward(
         &self,
         input: &StageInput<'_, B>,
@@ -217,6 +267,10 @@ impl<B: Backend> DeepSeek<B> {
         output: &StageOutput<'_, B>,
     ) {
         let (backend, ws) = (&*self.backend, &self.workspace);
+        let comm = &**self
+            .comm
+            .as_ref()
+            .expect("a step needs a group: this rank has left its own and joined no other");
         let rows = 0..batch.num_tokens;
         assert!(rows.end <= self.options.max_batched_tokens, "a step of {} tokens", rows.end);
         assert_eq!(caches.len(), self.layers.len(), "one cache per layer");
@@ -226,7 +280,11 @@ impl<B: Backend> DeepSeek<B> {
             _ => ws.residual.rows(rows.clone()),
         };
         match (input, &self.embedding) {
-            (StageInput::Tokens(ids), Some(embedding)) => backend.embed(ids, &embedding.table, 0, &residual),
+            (StageInput::Tokens(ids), Some(embedding)) => {
+                backend.embed(ids, &embedding.table, embedding.first_row, &residual);
+                // A token's row lies on one rank; the others have zeros.
+                comm.all_reduce(backend, &residual);
+            }
             (StageInput::Hidden(_), None) => {}
             _ => panic!("token ids go to the first stage, hidden states to the others"),
         }
@@ -245,7 +303,7 @@ impl<B: Backend> DeepSeek<B> {
         for (i, (layer, cache)) in self.layers.iter().zip(caches).enumerate() {
             layer.mla.forward(backend, &normed, &self.rope, batch, cache, &mla, &block_out);
             let norm = &layer.post_attention_norm;
-            backend.all_reduce_add_norm(&*self.comm, &residual, &block_out, norm, eps, &normed);
+            backend.all_reduce_add_norm(comm, &residual, &block_out, norm, eps, &normed);
             match &layer.feed_forward {
                 FeedForward::Dense(w) => {
                     backend.mlp(&normed, w, dense.as_ref().expect("a dense layer has scratch"), &block_out);
@@ -261,9 +319,9 @@ impl<B: Backend> DeepSeek<B> {
             }
             let next_norm = self.layers.get(i + 1).map(|next| &next.input_norm);
             if let Some(norm) = next_norm.or(self.head.as_ref().map(|head| &head.norm)) {
-                backend.all_reduce_add_norm(&*self.comm, &residual, &block_out, norm, eps, &normed);
+                backend.all_reduce_add_norm(comm, &residual, &block_out, norm, eps, &normed);
             } else {
-                self.comm.all_reduce(backend, &block_out);
+                comm.all_reduce(backend, &block_out);
                 backend.add(&residual, &block_out);
             }
         }
@@ -271,7 +329,15 @@ impl<B: Backend> DeepSeek<B> {
             (StageOutput::Logits { rows, logits }, Some(head)) => {
                 let last = ws.last.rows(0..rows.dim(0));
                 backend.gather_rows(&normed.dense, rows, &last);
-                backend.linear(&Activation::dense(last), &head.lm_head, logits);
+                let last = Activation::dense(last);
+                match &ws.shard_logits {
+                    None => backend.linear(&last, &head.lm_head, logits),
+                    Some(shard) => {
+                        let shard = shard.rows(0..rows.dim(0));
+                        backend.linear(&last, &head.lm_head, &shard);
+                        comm.all_gather_last(backend, &shard, logits);
+                    }
+                }
             }
             (StageOutput::Hidden(hidden), None) => {
                 assert!(residual.shares_buffer(hidden), "a middle stage's output is the tensor it was given");

@@ -1,8 +1,10 @@
 //! Checkpoint to model: which tensor becomes which weight, and which part of it this rank holds.
 //!
 //! Attention is cut by heads, MLPs and experts by their intermediate size: the first linear of each pair is column
-//! parallel, the second row parallel, and one all-reduce follows. What all ranks read (norms, router, latent
-//! projections, embedding, head) is replicated.
+//! parallel, the second row parallel, and one all-reduce follows. Embedding and head are cut by the vocabulary: the rows
+//! that the ranks look up are summed, the logits that they compute are gathered. Replicated is what every rank needs
+//! whole: norms, the router with its bias, and the projections to the latents (`q_a_proj`, `kv_a_proj_with_mqa`), whose
+//! outputs all heads share.
 
 use std::sync::Arc;
 
@@ -15,13 +17,16 @@ use r1_weights::{Checkpoint, HostLinear, ModelConfig, Partition, ScoringFunc, To
 
 use crate::deepseek::{DeepSeek, Embedding, FeedForward, Head, Layer, Workspace};
 use crate::mla::Mla;
-use crate::{ModelError, ModelOptions, WeightFormat};
+use crate::{MlaForm, ModelError, ModelOptions, WeightFormat};
 
 const FLOAT: &[DType] = &[DType::F32, DType::BF16, DType::F16];
 
 impl<B: Backend> DeepSeek<B> {
     /// Loads a stage. Every tensor is checked against the configuration before the first weight is read; `progress` is told
     /// the share of the stage's layers that is done, 0 to 1.
+    ///
+    /// # Panics
+    /// When `comm` is another rank, or of another group size, than `options` say.
     pub fn load(
         backend: Arc<B>,
         comm: Arc<dyn Communicator<B>>,
@@ -30,6 +35,7 @@ impl<B: Backend> DeepSeek<B> {
         options: ModelOptions,
         progress: &mut dyn FnMut(f32),
     ) -> Result<Self, ModelError> {
+        options.assert_rank(&*comm);
         check(&*backend, config, &options)?;
         let verified = checkpoint.verify(config)?;
         if !verified.unexpected.is_empty() {
@@ -38,7 +44,7 @@ impl<B: Backend> DeepSeek<B> {
         let stage = options.layers.clone().unwrap_or(0..config.num_hidden_layers);
         let mut loader = Loader { backend: &*backend, checkpoint, config, options: &options, size_bytes: 0 };
         let embedding = match stage.start {
-            0 => Some(Embedding { table: loader.table("model.embed_tokens.weight")? }),
+            0 => Some(loader.embedding()?),
             _ => None,
         };
         let mut layers = Vec::with_capacity(stage.len());
@@ -56,8 +62,9 @@ impl<B: Backend> DeepSeek<B> {
         };
         let weight_bytes = loader.size_bytes;
         let rope = rope_table(&*backend, config, options.max_model_len)?;
-        let workspace = Workspace::alloc(&*backend, config, &options, &layers)?;
+        let workspace = Workspace::alloc(&*backend, config, &options, &layers, head.as_ref())?;
         let config = config.clone();
+        let comm = Some(comm);
         Ok(Self { backend, comm, config, options, embedding, layers, head, rope, workspace, weight_bytes })
     }
 }
@@ -82,16 +89,44 @@ fn check<B: Backend>(backend: &B, config: &ModelConfig, options: &ModelOptions) 
         let why = "every published model of this architecture has shared experts".into();
         return Err(ModelError::Unsupported { what: "n_shared_experts 0".into(), why });
     }
+    if options.deterministic {
+        check_deterministic(backend.name(), capabilities.batch_invariant, options)?;
+    }
     let world = options.world_size;
     let widths = [
         ("num_attention_heads", config.num_attention_heads),
         ("intermediate_size", config.intermediate_size),
         ("moe_intermediate_size", config.moe.moe_intermediate_size),
+        ("vocab_size", config.vocab_size),
     ];
     for (what, size) in widths {
         if !size.is_multiple_of(world) {
             return Err(ModelError::Indivisible { what, size, world });
         }
+    }
+    Ok(())
+}
+
+/// Refuses what would let a row's result depend on the step around it.
+fn check_deterministic(
+    device: &str,
+    batch_invariant: bool,
+    options: &ModelOptions,
+) -> Result<(), ModelError> {
+    if options.mla_form != MlaForm::Absorbed {
+        return Err(ModelError::Unsupported {
+            what: format!("--deterministic with MLA form {:?}", options.mla_form),
+            why: "attention's form would change with the cut of a prompt into steps; the absorbed form does not"
+                .into(),
+        });
+    }
+    if !batch_invariant {
+        return Err(ModelError::Unsupported {
+            what: "--deterministic".into(),
+            why: format!(
+                "the device {device} sums in an order that depends on the batch; use --device cpu, which does not"
+            ),
+        });
     }
     Ok(())
 }
@@ -136,10 +171,13 @@ impl<B: Backend> Loader<'_, B> {
         Ok(self.backend.import(host)?)
     }
 
-    /// `[V, D]`.
-    fn table(&mut self, name: &str) -> Result<Tensor<B>, ModelError> {
-        let host = self.checkpoint.take(name, &[self.config.vocab_size, self.config.hidden_size], FLOAT)?;
-        self.import(&host)
+    /// This rank's rows of the table `[V, D]`.
+    fn embedding(&mut self) -> Result<Embedding<B>, ModelError> {
+        let (vocab, hidden) = (self.config.vocab_size, self.config.hidden_size);
+        let rows = vocab / self.options.world_size;
+        let first_row = self.options.rank.0 * rows;
+        let host = self.checkpoint.take("model.embed_tokens.weight", &[vocab, hidden], FLOAT)?;
+        Ok(Embedding { table: self.import(&host.rows(first_row, rows))?, first_row })
     }
 
     /// `[n]`.
@@ -182,12 +220,12 @@ impl<B: Backend> Loader<'_, B> {
     fn lm_head(&mut self, embedding: Option<&Embedding<B>>) -> Result<Weight<B>, ModelError> {
         let (vocab, hidden) = (self.config.vocab_size, self.config.hidden_size);
         if !self.config.tie_word_embeddings {
-            return self.linear("lm_head", vocab, hidden, Partition::Replicated);
+            return self.linear("lm_head", vocab, hidden, self.column());
         }
         // The embedding's own memory where this stage has it; a later stage needs the table for its head alone.
         let data = match embedding {
             Some(embedding) => embedding.table.clone(),
-            None => self.table("model.embed_tokens.weight")?,
+            None => self.embedding()?.table,
         };
         Ok(Weight::Dense { data })
     }

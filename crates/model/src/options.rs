@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use r1_core::{DType, Rank};
+use r1_weights::ModelConfig;
 
 /// Which form of MLA a prefill takes. Decode is always absorbed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -57,8 +58,18 @@ pub struct ModelOptions {
     pub max_expanded_tokens: usize,
     /// Layers of this pipeline stage; `None` is all of them.
     pub layers: Option<Range<usize>>,
+    /// A row's result depends on its own sequence alone, bit for bit: not on the other rows of a step, nor on how its prompt
+    /// is cut. Asks for [`MlaForm::Absorbed`] and for a backend that is `batch_invariant`; others are refused.
+    pub deterministic: bool,
     /// This tensor-parallel rank.
     pub rank: Rank,
     /// Tensor-parallel ranks.
     pub world_size: usize,
+}
+
+impl ModelOptions {
+    /// Elements of the largest tensor that the ranks sum or gather in one step: the room that a communicator needs.
+    pub fn max_collective_elements(&self, config: &ModelConfig) -> usize {
+        (self.max_batched_tokens * config.hidden_size).max(self.max_logit_rows * config.vocab_size)
+    }
 }

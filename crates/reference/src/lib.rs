@@ -79,6 +79,20 @@ fn quantize_activation(x: &Activation<Reference>) -> candle::Result<()> {
     }
 }
 
+fn feed_tokens(drawn: &View, from: &View, ids: &View) -> candle::Result<()> {
+    let drawn = read_u32(drawn)?;
+    let mut fed = read_u32(ids)?;
+    for (id, row) in fed.iter_mut().zip(read_u32(from)?) {
+        if row != u32::MAX {
+            let Some(&token) = drawn.get(row as usize) else {
+                candle::bail!("row {row} of {} drawn tokens", drawn.len());
+            };
+            *id = token;
+        }
+    }
+    write(ids, &Tensor::from_vec(fed, ids.shape(), &Device::Cpu)?)
+}
+
 fn embed(ids: &View, table: &View, first_row: usize, out: &View) -> candle::Result<()> {
     // candle gives zeros for this index.
     const NO_ROW: u32 = u32::MAX;
@@ -132,14 +146,18 @@ impl Backend for Reference {
             activation_dtypes: vec![r1_core::DType::F32, r1_core::DType::BF16],
             fp8_activations: true,
             asynchronous: false,
+            // candle's matrix products choose their order of summation by shape.
+            batch_invariant: false,
         }
     }
 
     fn alloc(&self, shape: &[usize], dtype: r1_core::DType) -> Result<View, BackendError> {
+        storage::check_room(shape, dtype)?;
         storage::zeros(shape, dtype).map_err(|error| failed("alloc", &error))
     }
 
     fn import(&self, host: &HostTensor) -> Result<View, BackendError> {
+        storage::check_room(host.shape(), host.dtype())?;
         storage::import(host).map_err(|error| failed("import", &error))
     }
 
@@ -178,6 +196,11 @@ impl Backend for Reference {
     fn flush(&self) -> Ticket {
         let failure = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
         Ticket::ready(failure.map_or(Ok(()), Err))
+    }
+
+    fn feed_tokens(&self, drawn: &View, from: &View, ids: &View) {
+        shape::feed_tokens(drawn, from, ids);
+        self.enqueue("feed_tokens", feed_tokens(drawn, from, ids));
     }
 
     fn embed(&self, ids: &View, table: &View, first_row: usize, out: &View) {

@@ -2,7 +2,7 @@
 //! Knows strides and rounding, no operation.
 
 use candle_core::{DType, Device, Result, Tensor};
-use r1_backend::HostTensor;
+use r1_backend::{BackendError, HostTensor};
 
 use crate::Reference;
 
@@ -17,6 +17,21 @@ pub(crate) fn candle_dtype(dtype: r1_core::DType) -> DType {
         r1_core::DType::F8E4M3 => DType::F8E4M3,
         r1_core::DType::U32 => DType::U32,
     }
+}
+
+/// Refuses what the allocator does not have: candle would end the process.
+pub(crate) fn check_room(shape: &[usize], dtype: r1_core::DType) -> std::result::Result<(), BackendError> {
+    let size_bytes = shape.iter().try_fold(dtype.size_bytes(), |size, &dim| size.checked_mul(dim));
+    let mut probe = Vec::<u8>::new();
+    if size_bytes.is_some_and(|size_bytes| probe.try_reserve_exact(size_bytes).is_ok()) {
+        return Ok(());
+    }
+    Err(BackendError::OutOfMemory {
+        device: "reference".to_owned(),
+        what: format!("a tensor {shape:?} {dtype}"),
+        requested_bytes: size_bytes.unwrap_or(usize::MAX),
+        hint: "lower --max-model-len or --max-num-seqs, or take a smaller model".to_owned(),
+    })
 }
 
 pub(crate) fn zeros(shape: &[usize], dtype: r1_core::DType) -> Result<View> {

@@ -194,6 +194,16 @@ pub enum WeightsError {
         /// Ranks.
         world: usize,
     },
+    /// A shard that must be copied does not fit.
+    #[error(
+        "{tensor}: no room for {requested_bytes} bytes, a copy of this rank's columns; take a smaller model"
+    )]
+    NoRoom {
+        /// The tensor.
+        tensor: String,
+        /// Size of the copy.
+        requested_bytes: usize,
+    },
     /// The checkpoint and config.json disagree about more than one tensor.
     #[error("the checkpoint disagrees with config.json about {total} tensors:{}", Lines(problems, *total))]
     Disagrees {

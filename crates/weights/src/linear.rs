@@ -158,10 +158,11 @@ impl Checkpoint {
         let weight = self.take(&tensor, &[n, k], LINEAR)?;
         let cut = Cut::new(&tensor, n, k, partition)?;
         if weight.dtype() != DType::F8E4M3 {
-            return Ok(HostLinear::Dense(cut.of(&weight)));
+            return Ok(HostLinear::Dense(cut.of(&tensor, &weight)?));
         }
         let block = quant.ok_or_else(|| self.fp8_without_config(&tensor))?.block;
-        let scales = self.scales(&format!("{tensor}{SCALE_SUFFIX}"), scale_shape(n, k, block))?;
+        let scale_name = format!("{tensor}{SCALE_SUFFIX}");
+        let scales = self.scales(&scale_name, scale_shape(n, k, block))?;
         let scale_cut = match cut {
             Cut::All => Cut::All,
             Cut::Rows(start, len) => {
@@ -176,7 +177,8 @@ impl Checkpoint {
             Cut::Rows(start, _) => [start % block[0], 0],
             Cut::Columns(start, _) => [0, start % block[1]],
         };
-        Ok(HostLinear::Fp8Block { data: cut.of(&weight), scales: scale_cut.of(&scales), block, offset })
+        let (data, scales) = (cut.of(&tensor, &weight)?, scale_cut.of(&scale_name, &scales)?);
+        Ok(HostLinear::Fp8Block { data, scales, block, offset })
     }
 
     pub(crate) fn fp8_without_config(&self, tensor: &str) -> WeightsError {
@@ -251,11 +253,14 @@ impl Cut {
         })
     }
 
-    fn of(self, tensor: &HostTensor) -> HostTensor {
+    fn of(self, name: &str, tensor: &HostTensor) -> Result<HostTensor, WeightsError> {
         match self {
-            Self::All => tensor.clone(),
-            Self::Rows(start, len) => tensor.rows(start, len),
-            Self::Columns(start, len) => tensor.columns(start, len),
+            Self::All => Ok(tensor.clone()),
+            Self::Rows(start, len) => Ok(tensor.rows(start, len)),
+            Self::Columns(start, len) => tensor.columns(start, len).map_err(|_| WeightsError::NoRoom {
+                tensor: name.to_owned(),
+                requested_bytes: tensor.shape()[0] * len * tensor.dtype().size_bytes(),
+            }),
         }
     }
 }

@@ -92,6 +92,9 @@ impl<B: Backend> Communicator<B> for Twins {
     fn all_gather(&self, _: &B, _: &Tensor<B>, _: &Tensor<B>) {
         unreachable!("all_reduce_add_norm gathers nothing")
     }
+    fn all_gather_last(&self, _: &B, _: &Tensor<B>, _: &Tensor<B>) {
+        unreachable!("all_reduce_add_norm gathers nothing")
+    }
     fn reduce_scatter(&self, _: &B, _: &Tensor<B>, _: &Tensor<B>) {
         unreachable!("all_reduce_add_norm keeps the whole sum")
     }

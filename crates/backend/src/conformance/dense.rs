@@ -47,6 +47,36 @@ fn assert_quantized<B: Backend>(backend: &B, x: &ActivationSlab<B>) {
     }
 }
 
+/// [`Backend::feed_tokens`]: some ids come from the tokens drawn before, several of them from the same, others stay.
+pub fn feed_tokens<B: Backend>(backend: &B) {
+    seeded("feed_tokens", |random| {
+        for (tokens, rows) in ROWS.into_iter().zip([1, 5, 2, 300]) {
+            for kept_of_four in [0, 1, 4] {
+                let any = |random: &mut Random| random.next() as u32;
+                let drawn: Vec<u32> = (0..rows).map(|_| any(random)).collect();
+                let before: Vec<u32> = (0..tokens).map(|_| any(random)).collect();
+                let from: Vec<u32> = (0..tokens)
+                    .map(|_| match random.below(4) < kept_of_four {
+                        true => u32::MAX,
+                        false => random.below(rows) as u32,
+                    })
+                    .collect();
+                let drawn_slab = Slab::ids(backend, &[rows], &drawn);
+                let from_slab = Slab::ids(backend, &[tokens], &from);
+                let ids = Slab::ids(backend, &[tokens], &before);
+                backend.feed_tokens(&drawn_slab.view, &from_slab.view, &ids.view);
+                settle(backend, "feed_tokens");
+                let pairs = from.iter().zip(&before);
+                let want: Vec<u32> =
+                    pairs.map(|(&row, &id)| drawn.get(row as usize).copied().unwrap_or(id)).collect();
+                assert_eq!(ids.read_ids(backend), want, "feed_tokens from {from:?}");
+                drawn_slab.assert_unchanged(backend);
+                from_slab.assert_unchanged(backend);
+            }
+        }
+    });
+}
+
 /// [`Backend::embed`]: also a shard of the vocabulary, whose other rows are zeros.
 pub fn embed<B: Backend>(backend: &B) {
     seeded("embed", |random| {

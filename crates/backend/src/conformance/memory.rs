@@ -41,6 +41,19 @@ pub fn alloc_is_zeroed<B: Backend>(backend: &B) {
     assert_eq!(ids, [0; 5], "alloc U32");
 }
 
+/// [`Backend::alloc`] of what no machine has is an error that says how much was asked for, and the backend lives on.
+pub fn alloc_refuses<B: Backend>(backend: &B) {
+    for (shape, requested) in [(&[1 << 25, 1 << 25][..], 1 << 52), (&[usize::MAX, 2], usize::MAX)] {
+        match backend.alloc(shape, DType::F32) {
+            Err(BackendError::OutOfMemory { requested_bytes, .. }) => assert_eq!(requested_bytes, requested),
+            Err(error) => panic!("alloc {shape:?}: {error}"),
+            Ok(_) => panic!("alloc {shape:?}: the backend says it has {requested} bytes"),
+        }
+    }
+    let tensor = backend.alloc(&[2], DType::F32).expect("alloc");
+    assert_eq!(download(backend, &tensor), [0.0; 2]);
+}
+
 /// [`Backend::upload`] rounds to nearest even and saturates E4M3, [`Backend::download`] widens exactly.
 pub fn upload_rounds<B: Backend>(backend: &B) {
     // What is written, and what BF16, F16 and E4M3 must make of it.
@@ -97,6 +110,30 @@ pub fn traffic_honours_views<B: Backend>(backend: &B) {
     let mut row = [0; 3];
     backend.download(&ids.view.rows(1..2), HostSliceMut::U32(&mut row)).expect("download");
     assert_eq!(row, [10, 11, 12]);
+}
+
+/// [`Backend::read_back`] gives what a step wrote, once its ticket was waited for, whatever other tensors were written since.
+pub fn read_back<B: Backend>(backend: &B) {
+    seeded("read_back", |random| {
+        let drawn: Vec<u32> = (0..7).map(|_| random.next() as u32).collect();
+        let (read, other) = (Slab::ids(backend, &[7], &[1; 7]), Slab::ids(backend, &[7], &[2; 7]));
+        let (from, source) =
+            (Slab::ids(backend, &[7], &[0, 1, 2, 3, 4, 5, 6]), Slab::ids(backend, &[7], &drawn));
+        backend.feed_tokens(&source.view, &from.view, &read.view);
+        backend.flush().wait().expect("the step runs");
+        backend.feed_tokens(&source.view, &from.view, &other.view);
+        let mut host = [0; 7];
+        backend.read_back(&read.view, HostSliceMut::U32(&mut host)).expect("read_back");
+        assert_eq!(host, drawn[..], "read_back");
+        settle(backend, "feed_tokens");
+        for dtype in backend.capabilities().activation_dtypes {
+            let slab = Slab::normal(backend, random, &[3, 5], dtype, LAYOUTS[1], 1.0);
+            backend.flush().wait().expect("the step runs");
+            let mut host = [f32::NAN; 15];
+            backend.read_back(&slab.view, HostSliceMut::F32(&mut host)).expect("read_back");
+            assert_eq!(host.map(f64::from), slab.host[..], "read_back {dtype}");
+        }
+    });
 }
 
 /// [`Backend::import`] of every type, from bytes at odd addresses too, and of every E4M3 code.

@@ -31,9 +31,9 @@ pub use attention::{gather_latent, mla_attention, mla_attention_expanded, mla_at
 pub use attention_properties::{absorbed_equals_expanded, batch_equals_alone, chunked_equals_whole};
 pub use composites::{add_rms_norm, capture, mla_qkv, mlp_composite, moe_layer};
 pub use decoder_layer::decoder_layer;
-pub use dense::{add, embed, gather_rows, quantize, rms_norm, rms_norm_range, silu_mul};
+pub use dense::{add, embed, feed_tokens, gather_rows, quantize, rms_norm, rms_norm_range, silu_mul};
 pub use matrix::{linear, linear_fp8_activations, per_head};
-pub use memory::{alloc_is_zeroed, import, traffic_honours_views, upload_rounds};
+pub use memory::{alloc_is_zeroed, alloc_refuses, import, read_back, traffic_honours_views, upload_rounds};
 pub use moe::{experts, route, route_not_finite, route_ties};
 pub use sampling::{
     logprobs, sample, sample_distribution, sample_edges, sample_ignores_batch, sample_penalties,
@@ -65,8 +65,8 @@ macro_rules! conformance_tests {
     };
     ($backend:expr) => {
         $crate::conformance_tests! { @each $backend;
-            alloc_is_zeroed import upload_rounds traffic_honours_views
-            embed rms_norm rms_norm_range quantize silu_mul add gather_rows
+            alloc_is_zeroed alloc_refuses import upload_rounds traffic_honours_views read_back
+            feed_tokens embed rms_norm rms_norm_range quantize silu_mul add gather_rows
             linear linear_fp8_activations per_head
             rope_cache mla_attention mla_attention_range gather_latent mla_attention_expanded
             absorbed_equals_expanded batch_equals_alone chunked_equals_whole

@@ -51,6 +51,9 @@ fn rows_and_matrices<B: Backend>(backend: &B, random: &mut Random) {
     let activation = |shape: &[usize]| Activation::dense(f(shape));
     let (w, _) = weight(backend, random, [4, 8], Format::Dense(DType::F32));
 
+    let u = |shape: &[usize]| u32s(backend, shape);
+    refuses("feed_tokens: ids", || backend.feed_tokens(&u(&[2]), &u(&[3]), &u(&[2])));
+    refuses("feed_tokens: drawn", || backend.feed_tokens(&f(&[2]), &u(&[3]), &u(&[3])));
     refuses("embed: out", || backend.embed(&u32s(backend, &[2]), &f(&[5, 8]), 0, &f(&[2, 7])));
     refuses("embed: ids", || backend.embed(&f(&[2]), &f(&[5, 8]), 0, &f(&[2, 8])));
     refuses("rms_norm: weight", || backend.rms_norm(&x, &f(&[7]), 1e-6, &activation(&[2, 8])));

@@ -9,6 +9,20 @@ use crate::Cpu;
 use crate::simd::{Kernel, Simd};
 use crate::view::{Cube, In, Mat, MatMut, Out};
 
+pub(crate) fn feed_tokens(drawn: &Tensor<Cpu>, from: &Tensor<Cpu>, ids: &Tensor<Cpu>) {
+    const OP: &str = "feed_tokens";
+    shape::feed_tokens(drawn, from, ids);
+    let (drawn, from) = (In::new(OP, "drawn", drawn), In::new(OP, "from", from));
+    let mut ids = Out::new(OP, "ids", ids);
+    let (drawn, from, ids) = (drawn.u32s(), from.u32s(), ids.mat());
+    // SAFETY: a U32 vector, which was checked; this thread alone writes.
+    let ids = unsafe { ids.row_mut::<u32>(0) };
+    for (id, &row) in ids.iter_mut().zip(from).filter(|(_, row)| **row != u32::MAX) {
+        assert!((row as usize) < drawn.len(), "{OP}: row {row} of {}", drawn.len());
+        *id = drawn[row as usize];
+    }
+}
+
 pub(crate) fn embed(cpu: &Cpu, ids: &Tensor<Cpu>, table: &Tensor<Cpu>, first_row: usize, out: &Tensor<Cpu>) {
     shape::embed(ids, table, out);
     let (ids, table) = (In::new("embed", "ids", ids), In::new("embed", "table", table));
