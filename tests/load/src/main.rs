@@ -156,13 +156,13 @@ async fn run(args: &Args) -> Result<usize> {
         let soak = Soak {
             length: soak_length,
             streams: usize::from(args.streams),
+            max_num_seqs: usize::from(args.max_num_seqs),
             disconnects: args.disconnects.unwrap_or(per_length),
             seed: args.seed,
         };
-        // Two choices per stream fit into the queue, and as much again of clients that left and are not yet gone. The
-        // context's bound keeps the KV cache so small that all of it is touched during warm-up.
+        // Two choices per stream fit into the queue, and as much again of clients that left and are not yet gone.
         let queue = usize::from(args.streams) * 4;
-        let limits = [("--max-queued-requests", queue), ("--max-model-len", 768)];
+        let limits = [("--max-queued-requests", queue), ("--max-model-len", soak::CONTEXT_TOKENS as usize)];
         let mut server = Server::start(&binary, &args.server(&limits))?;
         let bar = progress("soak", soak_length);
         soak::run(&server, &soak, &bar, &mut report).await?;
@@ -185,7 +185,7 @@ async fn run(args: &Args) -> Result<usize> {
         bar.finish_and_clear();
         let drain = Drain { streams: usize::from(args.max_num_seqs), time_per_token, seed: args.seed };
         drain::run(&mut server, &drain, &mut report).await?;
-        complain(&server, "overload", &mut report);
+        complain(&server, "drain", &mut report);
     }
 
     println!("{}", report.table());

@@ -36,6 +36,11 @@ const PAUSE: Duration = Duration::from_millis(100);
 const REFUSAL_MS: f64 = 50.0;
 /// Growth of the 99th percentile of the admitted ones' time per token.
 const SLOWDOWN: f64 = 1.2;
+/// A few seconds hold a hundred steps, whose 99th percentile is one or two of them: whatever else the machine did then.
+/// Short runs show that refusing costs no multiple, and leave the figures to long ones.
+const SHORT: Duration = Duration::from_secs(10);
+const SHORT_SLOWDOWN: f64 = 2.0;
+const SHORT_REFUSAL_MS: f64 = 250.0;
 
 /// How full, how long.
 pub(crate) struct Overload {
@@ -255,6 +260,7 @@ async fn fill_once(
     if head.status != 200 {
         bail!("status {}", head.status);
     }
+    shared.last_short.set(Instant::now());
     shared.admitted.set(shared.admitted.get() + 1);
     let read = read_stream(shared, &mut connection, Body::new(head.framing), spec).await;
     shared.admitted.set(shared.admitted.get() - 1);
@@ -331,7 +337,7 @@ async fn try_knock(shared: &Shared, rng: &mut Rng) -> Result<()> {
     let head = connection.head().await?;
     if head.status == 200 {
         drop(connection);
-        // The end of the stream that left its place may be read a little later than this.
+        // That a stream had ended, or could not come back because of this one, may be read a little later.
         sleep(PAUSE).await;
         let was_full = shared.last_short.get() < sent && shared.admitted.get() >= shared.capacity;
         let mut refusals = shared.refusals.borrow_mut();
@@ -370,6 +376,8 @@ async fn watch_lag(shared: Rc<Shared>) {
 }
 
 fn tell(shared: &Shared, overload: &Overload, report: &mut Report) {
+    let (slowdown, refusal_ms) =
+        if overload.half < SHORT { (SHORT_SLOWDOWN, SHORT_REFUSAL_MS) } else { (SLOWDOWN, REFUSAL_MS) };
     let halves = shared.halves.borrow();
     let (running, waiting) = (overload.running as f64, overload.waiting as f64);
     report.figure(PHASE, "sequences that run", running, "", Bound::None);
@@ -396,7 +404,7 @@ fn tell(shared: &Shared, overload: &Overload, report: &mut Report) {
     let ratio =
         |share| halves[1].gaps.quantile(share).as_secs_f64() / halves[0].gaps.quantile(share).as_secs_f64();
     report.figure(PHASE, "time per token p50, overrun / full", ratio(0.5), "", Bound::None);
-    report.figure(PHASE, "time per token p99, overrun / full", ratio(0.99), "", Bound::Below(SLOWDOWN));
+    report.figure(PHASE, "time per token p99, overrun / full", ratio(0.99), "", Bound::Below(slowdown));
     let wrong = shared.wrong_streams.get() as f64;
     report.figure(PHASE, "admitted streams that went wrong", wrong, "", Bound::Exactly(0.0));
 
@@ -417,7 +425,7 @@ fn tell(shared: &Shared, overload: &Overload, report: &mut Report) {
     let latency = shared.latency.borrow();
     report.time(PHASE, "time to the 429, p50", latency.quantile(0.5), Bound::None);
     report.time(PHASE, "time to the 429, p99", latency.quantile(0.99), Bound::None);
-    report.time(PHASE, "time to the 429, max", latency.max(), Bound::Below(REFUSAL_MS));
+    report.time(PHASE, "time to the 429, max", latency.max(), Bound::Below(refusal_ms));
     for sample in &refusals.samples {
         report.remark(format!("overload: {sample}"));
     }

@@ -18,9 +18,12 @@ use crate::http::{Body, Head};
 use crate::report::{Bound, Report};
 use crate::server::Server;
 use crate::sse::{Frames, Tally, check_whole};
-use crate::workload::{Rng, Spec, soak_request};
+use crate::workload::{Rng, Spec, filling_request, soak_request};
 
 const PHASE: &str = "soak";
+/// Tokens of prompt and reply together that the server must be started with. What the running batch could hold of them
+/// is the size of its KV cache, and the phase begins by touching all of that.
+pub(crate) const CONTEXT_TOKENS: u32 = 512;
 /// How long what still runs at the end may take.
 const END_TIMEOUT: Duration = Duration::from_mins(2);
 /// How long the server may take to give back what the last clients left behind.
@@ -33,6 +36,8 @@ const DEEP_EVERY: u64 = 16;
 pub(crate) struct Soak {
     pub(crate) length: Duration,
     pub(crate) streams: usize,
+    /// Seats in the running batch.
+    pub(crate) max_num_seqs: usize,
     pub(crate) disconnects: u64,
     pub(crate) seed: u64,
 }
@@ -162,6 +167,7 @@ pub(crate) async fn run(server: &Server, soak: &Soak, bar: &ProgressBar, report:
         counts: RefCell::default(),
     });
     let local = LocalSet::new();
+    local.run_until(touch_kv_cache(server.address, soak.max_num_seqs, rng.fork())).await?;
     let started = Instant::now();
     let mut rss = Vec::new();
     let hung = local
@@ -193,6 +199,28 @@ pub(crate) async fn run(server: &Server, soak: &Soak, bar: &ProgressBar, report:
     report.figure(PHASE, "streams that hung", hung as f64, "", Bound::Exactly(0.0));
     settle(server, ran, report).await?;
     memory(soak.length, &rss, report);
+    Ok(())
+}
+
+/// Fills the KV cache once, so that no page of it is touched for the first time later and taken for a leak: as many
+/// sequences as can run, each as long as can be, all there at the same time.
+async fn touch_kv_cache(address: SocketAddr, sequences: usize, mut rng: Rng) -> Result<()> {
+    /// More steps than it takes until the last prompt is in.
+    const TOKENS: u32 = 96;
+    let fill = |mut rng: Rng| async move {
+        let mut request = Vec::new();
+        let spec = filling_request(&mut rng, CONTEXT_TOKENS, TOKENS, address, &mut request);
+        let mut connection = Connection::open(address).await?;
+        connection.send(&request).await?;
+        let head = connection.head().await?;
+        let mut body = Vec::new();
+        connection.rest(&head, &mut body).await?;
+        check_whole(&spec, &body).map_err(|why| anyhow::anyhow!("filling the KV cache: {why}"))
+    };
+    let tasks: Vec<_> = (0..sequences).map(|_| spawn_local(fill(rng.fork()))).collect();
+    for task in tasks {
+        task.await??;
+    }
     Ok(())
 }
 
@@ -228,9 +256,9 @@ async fn settle(server: &Server, ran: Duration, report: &mut Report) -> Result<(
 /// Growth of resident memory once warm.
 ///
 /// The first third is warm-up. Then the median of the first window is compared with the median of the last, each a
-/// twelfth of the phase: 10 s of 120 s. In a short run the allocator's arenas and the KV cache's pages are still being
-/// touched for the first time when warm-up ends, which is a few percent of so small a process, and a leak that is worth
-/// the name (100 bytes per token are 20 MB in a minute) is seen all the same.
+/// twelfth of the phase: 10 s of 120 s. A short run's warm-up is over before the allocator's arenas have their size, and
+/// those are some percent of a process of this size; a leak of 100 bytes per token is as much in half a minute, so a short
+/// run finds only gross ones.
 fn memory(length: Duration, rss: &[(Duration, u64)], report: &mut Report) {
     const LONG: Duration = Duration::from_mins(1);
     let most = if length >= LONG { 1.0 } else { 10.0 };

@@ -74,7 +74,7 @@ pub(crate) fn soak_request(rng: &mut Rng, address: SocketAddr, out: &mut Vec<u8>
     let stream = rng.percent(85);
     let runs_to_its_limit = rng.percent(25);
     let long = runs_to_its_limit && rng.percent(30);
-    let max_tokens = if long { rng.range(150, 400) } else { rng.range(4, 64) } as u32;
+    let max_tokens = if long { rng.range(100, 220) } else { rng.range(4, 64) } as u32;
     let n = if rng.percent(10) { 2 } else { 1 };
     let logprobs = rng.percent(10);
     let include_usage = stream && rng.percent(50);
@@ -129,7 +129,7 @@ fn write_prompt(rng: &mut Rng, chat: bool, body: &mut Vec<u8>) {
     }
     put(if chat { "{\"role\":\"user\",\"content\":\"" } else { "\"" });
     if rng.percent(25) {
-        for _ in 0..rng.range(1, 10) {
+        for _ in 0..rng.range(1, 8) {
             put(SENTENCES[rng.range(0, SENTENCES.len() as u64) as usize]);
         }
     }
@@ -147,6 +147,23 @@ pub(crate) fn steady_request(rng: &mut Rng, max_tokens: u32, address: SocketAddr
     );
     finish(out, address, false, body.as_bytes());
     Spec { stream: true, n: 1, max_tokens, runs_to_its_limit: true, include_usage: true, logprobs: false }
+}
+
+/// Writes a completion of random tokens that takes that many places of the KV cache, `max_tokens` of them one by one.
+pub(crate) fn filling_request(
+    rng: &mut Rng,
+    context: u32,
+    max_tokens: u32,
+    address: SocketAddr,
+    out: &mut Vec<u8>,
+) -> Spec {
+    let ids: Vec<String> = (max_tokens..context).map(|_| rng.range(2, 500).to_string()).collect();
+    let body = format!(
+        "{{\"model\":\"tiny-r1\",\"prompt\":[{}],\"max_tokens\":{max_tokens},\"ignore_eos\":true}}",
+        ids.join(",")
+    );
+    finish(out, address, false, body.as_bytes());
+    Spec { n: 1, max_tokens, runs_to_its_limit: true, ..Spec::default() }
 }
 
 fn finish(out: &mut Vec<u8>, address: SocketAddr, chat: bool, body: &[u8]) {
@@ -184,6 +201,10 @@ mod tests {
             kinds.insert((head.contains("chat"), spec.stream, spec.n, spec.logprobs));
         }
         assert!(kinds.len() >= 12, "{kinds:?}");
+        filling_request(&mut first, 50, 10, address, &mut a);
+        let body = std::str::from_utf8(&a).unwrap().split_once("\r\n\r\n").unwrap().1;
+        let json: Value = serde_json::from_str(body).expect("JSON");
+        assert_eq!((json["prompt"].as_array().map(Vec::len), &json["max_tokens"]), (Some(40), &10.into()));
         steady_request(&mut first, 9, address, &mut a);
         let body = std::str::from_utf8(&a).unwrap().split_once("\r\n\r\n").unwrap().1;
         assert_eq!(serde_json::from_str::<Value>(body).expect("JSON")["max_tokens"], 9);
