@@ -102,14 +102,15 @@ impl Args {
         Ok(binary)
     }
 
-    /// Lengths of the soak and of each half of the overload.
+    /// Lengths of the soak and of each half of the overload; what still runs at the end of each, and the drain, need the
+    /// rest of a short run.
     fn lengths(&self) -> (Duration, Duration) {
         let seconds = |seconds: f64| Duration::from_secs_f64(seconds);
         let total = self.seconds as f64;
         if self.seconds >= LONG {
             (seconds(total), seconds(20.0))
         } else {
-            (seconds(total * 0.45), seconds(total * 0.15))
+            (seconds(total * 0.35), seconds(total * 0.15))
         }
     }
 
@@ -239,6 +240,6 @@ mod tests {
         let lengths = |line: &str| Args::try_parse_from(line.split(' ')).expect("arguments").lengths();
         let seconds = Duration::from_secs;
         assert_eq!(lengths("r1-load --seconds 120"), (seconds(120), seconds(20)));
-        assert_eq!(lengths("r1-load --seconds 20"), (seconds(9), seconds(3)));
+        assert_eq!(lengths("r1-load --seconds 20"), (seconds(7), seconds(3)));
     }
 }

@@ -22,12 +22,14 @@ use crate::workload::{Rng, Spec, filling_request, soak_request};
 
 const PHASE: &str = "soak";
 /// Tokens of prompt and reply together that the server must be started with. What the running batch could hold of them
-/// is the size of its KV cache, and the phase begins by touching all of that.
+/// is the size of its KV cache, and a long run begins by touching all of that.
 pub(crate) const CONTEXT_TOKENS: u32 = 512;
 /// How long what still runs at the end may take.
 const END_TIMEOUT: Duration = Duration::from_mins(2);
 /// How long the server may take to give back what the last clients left behind.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Runs from this length on are for measuring memory.
+const LONG: Duration = Duration::from_mins(1);
 const RSS_INTERVAL: Duration = Duration::from_millis(250);
 /// One stream of so many is read as JSON event by event.
 const DEEP_EVERY: u64 = 16;
@@ -167,7 +169,9 @@ pub(crate) async fn run(server: &Server, soak: &Soak, bar: &ProgressBar, report:
         counts: RefCell::default(),
     });
     let local = LocalSet::new();
-    local.run_until(touch_kv_cache(server.address, soak.max_num_seqs, rng.fork())).await?;
+    if soak.length >= LONG {
+        local.run_until(touch_kv_cache(server.address, soak.max_num_seqs, rng.fork())).await?;
+    }
     let started = Instant::now();
     let mut rss = Vec::new();
     let hung = local
@@ -256,11 +260,10 @@ async fn settle(server: &Server, ran: Duration, report: &mut Report) -> Result<(
 /// Growth of resident memory once warm.
 ///
 /// The first third is warm-up. Then the median of the first window is compared with the median of the last, each a
-/// twelfth of the phase: 10 s of 120 s. A short run's warm-up is over before the allocator's arenas have their size, and
-/// those are some percent of a process of this size; a leak of 100 bytes per token is as much in half a minute, so a short
-/// run finds only gross ones.
+/// twelfth of the phase: 10 s of 120 s. A short run's warm-up is over before the allocator's arenas have their size and
+/// before each page of the KV cache was used once, which together is some percent of a process of this size, so a short
+/// run finds only gross leaks.
 fn memory(length: Duration, rss: &[(Duration, u64)], report: &mut Report) {
-    const LONG: Duration = Duration::from_mins(1);
     let most = if length >= LONG { 1.0 } else { 10.0 };
     let window = length / 12;
     let first = median(rss, length / 3, length / 3 + window);
