@@ -261,10 +261,10 @@ async fn settle(server: &Server, ran: Duration, report: &mut Report) -> Result<(
 ///
 /// The first third is warm-up. Then the median of the first window is compared with the median of the last, each a
 /// twelfth of the phase: 10 s of 120 s. A short run's warm-up is over before the allocator's arenas have their size and
-/// before each page of the KV cache was used once, which together is some percent of a process of this size, so a short
+/// before each page of the KV cache was used once, which together is up to a fifth of so small a process, so a short
 /// run finds only gross leaks.
 fn memory(length: Duration, rss: &[(Duration, u64)], report: &mut Report) {
-    let most = if length >= LONG { 1.0 } else { 10.0 };
+    let most = if length >= LONG { 1.0 } else { 30.0 };
     let window = length / 12;
     let first = median(rss, length / 3, length / 3 + window);
     let last = median(rss, window * 11, length);
