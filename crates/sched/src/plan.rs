@@ -87,7 +87,10 @@ pub fn plan_into(state: &State, limits: &Limits, plan: &mut Plan) {
     room.decode();
     room.drafts(limits.num_drafts);
     room.prefill();
-    assert!(plan.preempt.is_empty() || !plan.is_empty(), "nobody is preempted for nothing");
+    if plan.is_empty() {
+        // The row that needed somebody's blocks is left out after all, to give way itself. The next plan decides anew.
+        plan.preempt.clear();
+    }
 }
 
 /// What is left of the step's budget and of the cache while a plan is being made.
@@ -203,27 +206,35 @@ impl<'a, 'p> Room<'a, 'p> {
             if soon_free > 0 {
                 return false;
             }
-            // Last in service, it keeps its blocks and waits, which costs nothing unless somebody needs them.
-            while self.blocks.num == 0 {
-                let Some(victim) = behind.next_back() else { return false };
-                let victim = &self.state.sequences[victim];
-                self.num_running -= 1;
-                if victim.is_in_flight() {
-                    // Left out of this step, it is not in flight when the next one is planned.
-                    let alone = |&&block: &&BlockId| self.blocks.refs(&self.state.pool, block) == 1;
-                    let num = victim.blocks.iter().filter(alone).count();
-                    if num > 0 {
-                        self.soon_free = Some(num - 1);
-                        return false;
-                    }
-                } else {
-                    self.plan.preempt.push(victim.id);
-                    self.num_holding -= 1;
-                    self.blocks.release(&self.state.pool, &victim.blocks);
-                }
+            if !self.take_from(behind) {
+                return false;
             }
         }
         self.blocks.num -= 1;
+        true
+    }
+
+    /// Takes the blocks of the fewest of the last running sequences that free one. `false`: there are none in this step.
+    /// The last in service keeps its blocks and waits, which costs nothing unless somebody needs them.
+    fn take_from(&mut self, behind: &mut Values<'a, Turn, SeqId>) -> bool {
+        let mut blocks = self.blocks.clone();
+        let mut victims = behind.clone();
+        let (mut num_victims, mut in_flight) = (0, false);
+        while blocks.num == 0 {
+            let Some(id) = victims.next_back() else { return false };
+            let victim = &self.state.sequences[id];
+            num_victims += 1;
+            in_flight |= victim.is_in_flight();
+            blocks.release(&self.state.pool, &victim.blocks);
+        }
+        self.cut(num_victims, in_flight);
+        *behind = victims;
+        if in_flight {
+            self.soon_free = Some(blocks.num - 1);
+            return false;
+        }
+        self.num_holding -= num_victims;
+        self.blocks = blocks;
         true
     }
 
