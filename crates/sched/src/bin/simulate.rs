@@ -23,7 +23,7 @@ struct Args {
 
 fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, String> {
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
-    let mut parsed = Args { num_seeds: 1_000_000, first_seed: 0, num_steps: 100, num_threads: cores };
+    let mut parsed = Args { num_seeds: 1_000_000, first_seed: 0, num_steps: 200, num_threads: cores };
     while let Some(flag) = args.next() {
         let field = match flag.as_str() {
             "--seeds" => &mut parsed.num_seeds,

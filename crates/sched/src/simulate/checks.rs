@@ -55,6 +55,7 @@ impl Simulation<'_> {
             ensure(client.run_ahead || !ahead, || format!("runs ahead of the host: {row:?}"))?;
         }
         self.check_preempt(chosen)?;
+        self.check_gives_way(chosen, limits, tight)?;
         self.check_prefill(chosen, limits)?;
         self.check_left_out(chosen, limits, tight)
     }
@@ -230,6 +231,27 @@ impl Simulation<'_> {
         // Or the row that needed them is itself left out, to give way to somebody better in the next step.
         let awaited = self.state.waiting().next().is_some_and(|seq| seq.priority() < best);
         ensure(any || grows || awaited, || format!("preempted for nobody: {chosen:?}"))
+    }
+
+    /// With blocks for all, no prefill in its way and nothing in flight, whoever waits and is better than the last running
+    /// one is admitted: there is a seat, or it is given one.
+    fn check_gives_way(&self, chosen: &Plan, limits: &Limits, tight: bool) -> Result<(), String> {
+        let (Some(waits), Some(last)) = (self.state.waiting().next(), self.state.running().next_back())
+        else {
+            return Ok(());
+        };
+        let (config, stats) = (&self.scenario.config, self.state.stats());
+        let headroom = config.headroom_tokens * (stats.running + 1);
+        let blocks = config.blocks_for(waits.tokens().len())
+            + config.blocks_for(headroom)
+            + stats.running * (2 + limits.num_drafts);
+        let due = waits.priority() < last.priority()
+            && !tight
+            && self.in_flight.is_empty()
+            && stats.blocks_free + stats.blocks_cached >= blocks
+            && !self.state.running().any(Sequence::is_prefilling);
+        let admitted = chosen.prefill.iter().any(|chunk| chunk.seq == waits.id());
+        ensure(!due || admitted, || format!("sequence {} waits for a worse priority: {chosen:?}", waits.id()))
     }
 
     /// The first sequence in order of service must end within as many steps as all that stand in its way need.
