@@ -228,7 +228,7 @@ fn a_block_that_a_failed_step_was_to_write_is_never_hit() {
         assert_eq!(ended.len(), depth);
         state.audit();
         assert_eq!(state.stats().blocks_cached, 2, "what was good stays");
-        for id in state.waiting().map(|seq| seq.id()).collect::<Vec<_>>() {
+        for id in state.waiting().map(crate::Sequence::id).collect::<Vec<_>>() {
             state.abort(id).unwrap();
         }
         state.add(counting(4, 0, 24, 1)).unwrap();

@@ -539,8 +539,8 @@ mod tests {
                 max_drafts,
                 arrival_percent,
                 abort_percent,
-                tight_percent,
                 fail_percent,
+                tight_percent,
                 run_ahead_percent,
                 ..Scenario::from_seed(seed, 100)
             };

@@ -140,7 +140,7 @@ impl Simulation<'_> {
     /// not fit in the `left` tokens that may overtake it.
     fn check_passed(&self, chosen: &Plan, long: Option<(Turn, usize)>) -> Result<(), String> {
         let is_admitted = |seq: &Sequence| chosen.prefill.iter().any(|chunk| chunk.seq == seq.id());
-        let last = self.state.waiting().filter(|&seq| is_admitted(seq)).last().map(|seq| self.turn(seq.id()));
+        let last = self.state.waiting().rfind(|&seq| is_admitted(seq)).map(|seq| self.turn(seq.id()));
         let passed =
             |seq: &&Sequence| !is_admitted(seq) && last.is_some_and(|last| self.turn(seq.id()) < last);
         for seq in self.state.waiting().filter(passed) {

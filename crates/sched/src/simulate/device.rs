@@ -99,7 +99,9 @@ impl Device {
         let on_device = self.sequences.entry(seq).or_insert_with(|| {
             let (tokens, histories, table) = (Vec::new(), Vec::new(), Vec::new());
             let mut new = OnDevice { root, tokens, histories, table, bound_before: 0 };
-            known.iter().for_each(|&token| new.push(token));
+            for &token in known {
+                new.push(token);
+            }
             new
         });
         let bound = on_device.table.len();

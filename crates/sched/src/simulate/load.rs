@@ -19,7 +19,7 @@ pub(super) struct Client {
     pub(super) max_len: usize,
     pub(super) priority: i32,
     pub(super) arrival: u64,
-    pub(super) salt: Option<Box<[u8]>>,
+    pub(super) salt: Salt,
     pub(super) run_ahead: bool,
     /// A token divisible by this is a stop token.
     stop_modulus: u32,
@@ -53,11 +53,13 @@ impl Client {
     }
 }
 
+type Salt = Option<Box<[u8]>>;
+
 /// Where prompts come from.
 pub(super) struct Prompts {
     stems: Vec<Vec<TokenId>>,
     /// Tokens and salt of sequences that have ended, the latest last.
-    turns: VecDeque<(Vec<TokenId>, Option<Box<[u8]>>)>,
+    turns: VecDeque<(Vec<TokenId>, Salt)>,
 }
 
 impl Prompts {
@@ -71,7 +73,7 @@ impl Prompts {
     }
 
     /// A sequence has ended, and its next turn may come.
-    pub(super) fn ended(&mut self, tokens: &[TokenId], salt: Option<Box<[u8]>>) {
+    pub(super) fn ended(&mut self, tokens: &[TokenId], salt: Salt) {
         if self.turns.len() == MAX_TURNS {
             self.turns.pop_front();
         }
@@ -79,7 +81,7 @@ impl Prompts {
     }
 
     /// A prompt of about `len` tokens and its salt.
-    fn draw(&self, scenario: &Scenario, len: usize, rng: &mut Rng) -> (Vec<TokenId>, Option<Box<[u8]>>) {
+    fn draw(&self, scenario: &Scenario, len: usize, rng: &mut Rng) -> (Vec<TokenId>, Salt) {
         let mut salt = match rng.range(0, scenario.num_salts) {
             0 => None,
             byte => Some((1..byte).map(|byte| byte as u8).collect()),
