@@ -57,6 +57,8 @@ mod fixture;
 mod plan;
 mod prefix;
 mod sequence;
+#[cfg(test)]
+mod sharing;
 pub mod simulate;
 mod state;
 mod step;

@@ -154,10 +154,10 @@ fn admit(state: &mut State, id: SeqId, start: usize) {
 /// below the last known token.
 fn register(pool: &mut BlockPool, seq: &mut Sequence, block_size: usize) {
     let num_full = seq.placed.min(seq.tokens.len()) / block_size;
-    let hashes = seq.chain.hashes();
-    for at in seq.num_registered..num_full.min(hashes.len()) {
-        pool.register(seq.blocks[at], hashes[at]);
-        seq.num_registered = at + 1;
+    let full = seq.blocks.iter().zip(seq.chain.hashes()).take(num_full);
+    for (&block, &hash) in full.skip(seq.num_registered) {
+        pool.register(block, hash);
+        seq.num_registered += 1;
     }
 }
 

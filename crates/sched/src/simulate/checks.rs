@@ -4,9 +4,16 @@
 use r1_core::{FinishReason, SeqId};
 
 use super::{Deadline, Simulation, ensure};
-use crate::{Finished, Limits, Plan, Sequence};
+use crate::{Finished, Limits, Plan, PrefillChunk, Sequence};
+
+/// Place in the order of service.
+type Turn = (i32, u64);
 
 impl Simulation<'_> {
+    fn turn(&self, seq: SeqId) -> Turn {
+        (self.clients[&seq].priority, self.clients[&seq].arrival)
+    }
+
     /// Compares what a sequence got with what it would have got alone.
     pub(super) fn check_finished(&mut self, finished: &Finished, aborted: bool) -> Result<(), String> {
         let seq = finished.seq;
@@ -16,6 +23,7 @@ impl Simulation<'_> {
         ensure(finished.output() == client.streamed, || {
             format!("sequence {seq}: streamed and finished differ")
         })?;
+        self.prompts.ended(&finished.tokens, client.salt);
         if aborted {
             self.report.aborted += 1;
             ensure(finished.reason == FinishReason::Abort, || format!("aborted, but {finished:?}"))?;
@@ -31,44 +39,162 @@ impl Simulation<'_> {
         ensure(same, || format!("ideal {tokens:?} {reason:?}, but {finished:?}"))
     }
 
-    /// Budgets, order of service, and that the first sequence is not left out for long.
+    /// Budgets, order of service, and that nobody is left out for long or for nothing.
     pub(super) fn check_plan(&mut self, chosen: &Plan, limits: &Limits, tight: bool) -> Result<(), String> {
-        let of = |seq: SeqId| (self.clients[&seq].priority, self.clients[&seq].arrival);
         ensure(chosen.num_tokens() <= limits.max_num_batched_tokens, || format!("over budget: {chosen:?}"))?;
         ensure(chosen.num_seqs() <= limits.max_num_seqs, || format!("too many rows: {chosen:?}"))?;
-        let decode: Vec<_> = chosen.decode.iter().map(|row| of(row.seq)).collect();
-        let prefill: Vec<_> = chosen.prefill.iter().map(|chunk| of(chunk.seq)).collect();
-        ensure(decode.is_sorted() && prefill.is_sorted(), || format!("out of order: {chosen:?}"))?;
+        ensure(chosen.decode.is_sorted_by_key(|row| self.turn(row.seq)), || {
+            format!("out of order: {chosen:?}")
+        })?;
         for row in &chosen.decode {
+            let client = &self.clients[&row.seq];
             ensure(row.num_drafts <= limits.num_drafts, || format!("too many drafts: {row:?}"))?;
             let end = row.start + 1 + row.num_drafts;
-            ensure(end < self.clients[&row.seq].max_len, || format!("may draw past its limit: {row:?}"))?;
+            ensure(end < client.max_len, || format!("may draw past its limit: {row:?}"))?;
+            let ahead = row.num_drafts > 0 || self.has_token_in_flight(row.seq);
+            ensure(client.run_ahead || !ahead, || format!("runs ahead of the host: {row:?}"))?;
         }
         self.check_preempt(chosen)?;
-        for waiting in self.state.waiting() {
-            let admitted = |seq: SeqId| chosen.prefill.iter().any(|chunk| chunk.seq == seq);
-            let skipped = !admitted(waiting.id())
-                && self.state.waiting().any(|seq| of(seq.id()) > of(waiting.id()) && admitted(seq.id()));
-            ensure(!skipped, || format!("sequence {} was passed over: {chosen:?}", waiting.id()))?;
+        self.check_gives_way(chosen, limits, tight)?;
+        self.check_prefill(chosen, limits)?;
+        self.check_left_out(chosen, limits, tight)
+    }
+
+    fn has_token_in_flight(&self, seq: SeqId) -> bool {
+        self.in_flight.iter().flat_map(|step| &step.rows).any(|row| row.seq == seq && row.max_tokens > 0)
+    }
+
+    /// Free blocks, and cached ones, are enough for every running sequence to grow.
+    fn has_blocks(&self, limits: &Limits) -> bool {
+        let stats = self.state.stats();
+        stats.blocks_free + stats.blocks_cached >= stats.running * (2 + limits.num_drafts)
+    }
+
+    /// Chunks are in order of service, but for short ones that overtake a long one in its half of the budget; nobody
+    /// who would fit there is left behind; nobody is admitted past a sequence that does not fit.
+    fn check_prefill(&self, chosen: &Plan, limits: &Limits) -> Result<(), String> {
+        // A chunk that does not finish its prompt takes what is left, so it is the last. One that was overtaken may
+        // finish after all when those that overtook it have made somebody give way, whose row had a token.
+        let sorted = chosen.prefill.is_sorted_by_key(|chunk| self.turn(chunk.seq));
+        let (long, in_order) = match chosen.prefill.split_last() {
+            Some((long, rest)) if !long.samples || !sorted && !chosen.preempt.is_empty() => {
+                (Some(long), rest)
+            }
+            _ => (None, chosen.prefill.as_slice()),
+        };
+        let all_sample = in_order.iter().all(|chunk| chunk.samples);
+        ensure(all_sample, || format!("an unfinished chunk is not the last: {chosen:?}"))?;
+        ensure(in_order.is_sorted_by_key(|chunk| self.turn(chunk.seq)), || {
+            format!("out of order: {chosen:?}")
+        })?;
+        for chunk in in_order.iter().chain(long) {
+            if let Some(seq) = self.state.waiting().find(|seq| seq.id() == chunk.seq) {
+                self.check_start(chunk, seq)?;
+            }
         }
+        let Some(long) = long else { return self.check_passed(chosen, None) };
+        let turn = self.turn(long.seq);
+        let budget =
+            limits.max_num_batched_tokens - chosen.decode.iter().map(|row| 1 + row.num_drafts).sum::<usize>();
+        let overtaking: Vec<_> = in_order.iter().filter(|chunk| self.turn(chunk.seq) > turn).collect();
+        let used: usize = overtaking.iter().map(|chunk| chunk.len).sum();
+        ensure(overtaking.iter().all(|chunk| self.turn(chunk.seq).0 == turn.0), || {
+            format!("overtaken by another priority: {chosen:?}")
+        })?;
+        ensure(used <= budget / 2, || format!("overtaken by more than half the budget: {chosen:?}"))?;
+        ensure(long.samples || chosen.num_tokens() == limits.max_num_batched_tokens, || {
+            format!("an unfinished chunk leaves tokens: {chosen:?}")
+        })?;
+        let left = (budget / 2).min(long.len + used - 1) - used;
+        self.check_passed(chosen, Some((turn, left)))?;
+        let short = |seq: &&Sequence| {
+            seq.is_prefilling()
+                && self.turn(seq.id()) > turn
+                && seq.priority() == turn.0
+                && seq.tokens().len() - self.prefilled(seq.id()) <= left
+                && chosen.prefill.iter().all(|chunk| chunk.seq != seq.id())
+        };
+        let room = chosen.num_seqs() < limits.max_num_seqs && self.has_blocks(limits);
+        match self.state.running().find(short) {
+            Some(seq) if room => {
+                Err(format!("short sequence {} stays behind a long one: {chosen:?}", seq.id()))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Tokens of a sequence whose prefill has begun.
+    fn prefilled(&self, seq: SeqId) -> usize {
+        self.prefilled.get(&seq).copied().unwrap_or(0)
+    }
+
+    /// The first chunk of a waiting sequence: what is found are whole blocks, and never the last token.
+    fn check_start(&self, chunk: &PrefillChunk, seq: &Sequence) -> Result<(), String> {
+        let config = &self.scenario.config;
+        let whole = chunk.start.is_multiple_of(config.block_size) && chunk.start < seq.tokens().len();
+        let on = chunk.start == 0 || config.prefix_cache.is_some();
+        ensure(whole && on, || format!("{chunk:?} of {} tokens", seq.tokens().len()))
+    }
+
+    /// Waiting sequences are admitted in order of service. Passed over are only those of the long one's priority that do
+    /// not fit in the `left` tokens that may overtake it.
+    fn check_passed(&self, chosen: &Plan, long: Option<(Turn, usize)>) -> Result<(), String> {
+        let is_admitted = |seq: &Sequence| chosen.prefill.iter().any(|chunk| chunk.seq == seq.id());
+        let last = self.state.waiting().rfind(|&seq| is_admitted(seq)).map(|seq| self.turn(seq.id()));
+        let passed =
+            |seq: &&Sequence| !is_admitted(seq) && last.is_some_and(|last| self.turn(seq.id()) < last);
+        for seq in self.state.waiting().filter(passed) {
+            let allowed = long.is_some_and(|(turn, left)| {
+                seq.priority() == turn.0 && self.turn(seq.id()) > turn && seq.tokens().len() > left
+            });
+            ensure(allowed, || format!("sequence {} was passed over: {chosen:?}", seq.id()))?;
+        }
+        Ok(())
+    }
+
+    /// After a plan has been begun: who was passed over because of its length still fits.
+    pub(super) fn check_set_aside(&self, chosen: &Plan, admitted: &[SeqId]) -> Result<(), String> {
+        let config = &self.scenario.config;
+        let last = admitted.iter().map(|&seq| self.turn(seq)).max();
+        let passed = |seq: &&Sequence| last.is_some_and(|last| self.turn(seq.id()) < last);
+        // Those that the plan preempted are back in the queue, too, and were not passed but gave way.
+        let passed = self.state.waiting().filter(passed).find(|seq| !chosen.preempt.contains(&seq.id()));
+        let Some(seq) = passed else { return Ok(()) };
+        let stats = self.state.stats();
+        let seat = stats.running + stats.draining < config.max_num_seqs;
+        let blocks =
+            config.prefix_cache.is_some() || config.blocks_for(seq.tokens().len()) <= stats.blocks_free;
+        ensure(seat && blocks, || format!("no room is left for {}, which was passed: {chosen:?}", seq.id()))
+    }
+
+    fn check_left_out(&mut self, chosen: &Plan, limits: &Limits, tight: bool) -> Result<(), String> {
         let planned = |seq: SeqId| {
             chosen.decode.iter().any(|row| row.seq == seq)
                 || chosen.prefill.iter().any(|chunk| chunk.seq == seq)
         };
-        let idle = |seq: &&Sequence| seq.len_upper_bound() < seq.max_len() && !planned(seq.id());
+        let first_waiting = self.state.waiting().next().map(|seq| self.turn(seq.id()));
+        let idle = |seq: &&Sequence| {
+            seq.len_upper_bound() < seq.max_len()
+                && !planned(seq.id())
+                && (self.clients[&seq.id()].run_ahead || !self.has_token_in_flight(seq.id()))
+                // It may be giving way.
+                && first_waiting.is_none_or(|waits| waits.0 >= seq.priority())
+        };
         if let Some(seq) = self.state.running().find(idle) {
             // Room for a block more per sequence, and yet one is left out.
-            let stats = self.state.stats();
-            let has_room = chosen.num_tokens() < limits.max_num_batched_tokens
+            let has_room = chosen.preempt.is_empty()
+                && chosen.num_tokens() < limits.max_num_batched_tokens
                 && chosen.num_seqs() < limits.max_num_seqs
-                && stats.blocks_free >= stats.running * (2 + limits.num_drafts)
+                && self.has_blocks(limits)
                 && self.in_flight.len() < self.scenario.config.depth;
             ensure(!has_room, || format!("sequence {} left out for no reason: {chosen:?}", seq.id()))?;
         }
         // A waiting sequence of a better priority may take the budget of a running prefill.
-        let waiting = self.state.waiting().next().map(|seq| of(seq.id()));
-        let first =
-            self.state.running().next().filter(|seq| waiting.is_none_or(|waits| of(seq.id()) < waits));
+        let first = self
+            .state
+            .running()
+            .next()
+            .filter(|seq| first_waiting.is_none_or(|waits| self.turn(seq.id()) < waits));
         let full = self.in_flight.len() == self.scenario.config.depth;
         match first {
             Some(seq) if !seq.is_in_flight() && !planned(seq.id()) && !full && !tight => self.left_out += 1,
@@ -80,12 +206,10 @@ impl Simulation<'_> {
         ensure(self.left_out <= most, || format!("{:?} left out of {} plans", first, self.left_out))
     }
 
-    /// Those preempted are the last of the running, but for some that are kept out of the step, and nobody is admitted
-    /// to their blocks.
+    /// Those preempted are the last of the running, but for some that are kept out of the step; a decode row needs their
+    /// blocks, or somebody is admitted who is of a better priority than each of them.
     fn check_preempt(&self, chosen: &Plan) -> Result<(), String> {
-        if chosen.preempt.is_empty() {
-            return Ok(());
-        }
+        let Some(best) = chosen.preempt.iter().map(|&seq| self.turn(seq).0).min() else { return Ok(()) };
         let is_victim = |seq: &&Sequence| chosen.preempt.contains(&seq.id());
         let mut from_first_victim = self.state.running().skip_while(|seq| !is_victim(seq));
         let stays = from_first_victim.find(|seq| {
@@ -94,8 +218,40 @@ impl Simulation<'_> {
             !is_victim(seq) && rows.any(|row| row == seq.id())
         });
         ensure(stays.is_none(), || format!("{stays:?} runs behind a preempted sequence: {chosen:?}"))?;
-        let admitted = chosen.prefill.iter().find(|row| self.state.waiting().any(|seq| seq.id() == row.seq));
-        ensure(admitted.is_none(), || format!("{admitted:?} is admitted to preempted blocks: {chosen:?}"))
+        let is_admitted = |row: &&PrefillChunk| self.state.waiting().any(|seq| seq.id() == row.seq);
+        let mut admitted = chosen.prefill.iter().filter(is_admitted).peekable();
+        let any = admitted.peek().is_some();
+        let equal = admitted.find(|row| self.turn(row.seq).0 >= best);
+        ensure(equal.is_none(), || format!("{equal:?} is admitted to preempted blocks: {chosen:?}"))?;
+        let block_size = self.scenario.config.block_size;
+        let grows = chosen.decode.iter().any(|row| {
+            let table = self.state.sequence(row.seq).map_or(0, |seq| seq.block_table().len());
+            row.start >= table * block_size
+        });
+        // Or the row that needed them is itself left out, to give way to somebody better in the next step.
+        let awaited = self.state.waiting().next().is_some_and(|seq| seq.priority() < best);
+        ensure(any || grows || awaited, || format!("preempted for nobody: {chosen:?}"))
+    }
+
+    /// With blocks for all, no prefill in its way and nothing in flight, whoever waits and is better than the last running
+    /// one is admitted: there is a seat, or it is given one.
+    fn check_gives_way(&self, chosen: &Plan, limits: &Limits, tight: bool) -> Result<(), String> {
+        let (Some(waits), Some(last)) = (self.state.waiting().next(), self.state.running().next_back())
+        else {
+            return Ok(());
+        };
+        let (config, stats) = (&self.scenario.config, self.state.stats());
+        let headroom = config.headroom_tokens * (stats.running + 1);
+        let blocks = config.blocks_for(waits.tokens().len())
+            + config.blocks_for(headroom)
+            + stats.running * (2 + limits.num_drafts);
+        let due = waits.priority() < last.priority()
+            && !tight
+            && self.in_flight.is_empty()
+            && stats.blocks_free + stats.blocks_cached >= blocks
+            && !self.state.running().any(Sequence::is_prefilling);
+        let admitted = chosen.prefill.iter().any(|chunk| chunk.seq == waits.id());
+        ensure(!due || admitted, || format!("sequence {} waits for a worse priority: {chosen:?}", waits.id()))
     }
 
     /// The first sequence in order of service must end within as many steps as all that stand in its way need.

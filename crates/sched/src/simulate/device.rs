@@ -1,6 +1,8 @@
-//! A device and a model that notice every mistake of a scheduler: the next token is a hash of the whole token history,
-//! and the history is read from the paged KV cache through the block table, as attention does. A token lost, doubled,
-//! moved or overwritten changes everything after it. Knows nothing of the scheduler's state.
+//! A device and a model that notice every mistake of a scheduler: a slot of the KV cache holds a hash of the whole
+//! history up to its position, salt included, computed from the slot before it as attention would; every row reads its
+//! whole context through its block table and compares it with its own history. A token lost, doubled, moved or
+//! overwritten is noticed, and so is a block that is shared but holds anything else, or is written to by one sequence
+//! while it is read by another. Knows nothing of the scheduler's state.
 
 use std::collections::BTreeMap;
 
@@ -11,63 +13,137 @@ use crate::{Decode, PrefillChunk};
 
 const VOCAB_SIZE: u64 = 1 << 16;
 
-/// The model: the token that follows `history`.
-pub(super) fn next_token(history: impl IntoIterator<Item = TokenId>) -> TokenId {
-    let hash = history.into_iter().fold(0x7073_6575_646f, |hash, token| mix(hash ^ u64::from(token.0)));
-    TokenId((hash % VOCAB_SIZE) as u32)
+/// What stands before the first token of a sequence with this salt.
+pub(super) fn root(salt: Option<&[u8]>) -> u64 {
+    let length = salt.map_or(0, |salt| 1 + salt.len() as u64);
+    salt.unwrap_or_default().iter().fold(mix(length), |hash, &byte| mix(hash ^ u64::from(byte)))
 }
 
-/// What a slot of the KV cache holds: whose, which position, which token.
-type Slot = Option<(SeqId, usize, TokenId)>;
+/// The history one token on.
+pub(super) fn extend(history: u64, token: TokenId) -> u64 {
+    mix(history ^ u64::from(token.0).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+}
+
+/// The model: the token that follows a history.
+pub(super) fn next_token(history: u64) -> TokenId {
+    TokenId((mix(history) % VOCAB_SIZE) as u32)
+}
+
+/// What a slot of the KV cache holds: position, token, and the history up to it. `None`: nothing of worth.
+type Slot = Option<(usize, TokenId, u64)>;
 
 /// The device's side of a sequence, ahead of the host by the steps in flight.
 struct OnDevice {
+    root: u64,
     tokens: Vec<TokenId>,
+    /// The history up to each token.
+    histories: Vec<u64>,
     table: Vec<BlockId>,
+    /// How long the table was before the present step.
+    bound_before: usize,
+}
+
+impl OnDevice {
+    fn push(&mut self, token: TokenId) {
+        let before = self.histories.last().copied().unwrap_or(self.root);
+        self.histories.push(extend(before, token));
+        self.tokens.push(token);
+    }
 }
 
 /// KV cache and last sampled tokens.
 pub(super) struct Device {
     block_size: usize,
     slots: Vec<Slot>,
+    /// By block: tables that have held it since before the present step.
+    num_tables: Vec<u32>,
+    /// By block: tables that it was added to in the present step.
+    num_new: Vec<u32>,
     sequences: BTreeMap<SeqId, OnDevice>,
+    /// Slots that the present step has written.
+    written: Vec<usize>,
 }
 
 impl Device {
     pub(super) fn new(block_size: usize, num_blocks: usize) -> Self {
-        Self { block_size, slots: vec![None; block_size * num_blocks], sequences: BTreeMap::new() }
+        Self {
+            block_size,
+            slots: vec![None; block_size * num_blocks],
+            num_tables: vec![0; num_blocks],
+            num_new: vec![0; num_blocks],
+            sequences: BTreeMap::new(),
+            written: Vec::new(),
+        }
     }
 
-    /// Forgets a sequence, and returns the tokens it had.
+    /// Forgets a sequence, and returns the tokens it had. Not during a step.
     pub(super) fn remove(&mut self, seq: SeqId) -> Option<Vec<TokenId>> {
-        self.sequences.remove(&seq).map(|on_device| on_device.tokens)
+        let on_device = self.sequences.remove(&seq)?;
+        for block in on_device.table {
+            self.num_tables[block.0 as usize] -= 1;
+        }
+        Some(on_device.tokens)
     }
 
-    /// Takes the block table of a sequence's next row, and returns the blocks that are new in it, poisoned.
-    /// `known` are the tokens that the host knows, for a sequence that the device does not.
+    /// Takes the block table of a sequence's row in the present step. New blocks are its own alone and poisoned, but for
+    /// those that end below `found` positions, which others may hold, too. `known` are the tokens that the host knows,
+    /// for a sequence that the device does not.
     pub(super) fn bind(
         &mut self,
         seq: SeqId,
+        root: u64,
         table: &[BlockId],
         known: &[TokenId],
-    ) -> Result<Vec<BlockId>, String> {
-        let on_device = self
-            .sequences
-            .entry(seq)
-            .or_insert_with(|| OnDevice { tokens: known.to_vec(), table: Vec::new() });
-        let Some(new) = table.strip_prefix(on_device.table.as_slice()) else {
+        found: usize,
+    ) -> Result<(), String> {
+        let on_device = self.sequences.entry(seq).or_insert_with(|| {
+            let (tokens, histories, table) = (Vec::new(), Vec::new(), Vec::new());
+            let mut new = OnDevice { root, tokens, histories, table, bound_before: 0 };
+            for &token in known {
+                new.push(token);
+            }
+            new
+        });
+        let bound = on_device.table.len();
+        if !table.starts_with(&on_device.table) {
             return Err(format!(
                 "sequence {seq}: block table changed from {:?} to {table:?}",
                 on_device.table
             ));
-        };
-        for block in new {
-            let first = block.0 as usize * self.block_size;
-            self.slots[first..first + self.block_size].fill(None);
         }
-        let new = new.to_vec();
-        on_device.table = table.to_vec();
-        Ok(new)
+        on_device.bound_before = bound;
+        for (at, &block) in table.iter().enumerate().skip(bound) {
+            let index = block.0 as usize;
+            let is_shared = (at + 1) * self.block_size <= found;
+            if !is_shared {
+                let others = self.num_tables[index] + self.num_new[index];
+                if others > 0 {
+                    return Err(format!("sequence {seq} gets block {block}, which {others} tables hold"));
+                }
+                self.slots[index * self.block_size..(index + 1) * self.block_size].fill(None);
+            }
+            self.num_new[index] += 1;
+            on_device.table.push(block);
+        }
+        Ok(())
+    }
+
+    /// Ends the present step, and returns the slots it has written.
+    pub(super) fn end_step(&mut self) -> Vec<usize> {
+        for (all, new) in self.num_tables.iter_mut().zip(&mut self.num_new) {
+            *all += std::mem::take(new);
+        }
+        for on_device in self.sequences.values_mut() {
+            on_device.bound_before = on_device.table.len();
+        }
+        std::mem::take(&mut self.written)
+    }
+
+    /// A step has failed: what it was to write is worth nothing.
+    pub(super) fn spoil(&mut self, written: &[usize]) {
+        for &slot in written {
+            self.slots[slot] = None;
+        }
     }
 
     /// Runs the last token and the drafts, of which a random number is right. `rejected` is how many drafts the steps
@@ -89,17 +165,18 @@ impl Device {
         }
         let num_drawn = rng.range(1, num_drafts + 1);
         let mut drawn = Vec::with_capacity(num_drawn);
+        self.read(seq, 0, position)?;
         for ahead in 0..=num_drafts {
-            let tokens = &mut self.sequences.get_mut(&seq).expect("looked up above").tokens;
+            let at = position + ahead;
             if ahead < num_drawn {
-                let token = tokens[position + ahead];
-                self.write(seq, position + ahead, token)?;
-                let next = next_token(self.context(seq, position + ahead + 1)?);
+                let token = self.sequences[&seq].tokens[at];
+                self.write(seq, at, token)?;
+                let next = next_token(self.read(seq, at, at + 1)?);
                 drawn.push(next);
-                self.sequences.get_mut(&seq).expect("looked up above").tokens.push(next);
+                self.sequences.get_mut(&seq).expect("looked up above").push(next);
             } else {
                 let wrong_draft = TokenId(VOCAB_SIZE as u32);
-                self.write(seq, position + ahead, wrong_draft)?;
+                self.write(seq, at, wrong_draft)?;
             }
         }
         Ok(drawn)
@@ -114,39 +191,58 @@ impl Device {
         for (ahead, &token) in chunk.iter().enumerate() {
             self.write(seq, start + ahead, token)?;
         }
-        let context = self.context(seq, start + len)?;
+        let history = self.read(seq, 0, start + len)?;
         if samples != (start + len == known.len()) {
             return Err(format!("sequence {seq}: samples is {samples} at {start}+{len} of {}", known.len()));
         }
         if !samples {
             return Ok(Vec::new());
         }
-        let next = next_token(context);
-        self.sequences.get_mut(&seq).ok_or_else(|| format!("sequence {seq} is not bound"))?.tokens.push(next);
+        let next = next_token(history);
+        self.sequences.get_mut(&seq).expect("read above").push(next);
         Ok(vec![next])
     }
 
-    fn slot(&self, seq: SeqId, position: usize) -> Result<usize, String> {
+    /// Where a sequence's position lies: table index and slot.
+    fn slot(&self, seq: SeqId, position: usize) -> Result<(usize, usize), String> {
         let table = &self.sequences.get(&seq).ok_or_else(|| format!("sequence {seq} is not bound"))?.table;
-        let block = table
-            .get(position / self.block_size)
-            .ok_or_else(|| format!("sequence {seq}: no block for position {position}"))?;
-        Ok(block.0 as usize * self.block_size + position % self.block_size)
+        let at = position / self.block_size;
+        let block =
+            table.get(at).ok_or_else(|| format!("sequence {seq}: no block for position {position}"))?;
+        Ok((at, block.0 as usize * self.block_size + position % self.block_size))
     }
 
     fn write(&mut self, seq: SeqId, position: usize, token: TokenId) -> Result<(), String> {
-        let slot = self.slot(seq, position)?;
-        self.slots[slot] = Some((seq, position, token));
+        let (at, slot) = self.slot(seq, position)?;
+        let on_device = &self.sequences[&seq];
+        let others = self.num_tables[slot / self.block_size] - u32::from(at < on_device.bound_before);
+        if others > 0 {
+            return Err(format!("sequence {seq} writes position {position} where {others} others read"));
+        }
+        let before = match position.checked_sub(1) {
+            None => on_device.root,
+            Some(before) => match self.slots[self.slot(seq, before)?.1] {
+                Some((_, _, history)) => history,
+                None => return Err(format!("sequence {seq}: nothing before position {position}")),
+            },
+        };
+        self.slots[slot] = Some((position, token, extend(before, token)));
+        self.written.push(slot);
         Ok(())
     }
 
-    /// The tokens at positions `0..len`, as the KV cache has them.
-    fn context(&self, seq: SeqId, len: usize) -> Result<Vec<TokenId>, String> {
-        (0..len)
-            .map(|position| match self.slots[self.slot(seq, position)?] {
-                Some((owner, at, token)) if owner == seq && at == position => Ok(token),
-                found => Err(format!("sequence {seq}: the slot of position {position} holds {found:?}")),
-            })
-            .collect()
+    /// Reads positions `from..to`, which must hold the sequence's own history, and returns it as it stands at `to`.
+    fn read(&self, seq: SeqId, from: usize, to: usize) -> Result<u64, String> {
+        let on_device = self.sequences.get(&seq).ok_or_else(|| format!("sequence {seq} is not bound"))?;
+        for position in from..to {
+            let expect = Some((position, on_device.tokens[position], on_device.histories[position]));
+            let found = self.slots[self.slot(seq, position)?.1];
+            if found != expect {
+                return Err(format!(
+                    "sequence {seq}: the slot of position {position} holds {found:?}, not {expect:?}"
+                ));
+            }
+        }
+        Ok(to.checked_sub(1).map_or(on_device.root, |last| on_device.histories[last]))
     }
 }

@@ -1,7 +1,7 @@
 //! What a simulated run looks like: the scheduler's configuration and the load on it, all drawn from the seed.
 
 use super::rng::Rng;
-use crate::SchedConfig;
+use crate::{PrefixKey, SchedConfig};
 
 /// The load and the machine of one simulated run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,14 +20,24 @@ pub struct Scenario {
     pub abort_percent: usize,
     /// Chance that a step fails on the device, percent.
     pub fail_percent: usize,
+    /// Chance that the prefix cache is flushed before a turn of the loop, percent.
+    pub flush_percent: usize,
     /// Chance that a step's limits are tighter than the configuration's, percent.
     pub tight_percent: usize,
-    /// Longest prompt, tokens.
+    /// Longest prompt, tokens, but for those that continue what was generated.
     pub max_prompt: usize,
     /// Most `max_new_tokens`.
     pub max_new_tokens: usize,
     /// Priorities are drawn from `0..num_priorities`.
     pub num_priorities: usize,
+    /// Common beginnings of prompts; at least 1.
+    pub num_stems: usize,
+    /// Chance that a prompt begins with a stem or with an earlier sequence, percent.
+    pub shared_percent: usize,
+    /// Salts besides none.
+    pub num_salts: usize,
+    /// Chance that a sequence may run ahead of the host, percent.
+    pub run_ahead_percent: usize,
 }
 
 impl Scenario {
@@ -39,9 +49,9 @@ impl Scenario {
             max_num_seqs + if rng.percent(50) { rng.range(0, 4) } else { rng.range(8, 64) };
         let block_size = rng.range(1, 8);
         let max_model_len = rng.range(4, 64);
-        // From a cache that holds one sequence at the most to one that holds all.
+        // From a cache that holds one sequence at the most to one that holds all, twice.
         let one = (max_model_len - 1).div_ceil(block_size);
-        let most = one * rng.range(1, max_num_seqs);
+        let most = one * rng.range(1, 2 * max_num_seqs);
         let num_blocks = rng.range(one.div_ceil(2), most);
         let config = SchedConfig {
             block_size,
@@ -52,7 +62,7 @@ impl Scenario {
             max_queued: rng.range(1, 12),
             headroom_tokens: if rng.percent(60) { 0 } else { rng.range(1, 8) },
             depth: rng.range(1, 2),
-            prefix_cache: None,
+            prefix_cache: rng.percent(80).then_some(PrefixKey::new([seed, !seed])),
         };
         Self {
             seed,
@@ -61,11 +71,16 @@ impl Scenario {
             max_drafts: if rng.percent(50) { 0 } else { rng.range(1, 4) },
             arrival_percent: rng.range(2, 40),
             abort_percent: if rng.percent(30) { 0 } else { rng.range(1, 6) },
-            fail_percent: if rng.percent(80) { 0 } else { rng.range(1, 3) },
+            fail_percent: if rng.percent(60) { 0 } else { rng.range(1, 6) },
+            flush_percent: usize::from(rng.percent(10)),
             tight_percent: if rng.percent(70) { 0 } else { rng.range(1, 30) },
             max_prompt: rng.range(1, max_model_len),
             max_new_tokens: rng.range(2, max_model_len),
             num_priorities: rng.range(1, 3),
+            num_stems: rng.range(1, 4),
+            shared_percent: [0, 50, 90, 100][rng.range(0, 3)],
+            num_salts: if rng.percent(50) { 0 } else { rng.range(1, 3) },
+            run_ahead_percent: [0, 50, 100, 100][rng.range(0, 3)],
         }
     }
 }
