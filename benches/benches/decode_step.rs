@@ -3,16 +3,13 @@
 #![forbid(unsafe_code)]
 #![allow(missing_docs)] // criterion's macros make public functions
 
-use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use r1_benches::{INPUT_TOKENS, MAX_MODEL_LEN, MAX_NUM_SEQS, Machine, Synthetic, load};
+use r1_benches::{INPUT_TOKENS, MAX_MODEL_LEN, MAX_NUM_SEQS, Machine, Synthetic, bundled, load};
 use r1_cpu::Cpu;
 use r1_engine::{OneBatch, OneBatchBench};
 use r1_model::MlaForm;
-use r1_weights::{Checkpoint, ModelConfig};
 
 /// Runs one criterion bench; gives the best step.
 fn measure(
@@ -60,9 +57,7 @@ fn decode_step(c: &mut Criterion) {
     );
     drop(bench);
 
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/cli/model");
-    let config = ModelConfig::open(&folder).expect("config.json");
-    let checkpoint = Arc::new(Checkpoint::open(&folder).expect("the bundled model"));
+    let (config, checkpoint) = bundled();
     let mut bench = load(&config, &checkpoint, MlaForm::Auto);
     let bytes = bench.model().weight_bytes();
     for batch_size in [1, MAX_NUM_SEQS] {

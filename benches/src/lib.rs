@@ -15,7 +15,7 @@ use r1_backend::{Backend, HostTensor, Tensor};
 use r1_core::DType;
 use r1_cpu::{Cpu, CpuOptions};
 
-pub use model::{INPUT_TOKENS, MAX_MODEL_LEN, MAX_NUM_SEQS, load};
+pub use model::{INPUT_TOKENS, MAX_MODEL_LEN, MAX_NUM_SEQS, bundled, load, options};
 pub use synthetic::Synthetic;
 
 /// Bytes read to measure the ceiling: far more than any cache.

@@ -1,5 +1,6 @@
 //! A model in an engine's own steps, for the benches.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use r1_core::{DType, Rank};
@@ -15,25 +16,40 @@ pub const MAX_MODEL_LEN: usize = 1024;
 /// Tokens of a prompt: few enough that one step prefills the largest batch: then all sequences decode side by side from first to last.
 pub const INPUT_TOKENS: usize = 32;
 
+/// The bundled model's configuration and weights.
+///
+/// # Panics
+/// When they cannot be read.
+pub fn bundled() -> (ModelConfig, Arc<Checkpoint>) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/cli/model");
+    let checkpoint = Checkpoint::open(&folder).expect("the bundled weights");
+    (ModelConfig::open(&folder).expect("config.json"), Arc::new(checkpoint))
+}
+
+/// How the benches run a model: absorbed means deterministic.
+pub fn options(mla_form: MlaForm, max_num_seqs: usize, max_model_len: usize) -> ModelOptions {
+    ModelOptions {
+        activation_dtype: DType::F32,
+        weights: WeightFormat::AsStored,
+        fp8: Fp8Compute::WeightOnly,
+        mla_form,
+        deterministic: mla_form == MlaForm::Absorbed,
+        max_batched_tokens: MAX_MODEL_LEN,
+        max_logit_rows: max_num_seqs,
+        max_model_len,
+        max_expanded_tokens: MAX_MODEL_LEN,
+        layers: None,
+        rank: Rank(0),
+        world_size: 1,
+    }
+}
+
 /// Loads a model on the CPU, with room for a prompt of the whole context in one step.
 ///
 /// # Panics
 /// When it does not load.
 pub fn load(config: &ModelConfig, checkpoint: &Arc<Checkpoint>, mla_form: MlaForm) -> OneBatchBench<Cpu> {
-    let options = ModelOptions {
-        activation_dtype: DType::F32,
-        weights: WeightFormat::AsStored,
-        fp8: Fp8Compute::WeightOnly,
-        mla_form,
-        max_batched_tokens: MAX_MODEL_LEN,
-        max_logit_rows: MAX_NUM_SEQS,
-        max_model_len: MAX_MODEL_LEN,
-        max_expanded_tokens: MAX_MODEL_LEN,
-        layers: None,
-        deterministic: false,
-        rank: Rank(0),
-        world_size: 1,
-    };
+    let options = options(mla_form, MAX_NUM_SEQS, MAX_MODEL_LEN);
     let engine = EngineConfig {
         block_size: 64,
         max_num_seqs: MAX_NUM_SEQS,
