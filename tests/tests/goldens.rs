@@ -73,17 +73,19 @@ fn cpu_is_batch_invariant() {
     }
 }
 
+/// Why a deterministic model is not loaded.
+fn refusal<B: Backend>(backend: Arc<B>, form: MlaForm, with: (&Checkpoint, &ModelConfig)) -> String {
+    let options = Load { deterministic: true, ..Load::f32(form) }.options(0, 1);
+    let comm = Arc::new(Local::single());
+    let loaded = DeepSeek::load(backend, comm, with.0, with.1, options, &mut |_| {});
+    loaded.err().expect("a refusal").to_string()
+}
+
 #[test]
 fn what_is_not_batch_invariant_is_refused() {
     let golden = Golden::open("toy_v3_f32");
     let config = ModelConfig::open(&golden.dir).expect("config.json");
     let checkpoint = Checkpoint::open(&golden.dir).expect("weights");
-    fn refusal<B: Backend>(backend: Arc<B>, form: MlaForm, with: (&Checkpoint, &ModelConfig)) -> String {
-        let options = Load { deterministic: true, ..Load::f32(form) }.options(0, 1);
-        let comm = Arc::new(Local::single());
-        let loaded = DeepSeek::load(backend, comm, with.0, with.1, options, &mut |_| {});
-        loaded.err().expect("a refusal").to_string()
-    }
     let with = (&checkpoint, &config);
     for form in [MlaForm::Auto, MlaForm::Expanded] {
         let refused = refusal(cpu(), form, with);

@@ -286,5 +286,5 @@ fn ranks_go_on_in_a_new_group_after_a_panic() {
         }
         done.send(()).expect("somebody waits");
     });
-    finished.recv_timeout(Duration::from_secs(120)).expect("the ranks neither hang nor fail");
+    finished.recv_timeout(Duration::from_mins(2)).expect("the ranks neither hang nor fail");
 }

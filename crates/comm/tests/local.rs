@@ -346,7 +346,7 @@ fn waiting_takes_no_core() {
         let before = on_core();
         local.all_reduce(backend, &x);
         check(&local).unwrap();
-        on_core().zip(before).map(|(after, before)| after - before)
+        on_core().zip(before).map(|(after, before)| after.saturating_sub(before))
     });
     // Where the system does not keep these statistics there is nothing to compare.
     if let Some(waited) = results[0] {

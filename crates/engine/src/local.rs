@@ -24,9 +24,8 @@ pub struct LocalRanks<B: Backend> {
 
 impl<B: Backend> RankLoader<B> for LocalRanks<B> {
     fn connect(&self) -> Vec<Arc<dyn Communicator<B>>> {
-        let hidden = self.options.max_batched_tokens * self.config.hidden_size;
-        let logits = self.options.max_logit_rows * self.config.vocab_size;
-        let ranks = Local::group(self.devices.len(), hidden.max(logits)).into_iter();
+        let elements = self.options.max_collective_elements(&self.config);
+        let ranks = Local::group(self.devices.len(), elements).into_iter();
         ranks.map(|rank| Arc::new(rank) as Arc<dyn Communicator<B>>).collect()
     }
 

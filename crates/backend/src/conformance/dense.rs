@@ -55,11 +55,12 @@ pub fn feed_tokens<B: Backend>(backend: &B) {
                 let any = |random: &mut Random| random.next() as u32;
                 let drawn: Vec<u32> = (0..rows).map(|_| any(random)).collect();
                 let before: Vec<u32> = (0..tokens).map(|_| any(random)).collect();
-                let from: Vec<u32> = (0..tokens)
-                    .map(
-                        |_| if random.below(4) < kept_of_four { u32::MAX } else { random.below(rows) as u32 },
-                    )
-                    .collect();
+                let from: Vec<u32> =
+                    (0..tokens)
+                        .map(|_| {
+                            if random.below(4) < kept_of_four { u32::MAX } else { random.below(rows) as u32 }
+                        })
+                        .collect();
                 let drawn_slab = Slab::ids(backend, &[rows], &drawn);
                 let from_slab = Slab::ids(backend, &[tokens], &from);
                 let ids = Slab::ids(backend, &[tokens], &before);
