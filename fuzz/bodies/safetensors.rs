@@ -26,7 +26,10 @@ pub(crate) fn run(data: &[u8]) {
                 }
                 tensor.dtype()
             }
-            Err(error) => return names_the_file(&error),
+            Err(error) => {
+                names_the_file(&error);
+                continue;
+            }
         };
         if let (Some(prefix), &[n, k]) = (name.strip_suffix(".weight"), &shape[..]) {
             read_linear(&checkpoint, prefix, n, k, dtype);

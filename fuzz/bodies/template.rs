@@ -29,7 +29,7 @@ pub(crate) fn run(data: &[u8]) {
     let compiled;
     let template = match published.and_then(|n| published_templates().get(n)) {
         Some(template) => template,
-        None => match compile(template, &ControlTokens::default()) {
+        None => match compile(template, tokenizer().control_tokens()) {
             Ok(template) => {
                 compiled = template;
                 &compiled
