@@ -19,6 +19,9 @@ const PUBLISHED: [&str; 5] = [
     include_str!("../../crates/text/testdata/templates/deepseek-ai-DeepSeek-R1-Distill-Llama-8B.jinja"),
 ];
 
+/// Longer prompts are not encoded: that takes ten times as long as rendering them.
+const ENCODED_BYTES: usize = 256;
+
 pub(crate) fn run(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     let mut sections = text.split('\u{1e}');
@@ -51,11 +54,9 @@ pub(crate) fn run(data: &[u8]) {
     };
     if let Ok(prompt) = template.render(&input) {
         let text = prompt.text();
-        // Long runs of whitespace are refused; nothing else is.
-        if let Ok(tokens) = tokenizer().encode_prompt(&prompt, usize::MAX) {
+        if text.len() <= ENCODED_BYTES {
+            let tokens = tokenizer().encode_prompt(&prompt, usize::MAX).expect("a short text has tokens");
             assert_eq!(tokenizer().decode(&tokens, ControlText::Show), text);
-        } else {
-            assert!(text.len() > 400_000);
         }
     }
 }
