@@ -27,3 +27,5 @@ pub use config::{Cors, InvalidOrigin, Origin, ReasoningParser, SamplingDefaults,
 pub use error::ApiError;
 pub use routes::router;
 pub use serve::serve;
+#[doc(hidden)]
+pub use sse::frames;

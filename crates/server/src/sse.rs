@@ -10,7 +10,8 @@ use std::time::Duration;
 use axum::http::{HeaderName, HeaderValue};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use futures_util::stream;
+use futures_util::{FutureExt as _, stream};
+use http_body_util::BodyExt as _;
 use serde::Serialize;
 
 use crate::access::RequestLog;
@@ -89,4 +90,29 @@ fn done() -> Event {
 fn json_event(value: &impl Serialize) -> Event {
     // Reply types hold strings, numbers and lists only; none of these can fail to serialize.
     Event::default().json_data(value).expect("replies serialize")
+}
+
+/// The bytes that a stream of `payloads` is, `[DONE]` included: for checks of the framing from outside.
+#[doc(hidden)]
+pub fn frames(payloads: &[serde_json::Value]) -> Vec<u8> {
+    let events = payloads.iter().map(json_event).chain([done()]).map(Ok::<_, Infallible>);
+    let events: Vec<_> = events.collect();
+    let body = Sse::new(stream::iter(events)).into_response().into_body();
+    body.collect().now_or_never().expect("no event is awaited").expect("no event fails").to_bytes().to_vec()
+}
+
+#[cfg(test)]
+#[path = "../../../fuzz/bodies/sse.rs"]
+mod check;
+#[cfg(test)]
+#[path = "../../../fuzz/bodies/replay.rs"]
+mod corpus;
+
+#[cfg(test)]
+mod tests {
+    /// What fuzzing found, and what covers the code.
+    #[test]
+    fn the_corpus_holds() {
+        super::corpus::replay("sse", |data| super::check::run(data, super::frames));
+    }
 }

@@ -8,8 +8,8 @@ use std::fmt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Rest, Serde, Tuple, Value, from_args};
-use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior};
+use minijinja::value::{Kwargs, Rest, Serde, StringInput, Tuple, Value, ValueOrKwargs, from_args};
+use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior, filters};
 use minijinja_contrib::pycompat;
 
 use crate::control::{ControlTokens, unguard};
@@ -46,7 +46,7 @@ pub(crate) fn environment(control: ControlTokens) -> Environment<'static> {
     env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
     env.set_formatter(|out, _, value| {
         check(value)?;
-        out.write_str(&to_python_str(value)).map_err(Error::from)
+        out.write_str(&to_python_str(value)?).map_err(Error::from)
     });
     env.set_unknown_method_callback(python_method);
     env.add_filter("tojson", |value: &Value, extra: Rest<Value>, options: Kwargs| {
@@ -64,9 +64,10 @@ pub(crate) fn environment(control: ControlTokens) -> Environment<'static> {
         });
     }
     env.add_filter("string", |value: &Value| to_python_str(value));
+    add_bounded_filters(&mut env);
     env.add_filter("from_json", move |text: &str| from_json(&control, text));
     env.add_function("raise_exception", |message: &Value| -> Result<Value, Error> {
-        let message = to_python_str(message);
+        let message = to_python_str(message)?;
         Err(Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
     });
     env.add_function("strftime_now", |format: &str| {
@@ -74,6 +75,62 @@ pub(crate) fn environment(control: ControlTokens) -> Environment<'static> {
         strftime(format, now).map_err(|e| Error::new(ErrorKind::InvalidOperation, e))
     });
     env
+}
+
+/// What a template may ask for by number where the engine gives whatever it is asked for: spaces, slots, digits.
+const MAX_COUNT: usize = 10_000;
+
+fn check_count(what: &str, count: usize) -> Result<(), Error> {
+    if count <= MAX_COUNT {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::InvalidOperation, format!("{what} {count} is more than {MAX_COUNT}")))
+}
+
+/// The engine's filters that take a count, with [`MAX_COUNT`]: one instruction's worth of fuel must not buy more memory
+/// than there is.
+fn add_bounded_filters(env: &mut Environment<'static>) {
+    env.add_filter(
+        "indent",
+        |text: StringInput<'_>,
+         width: Option<usize>,
+         first: Option<bool>,
+         blank: Option<bool>,
+         options: Kwargs| {
+            check_count("indent", width.or(options.get("width")?).unwrap_or(0))?;
+            filters::indent(text, width, first, blank, options)
+        },
+    );
+    env.add_filter("slice", |state: &State, value: Value, count: usize, fill: Option<Value>| {
+        check_count("slice", count)?;
+        filters::slice(state, value, count, fill)
+    });
+    env.add_filter("batch", |state: &State, value: Value, count: usize, fill: Option<Value>| {
+        check_count("batch", count)?;
+        filters::batch(state, value, count, fill)
+    });
+    env.add_filter("format", |state: &mut State, format: &Value, args: Rest<ValueOrKwargs>| {
+        check_format(format.as_str().unwrap_or_default(), '%')?;
+        filters::format(state, format, args)
+    });
+    // Writes a value down however deep and often it holds itself.
+    env.remove_filter("pprint");
+}
+
+/// Widths and precisions of `'…'|format` and `'…'.format`, which stand behind `open`: no more than [`MAX_COUNT`], and none
+/// from an argument.
+fn check_format(format: &str, open: char) -> Result<(), Error> {
+    for spec in format.split(open).skip(1) {
+        let in_spec = |c: char| open == '{' && c != '}' || c.is_ascii_digit() || "#-+ .*".contains(c);
+        let spec = spec.split(|c| !in_spec(c)).next().unwrap_or_default();
+        if open == '%' && spec.contains('*') {
+            return Err(Error::new(ErrorKind::InvalidOperation, "a width from an argument is not supported"));
+        }
+        for digits in spec.split(|c: char| !c.is_ascii_digit()).filter(|digits| !digits.is_empty()) {
+            check_count("the width", digits.parse().unwrap_or(usize::MAX))?;
+        }
+    }
+    Ok(())
 }
 
 /// Python's `str.isspace` for one character.
@@ -96,6 +153,10 @@ fn python_method(state: &mut State, value: &Value, method: &str, args: &[Value])
         "strip" | "lstrip" | "rstrip" => {
             let (chars,): (Option<&str>,) = from_args(args)?;
             Ok(Value::from(strip(s, chars, method != "rstrip", method != "lstrip")))
+        }
+        "format" => {
+            check_format(s, '{')?;
+            pycompat::unknown_method_callback(state, value, method, args)
         }
         "removeprefix" => {
             let (prefix,): (&str,) = from_args(args)?;

@@ -7,6 +7,18 @@ use minijinja::{Error, ErrorKind};
 
 use crate::control::ControlTokens;
 
+/// Values nested deeper are refused: whoever writes one down, level by level, needs a stack that deep. JSON that is read
+/// is never deeper than 128; a template could nest its own lists without end.
+const MAX_DEPTH: usize = 256;
+
+/// Most values and bytes in the text of one value: a list that holds itself twice over, 40 times, is small in memory and
+/// endless on paper.
+const MAX_VALUES: usize = 1_000_000;
+const MAX_TEXT_BYTES: usize = 64 << 20;
+
+/// Widest indent: the number is the template's, the spaces are ours.
+const MAX_INDENT: usize = 1000;
+
 /// Writes to a string, which cannot fail.
 pub(crate) fn push(out: &mut String, text: fmt::Arguments<'_>) {
     out.write_fmt(text).expect("a String takes all text");
@@ -20,19 +32,45 @@ pub(crate) fn check(value: &Value) -> Result<(), Error> {
     Ok(())
 }
 
+/// How much of a value's text is still to be had.
+struct Room {
+    values: usize,
+}
+
+impl Room {
+    fn new() -> Self {
+        Self { values: MAX_VALUES }
+    }
+
+    /// Takes room for one value, `depth` levels down, behind `out`.
+    fn take(&mut self, out: &str, depth: usize) -> Result<(), Error> {
+        if depth > MAX_DEPTH {
+            let what = format!("a value is nested deeper than {MAX_DEPTH}");
+            return Err(Error::new(ErrorKind::InvalidOperation, what));
+        }
+        if self.values == 0 || out.len() > MAX_TEXT_BYTES {
+            let what = format!("a value has more than {MAX_VALUES} parts or {MAX_TEXT_BYTES} bytes of text");
+            return Err(Error::new(ErrorKind::InvalidOperation, what));
+        }
+        self.values -= 1;
+        Ok(())
+    }
+}
+
 /// `str(value)`; undefined prints as nothing.
-pub(crate) fn to_python_str(value: &Value) -> String {
+pub(crate) fn to_python_str(value: &Value) -> Result<String, Error> {
     let mut out = String::new();
     match value.kind() {
         ValueKind::Undefined => {}
         ValueKind::String => out.push_str(value.as_str().unwrap_or_default()),
-        _ => write_repr(&mut out, value),
+        _ => write_repr(&mut out, value, &mut Room::new(), 0)?,
     }
-    out
+    Ok(out)
 }
 
 /// `repr(value)`.
-fn write_repr(out: &mut String, value: &Value) {
+fn write_repr(out: &mut String, value: &Value, room: &mut Room, depth: usize) -> Result<(), Error> {
+    room.take(out, depth)?;
     match value.kind() {
         ValueKind::Undefined => out.push_str("Undefined"),
         ValueKind::String => write_str_repr(out, value.as_str().unwrap_or_default()),
@@ -47,7 +85,7 @@ fn write_repr(out: &mut String, value: &Value) {
             out.push_str(open);
             for (i, item) in items.iter().enumerate() {
                 out.push_str(if i > 0 { ", " } else { "" });
-                write_repr(out, item);
+                write_repr(out, item, room, depth + 1)?;
             }
             out.push_str(close);
         }
@@ -55,14 +93,15 @@ fn write_repr(out: &mut String, value: &Value) {
             out.push('{');
             for (i, key) in value.try_iter().into_iter().flatten().enumerate() {
                 out.push_str(if i > 0 { ", " } else { "" });
-                write_repr(out, &key);
+                write_repr(out, &key, room, depth + 1)?;
                 out.push_str(": ");
-                write_repr(out, &value.get_item(&key).unwrap_or_default());
+                write_repr(out, &value.get_item(&key).unwrap_or_default(), room, depth + 1)?;
             }
             out.push('}');
         }
         _ => out.push_str(&value.to_string()),
     }
+    Ok(())
 }
 
 fn write_str_repr(out: &mut String, s: &str) {
@@ -117,6 +156,10 @@ impl JsonStyle {
         let given = |name| Ok::<_, Error>(options.get::<Option<Value>>(name)?.filter(|v| !v.is_none()));
         let indent = match given("indent")? {
             Some(width) => match (width.as_usize(), width.as_str()) {
+                (Some(n), _) if n > MAX_INDENT => {
+                    let what = format!("indent {n} is more than {MAX_INDENT}");
+                    return Err(Error::new(ErrorKind::InvalidOperation, what));
+                }
                 (Some(n), _) => Some(" ".repeat(n)),
                 (None, Some(text)) => Some(text.to_owned()),
                 _ => return Err(Error::new(ErrorKind::InvalidOperation, "indent is a number or a string")),
@@ -152,11 +195,18 @@ impl Default for JsonStyle {
 /// `json.dumps(value)`.
 pub(crate) fn to_json(value: &Value, style: &JsonStyle) -> Result<String, Error> {
     let mut out = String::new();
-    write_json(&mut out, value, style, 0)?;
+    write_json(&mut out, value, style, &mut Room::new(), 0)?;
     Ok(out)
 }
 
-fn write_json(out: &mut String, value: &Value, style: &JsonStyle, depth: usize) -> Result<(), Error> {
+fn write_json(
+    out: &mut String,
+    value: &Value,
+    style: &JsonStyle,
+    room: &mut Room,
+    depth: usize,
+) -> Result<(), Error> {
+    room.take(out, depth)?;
     match value.kind() {
         ValueKind::None => out.push_str("null"),
         ValueKind::Bool => out.push_str(if value.is_true() { "true" } else { "false" }),
@@ -166,7 +216,7 @@ fn write_json(out: &mut String, value: &Value, style: &JsonStyle, depth: usize) 
         ValueKind::Seq | ValueKind::Iterable => {
             let items: Vec<Value> = value.try_iter()?.collect();
             write_json_items(out, "[]", items.len(), style, depth, |out, i| {
-                write_json(out, &items[i], style, depth + 1)
+                write_json(out, &items[i], style, room, depth + 1)
             })?;
         }
         ValueKind::Map => {
@@ -175,9 +225,9 @@ fn write_json(out: &mut String, value: &Value, style: &JsonStyle, depth: usize) 
                 keys.sort();
             }
             write_json_items(out, "{}", keys.len(), style, depth, |out, i| {
-                write_json_key(out, &keys[i], style)?;
+                write_json_key(out, &keys[i], style, room, depth + 1)?;
                 out.push_str(&style.key_separator);
-                write_json(out, &value.get_item(&keys[i])?, style, depth + 1)
+                write_json(out, &value.get_item(&keys[i])?, style, room, depth + 1)
             })?;
         }
         kind => {
@@ -215,12 +265,18 @@ fn write_json_items(
     Ok(())
 }
 
-fn write_json_key(out: &mut String, key: &Value, style: &JsonStyle) -> Result<(), Error> {
+fn write_json_key(
+    out: &mut String,
+    key: &Value,
+    style: &JsonStyle,
+    room: &mut Room,
+    depth: usize,
+) -> Result<(), Error> {
     if key.kind() == ValueKind::String {
-        return write_json(out, key, style, 0);
+        return write_json(out, key, style, room, depth);
     }
     let mut text = String::new();
-    write_json(&mut text, key, style, 0)?;
+    write_json(&mut text, key, style, room, depth)?;
     push(out, format_args!("\"{text}\""));
     Ok(())
 }

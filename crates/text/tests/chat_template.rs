@@ -99,12 +99,43 @@ fn endless_and_huge_templates_are_errors() {
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
         "{{ 'x' * 10000000000 }}",
         "{% include 'other' %}",
+        // One instruction each, and more memory than there is.
+        "{{ [1]|tojson(indent=99999999999999) }}",
+        "{{ 'a\nb'|indent(99999999999999) }}",
+        "{{ 'a\nb'|indent(width=99999999999999) }}",
+        "{{ [1]|slice(99999999999999)|length }}",
+        "{{ [1]|batch(99999999999999, 0)|length }}",
+        "{{ '%099999999999d'|format(1) }}",
+        "{{ '%.99999999999f'|format(1.5) }}",
+        "{{ '%*d'|format(99999999999, 1) }}",
+        "{{ '{:>99999999999}'.format(1) }}",
+        "{{ '{:.99999999999f}'.format(1.5) }}",
+        // A list in a list in a list, 1000 deep, and one of two that are the same, 60 deep.
+        "{% set n = namespace(x=[]) %}{% for i in range(1000) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x=[]) %}{% for i in range(1000) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x|tojson }}",
+        "{% set n = namespace(x=[]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x={}) %}{% for i in range(60) %}{% set n.x = {1: n.x, 2: n.x} %}{% endfor %}{{ n.x|tojson }}",
     ] {
         let template = ChatTemplate::new(source, None, None, ControlTokens::default()).unwrap();
         assert!(
             matches!(template.render(&ChatInput::default()), Err(TextError::Template { .. })),
             "{source}"
         );
+    }
+}
+
+#[test]
+fn widths_that_are_meant_are_written() {
+    for (source, expected) in [
+        ("{{ '%5d|%-4s|%.2f 123456'|format(7, 'a', 1.5) }}", "    7|a   |1.50 123456"),
+        ("{{ '{:>4}|{:.1f} 123456'.format(7, 1.5) }}", "   7|1.5 123456"),
+        ("{{ 'a\nb'|indent(2) }}", "a\n  b"),
+        ("{{ 'a\nb'|indent(width=2, first=true) }}", "  a\n  b"),
+        ("{{ [1, 2, 3]|batch(2, 0)|list }}", "[[1, 2], [3, 0]]"),
+        ("{{ [1, 2, 3]|slice(2)|list }}", "[[1, 2], [3]]"),
+    ] {
+        let template = ChatTemplate::new(source, None, None, ControlTokens::default()).unwrap();
+        assert_eq!(template.render(&ChatInput::default()).unwrap().text(), expected, "{source}");
     }
 }
 

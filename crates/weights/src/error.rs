@@ -171,7 +171,9 @@ pub enum WeightsError {
         file: String,
     },
     /// A block's scale that no quantiser writes.
-    #[error("{tensor} in {file}: scale {value} at {index:?}; scales are finite and not negative")]
+    #[error(
+        "{tensor} in {file}: scale {value} at {index:?}; scales lie between 0 and 7.5e35, where the weights they scale are finite"
+    )]
     BadScale {
         /// The scale tensor.
         tensor: String,

@@ -17,6 +17,10 @@ pub(crate) const SCALES: &[DType] = &[DType::F32, DType::BF16];
 /// What a quantised tensor's name carries for its scales (they multiply, despite the name).
 pub(crate) const SCALE_SUFFIX: &str = "_scale_inv";
 
+/// The largest scale: times the largest F8_E4M3, 448, it is finite. NaN, infinities and negative scales are no scales; 0
+/// is what a quantiser writes for a block of zeros, and denormals are small scales like others.
+const MAX_SCALE: f32 = f32::MAX / 448.0;
+
 /// The part of a weight `[N, K]` that a rank holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Partition {
@@ -63,7 +67,7 @@ pub enum HostLinear {
     Fp8Block {
         /// `[N, K]` F8_E4M3.
         data: HostTensor,
-        /// `[ceil((offset[0] + N) / block[0]), ceil((offset[1] + K) / block[1])]` F32; finite, not negative.
+        /// `[ceil((offset[0] + N) / block[0]), ceil((offset[1] + K) / block[1])]` F32, from 0 to `f32::MAX / 448`.
         scales: HostTensor,
         /// Rows and columns of a block.
         block: [usize; 2],
@@ -142,7 +146,7 @@ impl Checkpoint {
     /// The weight `{prefix}.weight` of a linear layer, cut to `partition` of its rows `n` or columns `k`.
     ///
     /// An F8_E4M3 weight takes its scales from `{prefix}.weight_scale_inv` in blocks of `quant`; a weight of another
-    /// dtype is dense, whatever `quant` says. Scales are checked (finite, not negative), weights are not read.
+    /// dtype is dense, whatever `quant` says. Scales are checked, all of them whatever the partition (0 to `f32::MAX / 448`, so no NaN), and weights are not read.
     ///
     /// # Panics
     /// When a rank is not below its world, or a range lies outside the weight.
@@ -190,8 +194,7 @@ impl Checkpoint {
     fn scales(&self, tensor: &str, shape: [usize; 2]) -> Result<HostTensor, WeightsError> {
         let stored = self.take(tensor, &shape, SCALES)?;
         let values = widen_to_f32(&stored);
-        // Comparing NaN gives false.
-        if let Some(at) = values.iter().position(|s| !(s.is_finite() && *s >= 0.0)) {
+        if let Some(at) = values.iter().position(|s| !(0.0..=MAX_SCALE).contains(s)) {
             return Err(WeightsError::BadScale {
                 tensor: tensor.to_owned(),
                 index: [at / shape[1], at % shape[1]],

@@ -9,7 +9,8 @@ use super::{
 };
 
 // Sanity limits, far above every published model: they keep each product of sizes below 2^63, and what a hostile
-// config can make the caller allocate within reason.
+// config can make the caller allocate within reason. The limits of other numbers keep every frequency and scale that is
+// computed from them finite and above 0 in f32.
 const MAX_VOCAB: u64 = 1 << 22;
 const MAX_WIDTH: u64 = 1 << 18;
 const MAX_LAYERS: u64 = 512;
@@ -111,7 +112,8 @@ pub(super) fn model_config(text: &[u8]) -> Result<ModelConfig, ConfigError> {
         v_head_dim: f.need_size("v_head_dim", 1, MAX_HEAD_DIM)?,
         moe,
         rope: rope.value,
-        rms_norm_eps: f.need_number("rms_norm_eps", "above 0 and below 1", |x| x > 0.0 && x < 1.0)?,
+        rms_norm_eps: f
+            .need_number("rms_norm_eps", "at least 1e-30 and below 1", |x| (1e-30..1.0).contains(&x))?,
         max_position_embeddings: f.need_size("max_position_embeddings", 1, MAX_CONTEXT)?,
         tie_word_embeddings: f.bool("tie_word_embeddings")?.unwrap_or(false),
         quantization: quantization.value,
@@ -228,7 +230,8 @@ fn moe_config(f: &mut Fields<'_>, architecture: Architecture) -> Result<MoeConfi
 
     let (n_group, topk_group) = groups(f, topk_method, n_routed_experts, num_experts_per_tok)?;
     let norm_topk_prob = f.bool("norm_topk_prob")?.ok_or_else(|| f.missing("norm_topk_prob"))?;
-    let routed_scaling_factor = f.need_number("routed_scaling_factor", "above 0 and finite", |x| x > 0.0)?;
+    let routed_scaling_factor =
+        f.need_number("routed_scaling_factor", "between 1e-6 and 1e6", |x| (1e-6..=1e6).contains(&x))?;
     // V2's published code normalises OR scales; V3's does both.
     if v2 && norm_topk_prob && routed_scaling_factor != 1.0 {
         let supported = "false, or true with routed_scaling_factor 1 (for deepseek_v2)";
@@ -283,7 +286,7 @@ fn groups(
 
 /// `rope_scaling` + `rope_theta` as published, or transformers 5's `rope_parameters`; both only if they agree.
 fn rope_config(f: &mut Fields<'_>) -> Result<Nested<Rope>, ConfigError> {
-    let top_theta = f.number("rope_theta", THETA, |x| x > 1.0)?;
+    let top_theta = f.number("rope_theta", THETA, is_theta)?;
     let mut found: Option<Nested<Rope>> = None;
     for (field, prefix) in [("rope_parameters", "rope_parameters."), ("rope_scaling", "rope_scaling.")] {
         let Some(map) = f.object(field)? else { continue };
@@ -301,7 +304,11 @@ fn rope_config(f: &mut Fields<'_>) -> Result<Nested<Rope>, ConfigError> {
     Ok(Nested { value: Rope { theta, yarn: None }, unknown: Vec::new() })
 }
 
-const THETA: &str = "above 1";
+const THETA: &str = "above 1 and at most 1e12";
+
+fn is_theta(x: f64) -> bool {
+    x > 1.0 && x <= 1e12
+}
 
 fn rope_object(
     prefix: &'static str,
@@ -309,7 +316,7 @@ fn rope_object(
     top_theta: Option<f64>,
 ) -> Result<Nested<Rope>, ConfigError> {
     let mut f = Fields::new("config.json", prefix, map);
-    let theta = match (f.number("rope_theta", THETA, |x| x > 1.0)?, top_theta) {
+    let theta = match (f.number("rope_theta", THETA, is_theta)?, top_theta) {
         (Some(a), Some(b)) if a != b => return Err(f.invalid("rope_theta", a, format!("rope_theta is {b}"))),
         (Some(theta), _) | (None, Some(theta)) => theta,
         (None, None) => return Err(f.missing("rope_theta")),
@@ -329,6 +336,12 @@ fn rope_object(
     Ok(Nested { value: Rope { theta, yarn }, unknown })
 }
 
+const TURNS: &str = "between 1e-6 and 1e6";
+
+fn is_turns(x: f64) -> bool {
+    (1e-6..=1e6).contains(&x)
+}
+
 fn yarn(f: &mut Fields<'_>) -> Result<Yarn, ConfigError> {
     f.only("truncate", &json!(true), "true")?;
     if let Some(value) = f.get("attention_factor") {
@@ -338,9 +351,8 @@ fn yarn(f: &mut Fields<'_>) -> Result<Yarn, ConfigError> {
             "mscale and mscale_all_dim, from which it follows",
         ));
     }
-    let positive = |x: f64| x > 0.0;
-    let mscale = f.number("mscale", "above 0", positive)?;
-    let mscale_all_dim = f.number("mscale_all_dim", "at least 0", |x| x >= 0.0)?;
+    let mscale = f.number("mscale", "above 0 and at most 1000", |x| x > 0.0 && x <= 1e3)?;
+    let mscale_all_dim = f.number("mscale_all_dim", "between 0 and 1000", |x| (0.0..=1e3).contains(&x))?;
     // Absent, the published code and transformers agree on 1 and 0; for any other incomplete pair they differ.
     let (mscale, mscale_all_dim) = match (mscale, mscale_all_dim) {
         (Some(m), Some(all)) => (m, all),
@@ -356,9 +368,9 @@ fn yarn(f: &mut Fields<'_>) -> Result<Yarn, ConfigError> {
         ));
     }
     Ok(Yarn {
-        factor: f.need_number("factor", "at least 1", |x| (1.0..=1e6).contains(&x))?,
-        beta_fast: f.need_number("beta_fast", "above 0", positive)?,
-        beta_slow: f.need_number("beta_slow", "above 0", positive)?,
+        factor: f.need_number("factor", "between 1 and 1e6", |x| (1.0..=1e6).contains(&x))?,
+        beta_fast: f.need_number("beta_fast", TURNS, is_turns)?,
+        beta_slow: f.need_number("beta_slow", TURNS, is_turns)?,
         mscale,
         mscale_all_dim,
         original_max_position_embeddings: f.need_size("original_max_position_embeddings", 1, MAX_CONTEXT)?,

@@ -3,5 +3,6 @@
 mod checkpoint;
 mod config;
 mod linear;
+mod refused;
 mod support;
 mod verify;

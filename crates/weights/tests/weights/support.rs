@@ -201,6 +201,71 @@ pub(crate) fn toy() -> Value {
     )
 }
 
+/// The toy's whole checkpoint, written down by hand in the published layout: name, shape.
+pub(crate) fn toy_layout() -> Vec<(String, Vec<usize>)> {
+    let mut list = vec![
+        ("model.embed_tokens.weight".to_owned(), vec![40, 160]),
+        ("model.norm.weight".to_owned(), vec![160]),
+        ("lm_head.weight".to_owned(), vec![40, 160]),
+    ];
+    for layer in 0..3 {
+        let mut add =
+            |name: &str, shape: &[usize]| list.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
+        add("input_layernorm.weight", &[160]);
+        add("post_attention_layernorm.weight", &[160]);
+        add("self_attn.q_a_proj.weight", &[24, 160]);
+        add("self_attn.q_a_layernorm.weight", &[24]);
+        add("self_attn.q_b_proj.weight", &[24, 24]);
+        add("self_attn.kv_a_proj_with_mqa.weight", &[20, 160]);
+        add("self_attn.kv_a_layernorm.weight", &[16]);
+        add("self_attn.kv_b_proj.weight", &[28, 16]);
+        add("self_attn.o_proj.weight", &[160, 12]);
+        if layer == 0 {
+            add("mlp.gate_proj.weight", &[200, 160]);
+            add("mlp.up_proj.weight", &[200, 160]);
+            add("mlp.down_proj.weight", &[160, 200]);
+        } else {
+            add("mlp.gate.weight", &[4, 160]);
+            add("mlp.gate.e_score_correction_bias", &[4]);
+            for expert in ["experts.0", "experts.1", "experts.2", "experts.3", "shared_experts"] {
+                add(&format!("mlp.{expert}.gate_proj.weight"), &[72, 160]);
+                add(&format!("mlp.{expert}.up_proj.weight"), &[72, 160]);
+                add(&format!("mlp.{expert}.down_proj.weight"), &[160, 72]);
+            }
+        }
+        if layer == 2 {
+            add("enorm.weight", &[160]);
+            add("hnorm.weight", &[160]);
+            add("eh_proj.weight", &[160, 320]);
+            add("shared_head.norm.weight", &[160]);
+            add("embed_tokens.weight", &[40, 160]);
+            add("shared_head.head.weight", &[40, 160]);
+        }
+    }
+    list
+}
+
+/// The toy's tensors, quantised as published: projections of attention and MLPs, nothing else.
+pub(crate) fn toy_tensors() -> Tensors {
+    let mut tensors = Tensors::new();
+    for (name, shape) in toy_layout() {
+        if name.contains("_proj") && !name.contains("eh_proj") {
+            let scales: Vec<usize> = shape.iter().map(|d| d.div_ceil(128)).collect();
+            tensors.push((format!("{name}_scale_inv"), Tensor::zeros(Dtype::F32, &scales)));
+            tensors.push((name, Tensor::zeros(Dtype::F8_E4M3, &shape)));
+        } else {
+            let dtype = if name.ends_with("bias") { Dtype::F32 } else { Dtype::BF16 };
+            tensors.push((name, Tensor::zeros(dtype, &shape)));
+        }
+    }
+    tensors
+}
+
+/// The tensor of that name.
+pub(crate) fn at<'a>(tensors: &'a mut Tensors, name: &str) -> &'a mut Tensor {
+    &mut tensors.iter_mut().find(|(n, _)| n == name).unwrap_or_else(|| panic!("{name}")).1
+}
+
 /// Pseudo-random bytes, the same for the same seed.
 pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e3779b97f4a7c15) | 1;
