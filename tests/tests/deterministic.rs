@@ -125,6 +125,35 @@ fn after_a_prefix_hit() {
 }
 
 #[test]
+fn beside_others_that_share_its_prompt() {
+    let (prompt, expected) = alone(1);
+    let engine = Tiny { prefix_cache: true, ..tiny() }.start();
+    // All of one request: admitted together, so that all but the first read what the first writes in the same step.
+    let choices = (0..4).map(|_| request(prompt.clone(), 60)).collect();
+    let choices: Vec<_> = engine.submit_all(choices).expect("accepted").into_iter().map(read).collect();
+    let cached: Vec<_> = choices.iter().map(|choice| choice.cached_tokens as usize / BLOCK_SIZE).collect();
+    assert_eq!(cached, [0, 9, 9, 9]);
+    for choice in &choices {
+        same("beside its likes", &choice.trace, &expected);
+    }
+}
+
+#[test]
+fn salts_keep_apart() {
+    let (prompt, expected) = alone(1);
+    let engine = Tiny { prefix_cache: true, ..tiny() }.start();
+    let salted = |salt: &str| Request { cache_salt: Some(salt.into()), ..request(prompt.clone(), 60) };
+    let mut run_salted = |salt| {
+        let traced = run(&engine, salted(salt));
+        same(salt, &traced.trace, &expected);
+        traced.cached_tokens > 0
+    };
+    let hits = ["a", "b", "a", "b", ""].map(&mut run_salted);
+    assert_eq!(hits, [false, false, true, true, false]);
+    assert_eq!(run(&engine, request(prompt.clone(), 1)).cached_tokens, 0, "no salt is a salt of its own");
+}
+
+#[test]
 fn when_preempted() {
     for prefix_cache in [false, true] {
         let long = prompt(1, 150);
