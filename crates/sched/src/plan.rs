@@ -20,9 +20,10 @@ use line::{Line, Next};
 pub struct Plan {
     /// Sequences that run their last token, in order of service.
     pub decode: Vec<Decode>,
-    /// Pieces of known tokens, in order of service. At most one per sequence, and none for one that decodes.
+    /// Pieces of known tokens, in order of service; but one that cannot finish its prompt comes last, behind those that
+    /// overtake it. At most one per sequence, and none for one that decodes.
     pub prefill: Vec<PrefillChunk>,
-    /// Sequences that give up their blocks before the step and wait to be computed anew.
+    /// Sequences that give up their blocks before the step and wait to be computed anew, the last in service first.
     pub preempt: Vec<SeqId>,
 }
 
@@ -44,7 +45,7 @@ pub struct Decode {
 pub struct PrefillChunk {
     /// Whose.
     pub seq: SeqId,
-    /// Position of the first token; exact.
+    /// Position of the first token; exact. What lies before it has been run, or was found in the prefix cache.
     pub start: usize,
     /// Number of tokens, at least 1.
     pub len: usize,
@@ -79,8 +80,8 @@ pub fn plan(state: &State, limits: &Limits) -> Plan {
     plan
 }
 
-/// The same as [`plan`], into a plan whose vectors are used again. While only decode rows are planned, and each has its
-/// block, it allocates nothing.
+/// The same as [`plan`], into a plan whose vectors are used again. As long as nobody is admitted and nobody gives way, it
+/// allocates nothing once they have their size.
 pub fn plan_into(state: &State, limits: &Limits, plan: &mut Plan) {
     plan.decode.clear();
     plan.prefill.clear();

@@ -115,12 +115,28 @@ impl Simulation<'_> {
                 && chosen.prefill.iter().all(|chunk| chunk.seq != seq.id())
         };
         let room = chosen.num_seqs() < limits.max_num_seqs && self.has_blocks(limits);
-        match self.state.running().find(short) {
-            Some(seq) if room => {
-                Err(format!("short sequence {} stays behind a long one: {chosen:?}", seq.id()))
-            }
-            _ => Ok(()),
+        if let Some(seq) = self.state.running().find(short).filter(|_| room) {
+            return Err(format!("short sequence {} stays behind a long one: {chosen:?}", seq.id()));
         }
+        // The same for the first that is not admitted, with a seat and blocks for it and for all.
+        let is_admitted = |seq: &&Sequence| chosen.prefill.iter().any(|chunk| chunk.seq == seq.id());
+        let admitted: Vec<_> = self.state.waiting().filter(is_admitted).collect();
+        let Some(waits) = self.state.waiting().find(|seq| !is_admitted(seq)) else { return Ok(()) };
+        let (config, stats) = (&self.scenario.config, self.state.stats());
+        let known = |seq: &Sequence| config.blocks_for(seq.tokens().len());
+        let num_seqs = stats.running + admitted.len() + 1;
+        let blocks = stats.running * (2 + limits.num_drafts)
+            + admitted.iter().map(|seq| known(seq)).sum::<usize>()
+            + known(waits)
+            + config.blocks_for(config.headroom_tokens * num_seqs);
+        let due = room
+            && chosen.preempt.is_empty()
+            && waits.priority() == turn.0
+            && self.turn(waits.id()) > turn
+            && waits.tokens().len() <= left
+            && num_seqs + stats.draining <= config.max_num_seqs
+            && stats.blocks_free + stats.blocks_cached >= blocks;
+        ensure(!due, || format!("short sequence {} waits for a long one: {chosen:?}", waits.id()))
     }
 
     /// Tokens of a sequence whose prefill has begun.
