@@ -149,12 +149,10 @@ impl<B: Backend> Pipeline<B> {
     /// Waits for the oldest step in flight. `None`: there is none.
     pub(crate) fn wait(&mut self) -> Option<Result<Done<'_>, Failed>> {
         let slot = *self.in_flight.front()?;
-        let waited = self.ranks.wait(slot).and_then(|()| match self.steps[slot].failure.take() {
-            Some(failure) => Err(failure),
-            None => {
-                let read = self.ranks.read(slot, &mut self.drawn);
-                read.map_err(|error| Failure::cause(error.to_string()))
-            }
+        let waited = self.ranks.wait(slot).and_then(|()| self.steps[slot].failure.take().map_or(Ok(()), Err));
+        let waited = waited.and_then(|()| {
+            let read = self.ranks.read(slot, &mut self.drawn);
+            read.map_err(|error| Failure::cause(error.to_string()))
         });
         Some(match waited {
             Ok(()) => {
