@@ -177,7 +177,9 @@ fn a_step_ahead_of_the_device() {
     let others: Vec<_> =
         (2..9).map(|seed| engine.submit(request(prompt(seed, 30), 20 * seed)).expect("accepted")).collect();
     same("ahead of the device", &run(&engine, request(prompt_, 60)).trace, &expected);
-    others.into_iter().for_each(|generation| drop(read(generation)));
+    for other in others {
+        drop(read(other));
+    }
 }
 
 #[test]
