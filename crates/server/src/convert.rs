@@ -191,7 +191,7 @@ fn job(
                 params,
                 priority: common.priority,
                 constraint: None,
-                cache_salt: None,
+                cache_salt: common.cache_salt.clone(),
             };
             choices.push(ChoiceJob { prompt: index, request, decoder, echo: prompt.echo.clone() });
         }
@@ -258,7 +258,7 @@ fn max_tokens(app: &App, common: &Common, names: &Names, prompt_tokens: usize) -
     let wanted = asked.unwrap_or(1);
     if wanted > room {
         let error = SubmitError::TooLong { prompt_tokens, max_tokens: wanted, max_model_len };
-        let param = if room == 0 { names.prompt } else { "max_tokens" };
+        let param = if room == 0 { names.prompt } else { common.max_tokens_name };
         return Err(ApiError::context_length(param, error.to_string()));
     }
     let most = app.model.defaults.max_tokens.map_or(room, |most| room.min(most as usize));

@@ -29,7 +29,6 @@ fn not_yet() -> Vec<(&'static str, Vec<Value>, Value)> {
         ("truncate_prompt_tokens", vec![], json!(8)),
         ("allowed_token_ids", vec![json!([])], json!([5])),
         ("bad_words", vec![json!([])], json!(["no"])),
-        ("cache_salt", vec![json!("")], json!("pepper")),
         ("use_beam_search", vec![json!(false)], json!(true)),
         ("logits_processors", vec![json!([])], json!(["x"])),
     ]
@@ -150,6 +149,8 @@ async fn bad_values_are_400_and_name_their_field() {
         ("stream_options", json!(true), "stream_options"),
         ("priority", json!("high"), "priority"),
         ("model", json!(7), "model"),
+        ("cache_salt", json!(7), "cache_salt"),
+        ("cache_salt", json!("x".repeat(257)), "cache_salt"),
         ("skip_special_tokens", json!(3), "skip_special_tokens"),
     ];
     let chat_only = [

@@ -15,7 +15,7 @@ use crate::support::{Engine, Script, eventually, model};
 struct Server {
     address: std::net::SocketAddr,
     stop: Option<oneshot::Sender<()>>,
-    ended: JoinHandle<std::io::Result<()>>,
+    ended: JoinHandle<()>,
 }
 
 impl Server {
@@ -34,7 +34,7 @@ impl Server {
     }
 
     async fn has_ended(self) {
-        timeout(Duration::from_secs(10), self.ended).await.expect("the server ends").unwrap().unwrap();
+        timeout(Duration::from_secs(10), self.ended).await.expect("the server ends").unwrap();
     }
 
     async fn connect(&self) -> Client {
