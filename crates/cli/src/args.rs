@@ -387,13 +387,17 @@ mod tests {
     #[test]
     fn timeouts_are_seconds_and_not_zero() {
         let args = parse("r1-serve --watchdog-timeout 0.5 --request-timeout 90 --idle-timeout 5").serve;
-        let seconds = (args.watchdog_timeout.as_secs_f64(), args.request_timeout, args.idle_timeout.as_secs());
+        let seconds =
+            (args.watchdog_timeout.as_secs_f64(), args.request_timeout, args.idle_timeout.as_secs());
         assert_eq!(seconds, (0.5, Some(Duration::from_secs(90)), 5));
         let args = parse("r1-serve").serve;
         assert_eq!((args.watchdog_timeout.as_secs(), args.request_timeout), (120, None));
         for flag in ["--watchdog-timeout", "--request-timeout", "--idle-timeout"] {
             for value in ["0", "-1", "soon"] {
-                assert!(Cli::try_parse_from(["r1-serve", &format!("{flag}={value}")]).is_err(), "{flag}={value}");
+                assert!(
+                    Cli::try_parse_from(["r1-serve", &format!("{flag}={value}")]).is_err(),
+                    "{flag}={value}"
+                );
             }
         }
     }

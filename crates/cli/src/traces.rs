@@ -176,8 +176,7 @@ mod tests {
         let traces = Traces::open(&address).unwrap();
         let subscriber = tracing_subscriber::registry().with(traces.layer());
         tracing::subscriber::with_default(subscriber, || {
-            let request =
-                tracing::info_span!(target: "r1_server::access", "request", request_id = "trace-me-7", otel.kind = "server");
+            let request = tracing::info_span!(target: "r1_server::access", "request", request_id = "trace-me-7", otel.kind = "server");
             adopt(&request, "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
             request.in_scope(|| {
                 drop(tracing::info_span!(target: "r1_server::reply", "decode", choice = 0));
@@ -192,7 +191,8 @@ mod tests {
             assert!(holds(text.as_bytes()), "no {text}");
         }
         assert!(!holds(b"elsewhere"));
-        let trace_id = [0x0a, 0xf7, 0x65, 0x19, 0x16, 0xcd, 0x43, 0xdd, 0x84, 0x48, 0xeb, 0x21, 0x1c, 0x80, 0x31, 0x9c];
+        let trace_id =
+            [0x0a, 0xf7, 0x65, 0x19, 0x16, 0xcd, 0x43, 0xdd, 0x84, 0x48, 0xeb, 0x21, 0x1c, 0x80, 0x31, 0x9c];
         assert!(holds(&trace_id) && holds(&[0xb7, 0xad, 0x6b, 0x71, 0x69, 0x20, 0x33, 0x31]));
     }
 

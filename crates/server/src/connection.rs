@@ -44,6 +44,16 @@ pub(crate) struct Patience {
     pub(crate) write: Duration,
 }
 
+/// How far the server is with stopping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
+pub(crate) enum Stopping {
+    No,
+    /// Connections close when they are idle; new ones are told so.
+    Draining,
+    /// No request is waited for.
+    Closing,
+}
+
 /// Why a connection's time is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Over {
@@ -216,12 +226,12 @@ impl<T: Unpin> HttpBody for Keeping<T> {
     }
 }
 
-/// Serves one connection until either side closes it. Once `stopping` is true it takes no further requests.
+/// Serves one connection until either side closes it or the server stops.
 pub(crate) async fn serve(
     stream: TcpStream,
     router: Router,
     patience: Patience,
-    mut stopping: watch::Receiver<bool>,
+    mut stopping: watch::Receiver<Stopping>,
 ) {
     // Events are small and each is awaited.
     if let Err(error) = stream.set_nodelay(true) {
@@ -252,7 +262,7 @@ pub(crate) async fn serve(
         tokio::select! {
             () = linger(socket) => {}
             () = sleep(LINGER) => {}
-            _ = stopping.wait_for(|stopping| *stopping) => {}
+            _ = stopping.wait_for(|stopping| *stopping == Stopping::Closing) => {}
         }
     }
 }
@@ -262,7 +272,7 @@ async fn run(
     socket: &Shared,
     router: Router,
     patience: Patience,
-    stopping: &mut watch::Receiver<bool>,
+    stopping: &mut watch::Receiver<Stopping>,
 ) -> Option<Over> {
     let service = service_fn(|request: hyper::Request<hyper::body::Incoming>| {
         let running = socket.begin_request();
@@ -270,8 +280,10 @@ async fn run(
         async move { answering.await.map(|response| response.map(|body| Keeping::body(body, running))) }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
-    let mut stops = *stopping.borrow_and_update();
-    builder.http1().max_headers(MAX_HEADERS).header_read_timeout(None).keep_alive(!stops);
+    // One that comes while the server is stopping is told so before it closes.
+    let born = if *stopping.borrow() == Stopping::No { Stopping::No } else { Stopping::Draining };
+    let mut stops = false;
+    builder.http1().max_headers(MAX_HEADERS).header_read_timeout(None).keep_alive(born == Stopping::No);
     builder.http2().max_header_list_size(MAX_HTTP2_HEADER_BYTES);
     let mut protocol = pin!(builder.serve_connection(TokioIo::new(socket.clone()), service));
     let mut alarm = pin!(sleep(patience.idle));
@@ -303,11 +315,9 @@ async fn run(
                 }
                 over => return over,
             },
-            changed = stopping.changed(), if !stops => {
-                stops = changed.is_err() || *stopping.borrow();
-                if stops {
-                    protocol.as_mut().graceful_shutdown();
-                }
+            _ = stopping.wait_for(|stopping| *stopping > born), if !stops => {
+                stops = true;
+                protocol.as_mut().graceful_shutdown();
             }
         }
     }

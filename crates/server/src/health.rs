@@ -103,4 +103,60 @@ mod tests {
         assert_eq!(eta_s(0.25, Duration::from_secs(10)), Some(30));
         assert_eq!(loading_retry_after(0.001, Duration::from_secs(10)), Duration::from_mins(1));
     }
+
+    /// Lines of the log, levels first.
+    #[derive(Clone, Default)]
+    struct Lines(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn the_watch_says_once_that_the_engine_is_stuck_and_once_that_it_goes_on() {
+        let info = r1_engine::EngineInfo {
+            max_model_len: 64,
+            vocab_size: 8,
+            max_num_seqs: 1,
+            max_queued: 1,
+            max_unread_tokens: 8,
+        };
+        let (engine, inbox) = Handle::channel(info);
+        inbox.set_status(Status::Ready);
+        let request = r1_engine::Request {
+            prompt: vec![r1_core::TokenId(1)],
+            params: r1_core::SamplingParams::default(),
+            priority: 0,
+            constraint: None,
+            cache_salt: None,
+        };
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let log =
+            tracing_subscriber::fmt().with_ansi(false).without_time().with_writer(move || writer.clone());
+        let _log = tracing::subscriber::set_default(log.finish());
+        let _waiting = engine.submit(request).unwrap();
+        let happen = async {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            for _ in 0..20 {
+                inbox.step_ended();
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::select! {
+            never = watch(&engine, Duration::from_millis(60)) => match never {},
+            () = happen => {}
+        }
+        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        let said: Vec<&str> = text.lines().collect();
+        assert!(said.len() == 2 && said.iter().all(|line| line.trim_start().starts_with("ERROR")), "{text}");
+        assert!(said[0].contains("the engine is stuck") && said[1].contains("no longer stuck"), "{text}");
+    }
 }

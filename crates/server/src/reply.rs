@@ -203,7 +203,8 @@ impl Choice {
                 self.app.metrics.scheduled(self.submitted.elapsed());
                 let (parent, choice) = (&self.log.span, self.index);
                 let prompt_tokens = self.prompt_tokens;
-                self.phase = tracing::info_span!(parent: parent, "prefill", choice, prompt_tokens, cached_tokens);
+                self.phase =
+                    tracing::info_span!(parent: parent, "prefill", choice, prompt_tokens, cached_tokens);
                 Vec::new()
             }
             Event::Token { token, logprobs } => {

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::future::Future;
+use std::io::ErrorKind;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +15,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout_at};
 
 use crate::app::App;
 use crate::config::{ServedModel, ServerConfig};
-use crate::connection::{self, Patience};
+use crate::connection::{self, Patience, Stopping};
 use crate::{health, routes};
 
 /// How often recorded samples are folded into their histograms.
@@ -40,9 +41,10 @@ pub async fn serve(
 ) {
     let shutdown_timeout = config.shutdown_timeout;
     let app = Arc::new(App::new(config, model, engine));
-    let (stopping, stop) = watch::channel(false);
+    let (stopping, stop) = watch::channel(Stopping::No);
     let (alive, mut closed) = mpsc::channel(1);
-    let connections = Connections { router: routes::build(app.clone()), patience: patience(&app.config), stop, alive };
+    let connections =
+        Connections { router: routes::build(app.clone()), patience: patience(&app.config), stop, alive };
     let mut accepting = Box::pin(accept(listener, connections));
     let mut shutdown = pin!(shutdown);
     tokio::select! {
@@ -54,7 +56,7 @@ pub async fn serve(
     tracing::info!(timeout_s = shutdown_timeout.as_secs(), "shutting down: waiting for running requests");
     app.drain.begin();
     // Connections that wait for a request close now; those that come are told that the server is stopping.
-    stopping.send_replace(true);
+    stopping.send_replace(Stopping::Draining);
     let deadline = Instant::now() + shutdown_timeout;
     tokio::select! {
         never = &mut accepting => match never {},
@@ -64,6 +66,7 @@ pub async fn serve(
         }
     }
     drop(accepting);
+    stopping.send_replace(Stopping::Closing);
     // Connections that do not take their last bytes are dropped with the runtime.
     let _ = timeout_at(deadline + FLUSH_TIMEOUT, closed.recv()).await;
 }
@@ -92,7 +95,7 @@ async fn housekeeping(app: &App) -> Infallible {
 struct Connections {
     router: Router,
     patience: Patience,
-    stop: watch::Receiver<bool>,
+    stop: watch::Receiver<Stopping>,
     /// Held by each connection, so that the last one's end is noticed.
     alive: mpsc::Sender<Infallible>,
 }
@@ -109,6 +112,9 @@ async fn accept(listener: TcpListener, connections: Connections) -> Infallible {
                     drop(alive);
                 });
             }
+            // The client left while it waited.
+            Err(error)
+                if matches!(error.kind(), ErrorKind::ConnectionAborted | ErrorKind::ConnectionReset) => {}
             Err(error) => {
                 tracing::error!(%error, "a connection could not be accepted");
                 sleep(ACCEPT_PAUSE).await;

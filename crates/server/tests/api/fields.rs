@@ -452,3 +452,24 @@ async fn any_model_name_is_accepted_unless_names_are_strict() {
     assert_eq!((&error["code"], &error["param"]), (&json!("model_not_found"), &json!("model")));
     assert_eq!(chat(&strict, &with(&chat_base(), &json!({"model": "org/alias"}))).await.status, 200);
 }
+
+#[tokio::test]
+async fn the_cache_salt_reaches_the_engine() {
+    let engine = Engine::saying("ok");
+    let router = engine.router(ServerConfig::default());
+    for salt in [json!("pepper"), json!("x".repeat(256)), json!(""), Value::Null] {
+        assert_eq!(chat(&router, &with(&chat_base(), &json!({"cache_salt": salt}))).await.status, 200);
+    }
+    let salts: Vec<_> = engine.asked().into_iter().map(|asked| asked.cache_salt).collect();
+    assert_eq!(salts, [Some("pepper".to_owned()), Some("x".repeat(256)), None, None]);
+}
+
+#[tokio::test]
+async fn max_tokens_over_the_context_is_named_as_it_was_given() {
+    let engine = Engine::saying("ok");
+    let router = engine.router(ServerConfig::default());
+    for name in ["max_tokens", "max_completion_tokens"] {
+        let error = chat(&router, &with(&chat_base(), &json!({name: 1_u64 << 40}))).await.refused(400);
+        assert_eq!((&error["param"], &error["code"]), (&json!(name), &json!("context_length_exceeded")));
+    }
+}

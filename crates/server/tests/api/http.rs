@@ -8,7 +8,7 @@ use axum::body::{Body, Bytes};
 use axum::http::{Method, Request, header};
 use futures_util::stream;
 use http_body_util::BodyExt;
-use r1_engine::{Command, EngineInfo, Handle, Stats, Status};
+use r1_engine::{Command, EngineInfo, Handle, Status};
 use r1_server::{Cors, ServerConfig, router};
 use serde_json::json;
 use tower::ServiceExt;
@@ -186,7 +186,11 @@ async fn health_follows_the_engine() {
     inbox.set_status(Status::Ready);
     tokio::time::sleep(Duration::from_millis(80)).await;
     let ready = get(&router, "/health").await;
-    assert_eq!((ready.status.as_u16(), ready.text.as_str()), (200, r#"{"status":"ready"}"#), "idle, not stuck");
+    assert_eq!(
+        (ready.status.as_u16(), ready.text.as_str()),
+        (200, r#"{"status":"ready"}"#),
+        "idle, not stuck"
+    );
 
     let submit = || handle.submit(engine_request()).unwrap();
     let _waiting = submit();
@@ -200,7 +204,11 @@ async fn health_follows_the_engine() {
     let stuck = get(&router, "/health").await;
     assert_eq!((stuck.status.as_u16(), &stuck.json()["status"]), (503, &json!("stuck")));
     let _later = submit();
-    assert_eq!(get(&router, "/health").await.status, 503, "what comes meanwhile is queued and changes nothing");
+    assert_eq!(
+        get(&router, "/health").await.status,
+        503,
+        "what comes meanwhile is queued and changes nothing"
+    );
     inbox.step_ended();
     assert_eq!(get(&router, "/health").await.status, 200, "it goes on");
 
