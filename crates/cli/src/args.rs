@@ -217,6 +217,22 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
     pub(crate) shutdown_timeout: Duration,
 
+    /// Seconds without the end of a step, while work waits, after which /health says that the engine is stuck.
+    #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = some_seconds)]
+    pub(crate) watchdog_timeout: Duration,
+
+    /// Seconds that a request may take, from its headers to the last byte of its reply [default: no limit].
+    #[arg(long, value_name = "SECONDS", value_parser = some_seconds)]
+    pub(crate) request_timeout: Option<Duration>,
+
+    /// Seconds that a connection may stay open without a request.
+    #[arg(long, value_name = "SECONDS", default_value = "75", value_parser = some_seconds)]
+    pub(crate) idle_timeout: Duration,
+
+    /// Send the spans of requests to this OpenTelemetry collector by OTLP over HTTP, as http://localhost:4318/v1/traces.
+    #[arg(long, value_name = "URL")]
+    pub(crate) otlp_traces_endpoint: Option<String>,
+
     /// How log lines look.
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub(crate) log_format: LogFormat,
@@ -347,6 +363,11 @@ fn seconds(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
 }
 
+fn some_seconds(text: &str) -> Result<Duration, String> {
+    seconds(text)?.checked_sub(Duration::from_millis(1)).ok_or("must be at least 0.001")?;
+    seconds(text)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -390,6 +411,24 @@ mod tests {
             panic!("a benchmark")
         };
         assert_eq!((args.batch_size, args.input_len, args.output_len), (1, 128, 256));
+    }
+
+    #[test]
+    fn timeouts_are_seconds_and_not_zero() {
+        let args = parse("r1-serve --watchdog-timeout 0.5 --request-timeout 90 --idle-timeout 5").serve;
+        let seconds =
+            (args.watchdog_timeout.as_secs_f64(), args.request_timeout, args.idle_timeout.as_secs());
+        assert_eq!(seconds, (0.5, Some(Duration::from_secs(90)), 5));
+        let args = parse("r1-serve").serve;
+        assert_eq!((args.watchdog_timeout.as_secs(), args.request_timeout), (120, None));
+        for flag in ["--watchdog-timeout", "--request-timeout", "--idle-timeout"] {
+            for value in ["0", "-1", "soon"] {
+                assert!(
+                    Cli::try_parse_from(["r1-serve", &format!("{flag}={value}")]).is_err(),
+                    "{flag}={value}"
+                );
+            }
+        }
     }
 
     #[test]

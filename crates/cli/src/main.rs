@@ -8,6 +8,7 @@ mod launch;
 mod peers;
 mod serve;
 mod source;
+mod traces;
 
 use std::process::ExitCode;
 

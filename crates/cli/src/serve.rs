@@ -12,14 +12,19 @@ use r1_engine::{EngineInfo, Handle, Inbox, LocalRanks, Status};
 use r1_server::{ReasoningParser as ServerParser, SamplingDefaults, ServedModel, ServerConfig};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tracing_subscriber::Layer;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::args::{LogFormat, ReasoningParser, ServeArgs};
 use crate::launch::{AnyDevice, Launch, OnDevice};
 use crate::source::Source;
+use crate::traces::{self, Traces};
 
 /// Loads and serves until a signal comes.
 pub(crate) fn run(args: &ServeArgs) -> Result<()> {
-    init_log(args.log_format);
+    let traces = args.otlp_traces_endpoint.as_deref().map(Traces::open).transpose()?;
+    init_log(args.log_format, traces.as_ref());
     for note in args.model.check()? {
         tracing::info!("{note}");
     }
@@ -73,16 +78,19 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         // ends with the process: it has nothing to save.
         let _ = thread.join();
     }
+    drop(traces);
     served
 }
 
-fn init_log(format: LogFormat) {
+fn init_log(format: LogFormat, traces: Option<&Traces>) {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match format {
-        LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).with_target(false).init(),
-        LogFormat::Json => log.json().init(),
-    }
+    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let log = match format {
+        LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).with_target(false).boxed(),
+        LogFormat::Json => log.json().boxed(),
+    };
+    // What is logged and what is traced are chosen apart.
+    tracing_subscriber::registry().with(log.with_filter(filter)).with(traces.map(Traces::layer)).init();
 }
 
 struct Spawn {
@@ -186,6 +194,10 @@ async fn serve(
         max_body_bytes: args.max_body_bytes,
         strict_model_name: args.strict_model_name,
         shutdown_timeout: args.shutdown_timeout,
+        watchdog_timeout: args.watchdog_timeout,
+        request_timeout: args.request_timeout,
+        idle_timeout: args.idle_timeout,
+        adopt_trace: args.otlp_traces_endpoint.is_some().then_some(traces::adopt),
         ..ServerConfig::default()
     };
     let watched = engine.clone();
@@ -207,7 +219,7 @@ async fn serve(
         }
     };
     tokio::select! {
-        served = r1_server::serve(listener, config, model, engine, shutdown) => served.context("the server failed"),
+        () = r1_server::serve(listener, config, model, engine, shutdown) => Ok(()),
         // Nothing was ever served, so there is nothing to drain.
         why = loading_failed => bail!("{why}"),
     }

@@ -1,5 +1,5 @@
-//! Request ids and the access log: one line per request, written when the last byte of its reply is handed over or its
-//! client is gone. Must not see prompts or replies.
+//! Request ids, the span that every log line of a request stands in, and the access log: one line per request, written
+//! when the last byte of its reply is handed over or its client is gone. Must not see prompts or replies.
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
@@ -7,19 +7,26 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
-use axum::body::{Body, HttpBody};
-use axum::extract::Request;
+use axum::body::HttpBody;
+use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use http_body_util::BodyExt;
+use tracing::field::Empty;
+use tracing::{Instrument, Span};
 
+use crate::app::App;
+use crate::connection::Keeping;
 use crate::error::ApiError;
 
 pub(crate) const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// W3C Trace Context: the client's span.
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const MAX_REQUEST_ID_LEN: usize = 128;
 /// Largest request headers, names and values together.
 const MAX_HEADER_BYTES: usize = 32 << 10;
+/// A longer path is cut in the log.
+const MAX_LOGGED_PATH_BYTES: usize = 256;
 /// What nginx logs for a client that left before its reply was whole.
 const CLIENT_CLOSED_REQUEST: u16 = 499;
 
@@ -28,6 +35,8 @@ const CLIENT_CLOSED_REQUEST: u16 = 499;
 pub(crate) struct RequestLog {
     /// The client's `x-request-id`, or one made here.
     pub(crate) id: String,
+    /// Holds its id, method, path and model; lives until the reply is handed over.
+    pub(crate) span: Span,
     /// When its headers were read.
     pub(crate) received: Instant,
     pub(crate) prompt_tokens: AtomicU64,
@@ -51,59 +60,79 @@ impl Drop for Line {
     fn drop(&mut self) {
         let whole = !self.stream || self.log.stream_ended.load(Ordering::Relaxed);
         let status = self.status.filter(|_| whole).map_or(CLIENT_CLOSED_REQUEST, |status| status.as_u16());
+        let prompt_tokens = self.log.prompt_tokens.load(Ordering::Relaxed);
+        let completion_tokens = self.log.completion_tokens.load(Ordering::Relaxed);
+        // The line says all that the span says, so it stands outside.
         tracing::info!(
+            parent: None,
             request_id = %self.log.id,
             method = %self.method,
             path = %self.path,
             status,
             ms = self.log.received.elapsed().as_millis() as u64,
-            prompt_tokens = self.log.prompt_tokens.load(Ordering::Relaxed),
-            completion_tokens = self.log.completion_tokens.load(Ordering::Relaxed),
+            prompt_tokens,
+            completion_tokens,
             "request"
         );
+        let span = &self.log.span;
+        span.record("http.response.status_code", status);
+        span.record("prompt_tokens", prompt_tokens);
+        span.record("completion_tokens", completion_tokens);
     }
 }
 
-/// Gives the request its id, refuses oversized headers, and logs how it ended.
-pub(crate) async fn log_request(mut request: Request, next: Next) -> Response {
+/// Gives the request its id and its span, refuses oversized headers, and logs how it ended.
+pub(crate) async fn log_request(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
+    let id = request_id(request.headers());
+    let method = request.method().clone();
+    let path = request.uri().path();
+    let path = path[..path.floor_char_boundary(MAX_LOGGED_PATH_BYTES)].to_owned();
     let log = Arc::new(RequestLog {
-        id: request_id(request.headers()),
+        span: span(&app, &id, &method, &path, request.headers()),
+        id,
         received: Instant::now(),
         prompt_tokens: AtomicU64::new(0),
         completion_tokens: AtomicU64::new(0),
         stream_ended: AtomicBool::new(false),
     });
     // A client that leaves drops this future, and the line with it.
-    let mut line = Line {
-        log: log.clone(),
-        method: request.method().clone(),
-        path: request.uri().path().to_owned(),
-        status: None,
-        stream: false,
-    };
+    let mut line = Line { log: log.clone(), method, path, status: None, stream: false };
     let header_bytes: usize =
         request.headers().iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
     let mut response = if header_bytes > MAX_HEADER_BYTES {
         ApiError::headers_too_large(MAX_HEADER_BYTES).into_response()
     } else {
         request.extensions_mut().insert(log.clone());
-        next.run(request).await
+        next.run(request).instrument(log.span.clone()).await
     };
     if let Ok(id) = HeaderValue::from_str(&log.id) {
         response.headers_mut().insert(REQUEST_ID, id);
     }
     line.status = Some(response.status());
-    if response.body().size_hint().exact().is_some() {
-        return response;
+    line.stream = response.body().size_hint().exact().is_none();
+    response.map(|body| Keeping::body(body, line))
+}
+
+fn span(app: &App, id: &str, method: &Method, path: &str, headers: &HeaderMap) -> Span {
+    // At this level every log line shows it, whatever lines are asked for.
+    let span = tracing::error_span!(
+        "request",
+        request_id = %id,
+        %method,
+        path,
+        model = Empty,
+        otel.kind = Empty,
+        http.response.status_code = Empty,
+        prompt_tokens = Empty,
+        completion_tokens = Empty,
+    );
+    if let Some(adopt) = app.config.adopt_trace {
+        span.record("otel.kind", "server");
+        if let Some(parent) = headers.get(TRACEPARENT).and_then(|parent| parent.to_str().ok()) {
+            adopt(&span, parent);
+        }
     }
-    line.stream = true;
-    response.map(|body| {
-        Body::new(body.map_frame(move |frame| {
-            // The closure lives as long as the body and takes the line with it.
-            let _ = &line;
-            frame
-        }))
-    })
+    span
 }
 
 /// The client's id where it is fit to be logged and sent back, a fresh one otherwise.

@@ -7,7 +7,7 @@ use r1_engine::{Handle, Status};
 use crate::config::{ServedModel, ServerConfig};
 use crate::drain::Drain;
 use crate::error::ApiError;
-use crate::health::{self, StuckWatch};
+use crate::health;
 use crate::metrics::Metrics;
 
 pub(crate) struct App {
@@ -16,7 +16,6 @@ pub(crate) struct App {
     pub(crate) engine: Handle,
     pub(crate) metrics: Metrics,
     pub(crate) drain: Drain,
-    pub(crate) stuck: StuckWatch,
     /// When the server started, in Unix seconds: the models' `created`.
     pub(crate) started_unix_s: u64,
 }
@@ -29,7 +28,6 @@ impl App {
         Self {
             metrics: Metrics::new(name),
             drain: Drain::new(),
-            stuck: StuckWatch::new(config.stuck_after),
             started_unix_s: unix_s(),
             config,
             model,

@@ -30,7 +30,17 @@ pub struct ServerConfig {
     /// A stream that is silent for this long gets a comment, so that proxies keep it open.
     pub ping_interval: Duration,
     /// The engine counts as stuck when it has work and ends no step for this long.
-    pub stuck_after: Duration,
+    pub watchdog_timeout: Duration,
+    /// How long a generating request may take from its headers to the last byte of its reply; `None` for as long as it takes.
+    pub request_timeout: Option<Duration>,
+    /// How long a connection may stay open without a request.
+    pub idle_timeout: Duration,
+    /// How long a request's headers may take to arrive.
+    pub header_timeout: Duration,
+    /// How long a client may leave a reply unread before it counts as gone.
+    pub write_timeout: Duration,
+    /// Makes a request's span a child of the client's, whose `traceparent` header it is given.
+    pub adopt_trace: Option<fn(&tracing::Span, &str)>,
 }
 
 impl Default for ServerConfig {
@@ -45,7 +55,12 @@ impl Default for ServerConfig {
             shutdown_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_mins(1),
             ping_interval: Duration::from_secs(15),
-            stuck_after: Duration::from_mins(2),
+            watchdog_timeout: Duration::from_mins(2),
+            request_timeout: None,
+            idle_timeout: Duration::from_secs(75),
+            header_timeout: Duration::from_secs(10),
+            write_timeout: Duration::from_mins(1),
+            adopt_trace: None,
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::decode::{DecodeRules, Decoder};
 use crate::error::ApiError;
 use crate::fields::Fields;
 use crate::render::{Header, Shape};
-use crate::types::chat::{ChatMessage, ChatRequest};
+use crate::types::chat::{ChatMessage, ChatRequest, Role};
 use crate::types::common::Common;
 use crate::types::completion::{CompletionRequest, Prompt};
 
@@ -68,6 +68,7 @@ pub(crate) fn chat(app: &App, body: &[u8]) -> Result<Job, ApiError> {
         kwargs: request.template_kwargs,
     };
     let text_error = |error| text_error(app, error, &NAMES, request.common.max_tokens);
+    check_size(app, &request.messages).map_err(text_error)?;
     let rendered = template.render(&input).map_err(text_error)?;
     let tokens = app.model.tokenizer.encode_prompt(&rendered, max_prompt_tokens(app)).map_err(text_error)?;
     let separate = request.separate_reasoning && app.model.reasoning_parser == ReasoningParser::DeepSeekR1;
@@ -83,6 +84,16 @@ pub(crate) fn chat(app: &App, body: &[u8]) -> Result<Job, ApiError> {
     let logprobs = request.logprobs.then(|| request.top_logprobs.unwrap_or(0));
     let prompts = vec![Tokenized { tokens, echo }];
     job(app, &request.common, Shape::Chat, &NAMES, model, logprobs, parser, prompts)
+}
+
+/// Refuses before it is rendered what cannot fit. Templates drop an assistant's old thoughts and blanks around a text, but
+/// none of the rest.
+fn check_size(app: &App, messages: &[ChatMessage]) -> Result<(), TextError> {
+    let kept = messages.iter().filter(|message| message.role != Role::Assistant);
+    let bytes: usize = kept.map(|message| message.content.trim().len()).sum();
+    let at_least = bytes.div_ceil(app.model.tokenizer.max_bytes_per_token());
+    let max_tokens = max_prompt_tokens(app);
+    if at_least > max_tokens { Err(TextError::TooLong { at_least, max_tokens }) } else { Ok(()) }
 }
 
 /// The end of a prompt from its last `<think>` on.
@@ -191,7 +202,7 @@ fn job(
                 params,
                 priority: common.priority,
                 constraint: None,
-                cache_salt: None,
+                cache_salt: common.cache_salt.clone(),
             };
             choices.push(ChoiceJob { prompt: index, request, decoder, echo: prompt.echo.clone() });
         }
@@ -258,7 +269,7 @@ fn max_tokens(app: &App, common: &Common, names: &Names, prompt_tokens: usize) -
     let wanted = asked.unwrap_or(1);
     if wanted > room {
         let error = SubmitError::TooLong { prompt_tokens, max_tokens: wanted, max_model_len };
-        let param = if room == 0 { names.prompt } else { "max_tokens" };
+        let param = if room == 0 { names.prompt } else { common.max_tokens_name };
         return Err(ApiError::context_length(param, error.to_string()));
     }
     let most = app.model.defaults.max_tokens.map_or(room, |most| room.min(most as usize));

@@ -104,9 +104,22 @@ impl ApiError {
         error
     }
 
-    pub(crate) fn body_timeout(limit: Duration) -> Self {
-        let message = format!("the request's body did not arrive within {} s", limit.as_secs());
+    fn timeout(message: String) -> Self {
         Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", Some("request_timeout"), message)
+    }
+
+    pub(crate) fn header_timeout(limit: Duration) -> Self {
+        Self::timeout(format!("the request's headers did not arrive within {} s", limit.as_secs_f64()))
+    }
+
+    pub(crate) fn body_timeout(limit: Duration) -> Self {
+        Self::timeout(format!("the request's body did not arrive within {} s", limit.as_secs_f64()))
+    }
+
+    /// 408 for a request that was begun and is now aborted.
+    pub(crate) fn request_timeout(limit: Duration) -> Self {
+        let limit = limit.as_secs_f64();
+        Self::timeout(format!("the request took longer than {limit} s (--request-timeout) and was aborted"))
     }
 
     pub(crate) fn body_too_large(max_bytes: usize) -> Self {
@@ -136,6 +149,11 @@ impl ApiError {
     /// 500 for a broken invariant of ours.
     pub(crate) fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", Some("internal_error"), message.into())
+    }
+
+    /// The body as text.
+    pub(crate) fn to_json(&self) -> String {
+        serde_json::to_string(&self.body()).expect("strings serialize")
     }
 
     /// The JSON to send.
@@ -206,6 +224,10 @@ impl IntoResponse for ApiError {
         if let Some(after) = self.retry_after {
             let seconds = after.as_secs_f64().ceil().max(1.0) as u64;
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if matches!(self.status, StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_TIMEOUT) {
+            // The rest of the body still comes, so nothing that follows it could be understood.
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         if self.status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

@@ -53,7 +53,6 @@ pub(crate) const NOT_YET: &[NotYet] = &[
     row("length_penalty", &["1", "1.0"], LEAVE_OUT),
     row("logits_processors", &["[]"], LEAVE_OUT),
     row("custom_logit_processor", &[], LEAVE_OUT),
-    row("cache_salt", &[r#""""#], "the prefix cache is shared by all requests"),
     row("lora_path", &[], LEAVE_OUT),
     row("prompt_embeds", &[], "send `prompt` as text or token ids"),
     row("return_hidden_states", &["false"], LEAVE_OUT),
@@ -101,8 +100,14 @@ pub(crate) struct Fields {
 impl Fields {
     /// Reads a body; it must be one JSON object.
     pub(crate) fn parse(body: &[u8]) -> Result<Self, ApiError> {
-        let value: Value = serde_json::from_slice(body)
-            .map_err(|e| ApiError::bad_request(format!("the body is not valid JSON: {e}")))?;
+        let value: Value = serde_json::from_slice(body).map_err(|e| {
+            let mut error = ApiError::bad_request(format!("the body is not valid JSON: {e}"));
+            error.param = field_at(body, offset(body, &e));
+            if let Some(field) = &error.param {
+                error.message = format!("{field}: {}", error.message);
+            }
+            error
+        })?;
         match value {
             Value::Object(map) => Ok(Self { map }),
             _ => Err(ApiError::bad_request("the body must be a JSON object")),
@@ -150,6 +155,47 @@ impl Fields {
     }
 }
 
+/// Where in the body the parser stopped.
+fn offset(body: &[u8], error: &serde_json::Error) -> usize {
+    let before = body.split_inclusive(|byte| *byte == b'\n').take(error.line().saturating_sub(1));
+    before.map(<[u8]>::len).sum::<usize>() + error.column()
+}
+
+/// The field of the body's object that holds the byte at `offset`, where its name is a plain one. What stands before
+/// `offset` must be JSON.
+fn field_at(body: &[u8], offset: usize) -> Option<String> {
+    const MAX_NAME_LEN: usize = 64;
+    let (mut depth, mut at, mut field) = (0_usize, 0, None);
+    // Names stand behind the object's brace and behind its commas, values behind colons.
+    let mut name_next = true;
+    let body = &body[..offset.min(body.len())];
+    while let Some(&byte) = body.get(at) {
+        at += 1;
+        match byte {
+            b'{' | b'[' => depth += 1,
+            b'}' | b']' => depth = depth.saturating_sub(1),
+            // A comma in the last place may be what ended the number that is no JSON.
+            b',' if depth == 1 && at < body.len() => (name_next, field) = (true, None),
+            b':' if depth == 1 => name_next = false,
+            b'"' => {
+                let start = at;
+                while body.get(at).is_some_and(|byte| *byte != b'"') {
+                    at += 1 + usize::from(body[at] == b'\\');
+                }
+                if depth == 1 && name_next {
+                    let name = body.get(start..at).filter(|name| (1..=MAX_NAME_LEN).contains(&name.len()));
+                    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || *byte == b'_';
+                    let name = name.filter(|name| name.iter().all(plain));
+                    field = name.map(|name| String::from_utf8_lossy(name).into_owned());
+                }
+                at += 1;
+            }
+            _ => {}
+        }
+    }
+    field.filter(|_| !name_next)
+}
+
 /// Reads one value, naming `param` when it is not what it must be.
 pub(crate) fn typed<T: Field>(param: impl Into<Cow<'static, str>>, value: Value) -> Result<T, ApiError> {
     T::read(value).map_err(|problem| ApiError::bad_field(param, problem))
@@ -180,5 +226,28 @@ mod tests {
         assert_eq!(error.param.as_deref(), Some("temperature"));
         assert_eq!(error.message, "temperature: must be a number, not a string");
         assert!(Fields::parse(b"[1]").is_err() && Fields::parse(b"{").is_err());
+    }
+
+    #[test]
+    fn what_is_no_json_names_the_field_it_stands_in() {
+        for (body, field) in [
+            (r#"{"temperature": NaN}"#, Some("temperature")),
+            (r#"{"a": 1, "top_p": -Infinity, "b": 2}"#, Some("top_p")),
+            (r#"{"a": 1, "top_p": 1e999, "b": 2}"#, Some("top_p")),
+            (r#"{"a": 1, "top_p": 1e999}"#, Some("top_p")),
+            ("{\n \"a\": 1,\n\"n\": +1\n}", Some("n")),
+            (r#"{"stop": ["a", "b\"], \" {", NaN]}"#, Some("stop")),
+            (r#"{"logit_bias": {"5": NaN}}"#, Some("logit_bias")),
+            (r#"{"prompt": "never ends"#, Some("prompt")),
+            (r#"{"prompt": "\ud800"}"#, Some("prompt")),
+            (r#"{"a": 1, NaN: 2}"#, None),
+            (r#"{"odd name": NaN}"#, None),
+            ("[NaN]", None),
+            ("NaN", None),
+            ("", None),
+        ] {
+            let error = Fields::parse(body.as_bytes()).err().unwrap_or_else(|| panic!("{body} is accepted"));
+            assert_eq!(error.param.as_deref(), field, "{body}: {error}");
+        }
     }
 }

@@ -1,13 +1,18 @@
 //! Whether requests can be served: the engine's status, whether its steps still end, whether the server is stopping.
 
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::convert::Infallible;
+use std::time::Duration;
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use r1_engine::{Handle, Stats, Status};
+use r1_engine::{Handle, Status};
 use serde::Serialize;
+use tokio::time::{MissedTickBehavior, interval};
+
+/// The watch looks this often at most and at least.
+const WATCH_OFTEN: Duration = Duration::from_millis(10);
+const WATCH_SELDOM: Duration = Duration::from_secs(1);
 
 #[derive(Serialize)]
 #[serde(tag = "status", rename_all = "lowercase")]
@@ -20,40 +25,38 @@ enum Health {
     Stopped,
 }
 
-/// Notices an engine that has work and ends no step. It sees the engine only when it is asked, so it needs two
-/// questions `stuck_after` apart.
-pub(crate) struct StuckWatch {
-    stuck_after: Duration,
-    /// Steps counted when the engine was first seen busy with them, and when that was.
-    busy_since: Mutex<Option<(u64, Instant)>>,
+/// For how long the engine has had work without ending a step, once that is too long.
+fn stuck_for(engine: &Handle, watchdog_timeout: Duration) -> Option<Duration> {
+    engine.silent_for().filter(|silent| *silent >= watchdog_timeout)
 }
 
-impl StuckWatch {
-    pub(crate) fn new(stuck_after: Duration) -> Self {
-        Self { stuck_after, busy_since: Mutex::new(None) }
-    }
-
-    /// For how long no step has ended, once that is too long.
-    fn stuck_for(&self, stats: &Stats, now: Instant) -> Option<Duration> {
-        let mut busy_since = self.busy_since.lock().unwrap_or_else(PoisonError::into_inner);
-        if stats.running + stats.waiting == 0 {
-            *busy_since = None;
-            return None;
+/// Logs when the engine gets stuck and when it goes on, whether or not anybody asks for `/health`. Never ends.
+pub(crate) async fn watch(engine: &Handle, watchdog_timeout: Duration) -> Infallible {
+    let mut stuck = false;
+    let mut looks = interval((watchdog_timeout / 4).clamp(WATCH_OFTEN, WATCH_SELDOM));
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        looks.tick().await;
+        let silent = stuck_for(engine, watchdog_timeout);
+        if silent.is_some() == stuck {
+            continue;
         }
-        match *busy_since {
-            Some((steps, since)) if steps == stats.steps_total => {
-                Some(now.saturating_duration_since(since)).filter(|silent| *silent >= self.stuck_after)
+        stuck = silent.is_some();
+        match silent {
+            Some(silent) => tracing::error!(
+                no_step_for_s = silent.as_secs_f64(),
+                "the engine is stuck: work waits and no step ends; /health is 503"
+            ),
+            None if matches!(engine.status(), Status::Ready) => {
+                tracing::error!("the engine is no longer stuck");
             }
-            _ => {
-                *busy_since = Some((stats.steps_total, now));
-                None
-            }
+            None => tracing::error!("the stuck engine has ended"),
         }
     }
 }
 
 /// Answers `/health`.
-pub(crate) fn answer(engine: &Handle, draining: bool, watch: &StuckWatch) -> Response {
+pub(crate) fn answer(engine: &Handle, draining: bool, watchdog_timeout: Duration) -> Response {
     let health = match engine.status() {
         Status::Failed(error) => Health::Failed { error },
         Status::Stopped => Health::Stopped,
@@ -61,7 +64,7 @@ pub(crate) fn answer(engine: &Handle, draining: bool, watch: &StuckWatch) -> Res
         Status::Loading { progress, elapsed } => {
             Health::Loading { progress, eta_s: eta_s(progress, elapsed) }
         }
-        Status::Ready => match watch.stuck_for(&engine.stats(), Instant::now()) {
+        Status::Ready => match stuck_for(engine, watchdog_timeout) {
             Some(silent) => Health::Stuck { no_step_for_s: silent.as_secs() },
             None => Health::Ready,
         },
@@ -95,23 +98,65 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_work_without_steps_counts_as_stuck() {
-        let watch = StuckWatch::new(Duration::from_secs(10));
-        let start = Instant::now();
-        let at = |s: u64| start + Duration::from_secs(s);
-        let stats = |running, steps_total| Stats { running, steps_total, ..Stats::default() };
-        assert_eq!(watch.stuck_for(&stats(0, 5), at(0)), None);
-        assert_eq!(watch.stuck_for(&stats(1, 5), at(1000)), None, "just became busy");
-        assert_eq!(watch.stuck_for(&stats(1, 6), at(1020)), None, "a step ended");
-        assert_eq!(watch.stuck_for(&stats(1, 6), at(1029)), None);
-        assert_eq!(watch.stuck_for(&stats(1, 6), at(1030)), Some(Duration::from_secs(10)));
-        assert_eq!(watch.stuck_for(&stats(0, 6), at(1031)), None, "idle again");
-    }
-
-    #[test]
     fn eta_follows_progress() {
         assert_eq!(eta_s(0.0, Duration::from_secs(9)), None);
         assert_eq!(eta_s(0.25, Duration::from_secs(10)), Some(30));
         assert_eq!(loading_retry_after(0.001, Duration::from_secs(10)), Duration::from_mins(1));
+    }
+
+    /// Lines of the log, levels first.
+    #[derive(Clone, Default)]
+    struct Lines(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn the_watch_says_once_that_the_engine_is_stuck_and_once_that_it_goes_on() {
+        let info = r1_engine::EngineInfo {
+            max_model_len: 64,
+            vocab_size: 8,
+            max_num_seqs: 1,
+            max_queued: 1,
+            max_unread_tokens: 8,
+        };
+        let (engine, inbox) = Handle::channel(info);
+        inbox.set_status(Status::Ready);
+        let request = r1_engine::Request {
+            prompt: vec![r1_core::TokenId(1)],
+            params: r1_core::SamplingParams::default(),
+            priority: 0,
+            constraint: None,
+            cache_salt: None,
+        };
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let log =
+            tracing_subscriber::fmt().with_ansi(false).without_time().with_writer(move || writer.clone());
+        let _log = tracing::subscriber::set_default(log.finish());
+        let _waiting = engine.submit(request).unwrap();
+        let happen = async {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            for _ in 0..20 {
+                inbox.step_ended();
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::select! {
+            never = watch(&engine, Duration::from_millis(60)) => match never {},
+            () = happen => {}
+        }
+        let text = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+        let said: Vec<&str> = text.lines().collect();
+        assert!(said.len() == 2 && said.iter().all(|line| line.trim_start().starts_with("ERROR")), "{text}");
+        assert!(said[0].contains("the engine is stuck") && said[1].contains("no longer stuck"), "{text}");
     }
 }

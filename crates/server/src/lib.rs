@@ -9,6 +9,7 @@ mod access;
 mod app;
 mod auth;
 mod config;
+mod connection;
 mod convert;
 mod decode;
 mod drain;

@@ -1,7 +1,6 @@
 //! Prometheus metrics under vLLM's and SGLang's names, so that existing dashboards work. What the engine counts is read
 //! when metrics are asked for; what only the HTTP side sees is recorded as it happens.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use metrics::{Counter, Gauge, Histogram, Key, Level, Metadata, Recorder};
@@ -79,6 +78,7 @@ pub(crate) struct Metrics {
     kv_usage: Both<Gauge>,
     kv_blocks_used: Gauge,
     kv_blocks_total: Gauge,
+    kv_blocks_cached: Gauge,
     kv_tokens_used: Gauge,
     kv_tokens_total: Gauge,
     gen_throughput: Gauge,
@@ -90,9 +90,6 @@ pub(crate) struct Metrics {
     preemptions: Counter,
     prefix_queries: Counter,
     prefix_hits: Counter,
-    /// The two counters above cannot be read back, the rate needs them.
-    queried_tokens: AtomicU64,
-    hit_tokens: AtomicU64,
     requests: Counter,
     stopped: Counter,
     length: Counter,
@@ -174,6 +171,10 @@ impl Metrics {
             ),
             kv_blocks_used: new.gauge("r1_kv_blocks_used", "KV cache blocks held by sequences."),
             kv_blocks_total: new.gauge("r1_kv_blocks_total", "KV cache blocks."),
+            kv_blocks_cached: new.gauge(
+                "r1_kv_blocks_cached",
+                "KV cache blocks held by no sequence, but findable by their content.",
+            ),
             kv_tokens_used: new.gauge("sglang:num_used_tokens", "Tokens that the held KV cache blocks hold."),
             kv_tokens_total: new.gauge("sglang:max_total_num_tokens", "Tokens that the KV cache holds."),
             gen_throughput: new.gauge("sglang:gen_throughput", "Generated tokens per second."),
@@ -198,13 +199,11 @@ impl Metrics {
                 .counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."),
             prefix_hits: new
                 .counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache."),
-            queried_tokens: AtomicU64::new(0),
-            hit_tokens: AtomicU64::new(0),
             requests: new.counter("sglang:num_requests_total", "Choices that ended."),
             stopped: new.finished("stop"),
             length: new.finished("length"),
             aborted: new.finished("abort"),
-            failed: new.counter("r1_requests_failed_total", "Choices that failed in the engine."),
+            failed: new.finished("error"),
             first_token: new.both(
                 Registrar::histogram,
                 "vllm:time_to_first_token_seconds",
@@ -233,12 +232,8 @@ impl Metrics {
     }
 
     /// A prompt's first chunk runs.
-    pub(crate) fn scheduled(&self, queued: Duration, prompt_tokens: u64, cached_tokens: u64) {
+    pub(crate) fn scheduled(&self, queued: Duration) {
         self.queue.record(queued);
-        self.prefix_queries.increment(prompt_tokens);
-        self.prefix_hits.increment(cached_tokens);
-        self.queried_tokens.fetch_add(prompt_tokens, Ordering::Relaxed);
-        self.hit_tokens.fetch_add(cached_tokens, Ordering::Relaxed);
     }
 
     /// A sequence's first token, so long after its request arrived.
@@ -276,11 +271,14 @@ impl Metrics {
         self.kv_usage.set(share(used, total));
         self.kv_blocks_used.set(used);
         self.kv_blocks_total.set(total);
+        self.kv_blocks_cached.set(stats.kv_blocks_cached as f64);
         self.kv_tokens_used.set(used * block);
         self.kv_tokens_total.set(total * block);
         self.gen_throughput.set(stats.gen_throughput_tokens_per_s);
-        let hits = self.hit_tokens.load(Ordering::Relaxed) as f64;
-        self.cache_hit_rate.set(share(hits, self.queried_tokens.load(Ordering::Relaxed) as f64));
+        let (queries, hits) = (stats.prefix_cache_query_tokens_total, stats.prefix_cache_hit_tokens_total);
+        self.cache_hit_rate.set(share(hits as f64, queries as f64));
+        self.prefix_queries.absolute(queries);
+        self.prefix_hits.absolute(hits);
         self.prompt_tokens.absolute(stats.prompt_tokens_total);
         self.generation_tokens.absolute(stats.generation_tokens_total);
         self.steps.absolute(stats.steps_total);
@@ -302,7 +300,7 @@ mod tests {
     #[test]
     fn both_vocabularies_keep_their_colons_and_their_buckets() {
         let metrics = Metrics::new("m");
-        metrics.scheduled(Duration::from_millis(200), 8, 2);
+        metrics.scheduled(Duration::from_millis(200));
         metrics.first_token(Duration::from_millis(30));
         metrics.next_token(Duration::from_millis(20));
         metrics.ended(Ended::Stop, Duration::from_secs(1));
@@ -314,6 +312,9 @@ mod tests {
             kv_block_size_tokens: 16,
             prompt_tokens_total: 21,
             generation_tokens_total: 34,
+            kv_blocks_cached: 5,
+            prefix_cache_query_tokens_total: 8,
+            prefix_cache_hit_tokens_total: 2,
             gen_throughput_tokens_per_s: 5.5,
             ..Stats::default()
         };

@@ -9,7 +9,8 @@ use std::time::Instant;
 use axum::Json;
 use axum::response::{IntoResponse, Response};
 use futures_util::stream::{self, SelectAll, Stream, StreamExt};
-use r1_engine::{Event, Generation};
+use r1_engine::{EngineError, Event, Generation};
+use tracing::Span;
 
 use crate::access::RequestLog;
 use crate::app::App;
@@ -76,8 +77,10 @@ impl Reply {
                 submitted,
                 last_token: None,
                 ended: None,
+                phase: tracing::info_span!(parent: &log.span, "queue", choice = index),
+                index,
             };
-            updates.push(running.updates(index, echo));
+            updates.push(running.updates(echo));
         }
         Ok(Self {
             header,
@@ -164,10 +167,14 @@ struct Choice {
     submitted: Instant,
     last_token: Option<Instant>,
     ended: Option<Ended>,
+    /// What it is doing: in the queue, in its prefill, or decoding. Lives as long as that lasts.
+    phase: Span,
+    index: usize,
 }
 
 impl Choice {
-    fn updates(self, index: usize, echo: String) -> Updates {
+    fn updates(self, echo: String) -> Updates {
+        let index = self.index;
         let echo = (!echo.is_empty()).then(|| Ok((index, Update::Delta(Delta::of_content(echo)))));
         let tokens = stream::unfold(self, |mut choice| async move {
             let updates = choice.next().await?;
@@ -193,11 +200,11 @@ impl Choice {
         match event {
             Event::Scheduled { cached_tokens } => {
                 decoder.scheduled(u64::from(cached_tokens));
-                self.app.metrics.scheduled(
-                    self.submitted.elapsed(),
-                    self.prompt_tokens,
-                    u64::from(cached_tokens),
-                );
+                self.app.metrics.scheduled(self.submitted.elapsed());
+                let (parent, choice) = (&self.log.span, self.index);
+                let prompt_tokens = self.prompt_tokens;
+                self.phase =
+                    tracing::info_span!(parent: parent, "prefill", choice, prompt_tokens, cached_tokens);
                 Vec::new()
             }
             Event::Token { token, logprobs } => {
@@ -207,7 +214,12 @@ impl Choice {
             }
             Event::Finished(reason) => self.end(Some(reason)),
             Event::Failed(error) => {
-                tracing::error!(request_id = %self.log.id, %error, "generation failed");
+                match &error {
+                    EngineError::SlowReader { .. } => {
+                        tracing::warn!(parent: &self.log.span, %error, "generation aborted");
+                    }
+                    _ => tracing::error!(parent: &self.log.span, %error, "generation failed"),
+                }
                 self.ended = Some(Ended::Failed);
                 self.generation = None;
                 vec![Err(error.into())]
@@ -218,7 +230,10 @@ impl Choice {
     fn count_token(&mut self) {
         let now = Instant::now();
         match self.last_token.replace(now) {
-            None => self.app.metrics.first_token(now - self.log.received),
+            None => {
+                self.app.metrics.first_token(now - self.log.received);
+                self.phase = tracing::info_span!(parent: &self.log.span, "decode", choice = self.index);
+            }
             Some(last) => self.app.metrics.next_token(now - last),
         }
         self.log.completion_tokens.fetch_add(1, Ordering::Relaxed);
@@ -232,6 +247,7 @@ impl Choice {
     /// The rest of the text and the end; `reason` is the engine's, `None` where the text itself ended the choice.
     fn end(&mut self, reason: Option<r1_core::FinishReason>) -> Vec<Result<Update, ApiError>> {
         self.generation = None;
+        self.phase = Span::none();
         let Some(decoder) = self.decoder.take() else { return Vec::new() };
         let (rest, end) = decoder.finish(reason);
         self.ended = Some(end.ended());

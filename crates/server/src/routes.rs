@@ -2,17 +2,19 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
-use axum::body::HttpBody;
+use axum::body::{Body, HttpBody};
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderValue, Method, Uri, header};
 use axum::middleware;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Extension, Json, Router};
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use http_body_util::BodyExt;
 use r1_engine::Handle;
 use serde_json::json;
+use tokio::time::{Instant, timeout, timeout_at};
 use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
 
 use crate::access::{self, RequestLog};
@@ -23,7 +25,7 @@ use crate::convert;
 use crate::error::ApiError;
 use crate::health;
 use crate::reply::{self, Reply};
-use crate::sse;
+use crate::sse::{self, StreamLimits};
 use crate::types::models::{ModelCard, ModelList};
 
 /// The routes without a listener, for tests and for embedding. See [`serve`](crate::serve()) for the server.
@@ -52,12 +54,15 @@ pub(crate) fn build(app: Arc<App>) -> Router {
     }
     let keyed = keyed.route_layer(middleware::from_fn_with_state(app.clone(), auth::require_key));
     let cors = cors_layer(&app.config.cors);
-    let mut router =
-        open.merge(keyed).fallback(unknown_path).method_not_allowed_fallback(wrong_method).with_state(app);
+    let mut router = open
+        .merge(keyed)
+        .fallback(unknown_path)
+        .method_not_allowed_fallback(wrong_method)
+        .with_state(app.clone());
     if let Some(cors) = cors {
         router = router.layer(cors);
     }
-    router.layer(middleware::from_fn(access::log_request))
+    router.layer(middleware::from_fn_with_state(app, access::log_request))
 }
 
 /// Where every route answers. Proxies strip the root path or leave it; clients know the API with `/v1` or without.
@@ -92,7 +97,7 @@ async fn wrong_method(method: Method, uri: Uri) -> ApiError {
 }
 
 async fn get_health(State(app): State<Arc<App>>) -> Response {
-    health::answer(&app.engine, app.drain.is_draining(), &app.stuck)
+    health::answer(&app.engine, app.drain.is_draining(), app.config.watchdog_timeout)
 }
 
 async fn get_metrics(State(app): State<Arc<App>>) -> impl IntoResponse {
@@ -151,32 +156,72 @@ async fn generate(
     request: Request,
     convert: fn(&App, &[u8]) -> Result<convert::Job, ApiError>,
 ) -> Result<Response, ApiError> {
+    let limit = app.config.request_timeout;
+    let deadline = limit.map(|limit| (Instant::from_std(log.received) + limit, limit));
+    let answering = answer(app, log, request, convert, deadline);
+    match deadline {
+        None => answering.await,
+        // What was begun is dropped, which aborts it.
+        Some((deadline, limit)) => match timeout_at(deadline, answering).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                tracing::warn!("a request is aborted: the request timeout is over");
+                Err(ApiError::request_timeout(limit))
+            }
+        },
+    }
+}
+
+async fn answer(
+    app: Arc<App>,
+    log: Arc<RequestLog>,
+    request: Request,
+    convert: fn(&App, &[u8]) -> Result<convert::Job, ApiError>,
+    deadline: Option<(Instant, Duration)>,
+) -> Result<Response, ApiError> {
     let body = read_body(&app.config, request).await?;
     let active = app.drain.enter().ok_or_else(ApiError::draining)?;
     app.require_ready()?;
     let converting = {
-        let app = app.clone();
-        tokio::task::spawn_blocking(move || convert(&app, &body))
+        let (app, span) = (app.clone(), log.span.clone());
+        tokio::task::spawn_blocking(move || {
+            tracing::info_span!(parent: &span, "tokenize").in_scope(|| convert(&app, &body))
+        })
     };
     let job =
         converting.await.map_err(|e| ApiError::internal(format!("reading the request failed: {e}")))??;
+    log.span.record("model", &job.header.model);
     let streaming = job.stream;
-    let ping_interval = app.config.ping_interval;
+    let ServerConfig { ping_interval, write_timeout, .. } = app.config;
     let reply = Reply::start(&app, log, job, active)?;
-    if streaming { Ok(sse::stream(reply, ping_interval)) } else { reply::collect(reply).await }
+    if streaming {
+        Ok(sse::stream(reply, StreamLimits { ping_interval, write_timeout, deadline }))
+    } else {
+        reply::collect(reply).await
+    }
 }
 
-async fn read_body(config: &ServerConfig, request: Request) -> Result<axum::body::Bytes, ApiError> {
+async fn read_body(config: &ServerConfig, request: Request) -> Result<Vec<u8>, ApiError> {
     let max = config.max_body_bytes;
     let body = request.into_body();
     if body.size_hint().lower() > max as u64 {
         return Err(ApiError::body_too_large(max));
     }
-    let read = tokio::time::timeout(config.body_timeout, Limited::new(body, max).collect()).await;
-    match read {
-        Err(_) => Err(ApiError::body_timeout(config.body_timeout)),
-        Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(e)) if e.is::<LengthLimitError>() => Err(ApiError::body_too_large(max)),
-        Ok(Err(e)) => Err(ApiError::bad_request(format!("the request's body could not be read: {e}"))),
+    let read = timeout(config.body_timeout, gather(body, max)).await;
+    read.unwrap_or_else(|_| Err(ApiError::body_timeout(config.body_timeout)))
+}
+
+/// Copies as it reads: chunks may hold a byte each, and kept they would cost far more than that.
+async fn gather(mut body: Body, max: usize) -> Result<Vec<u8>, ApiError> {
+    let mut bytes = Vec::with_capacity(body.size_hint().lower() as usize);
+    while let Some(frame) = body.frame().await {
+        let frame =
+            frame.map_err(|e| ApiError::bad_request(format!("the request's body could not be read: {e}")))?;
+        let Ok(data) = frame.into_data() else { continue };
+        if data.len() > max - bytes.len() {
+            return Err(ApiError::body_too_large(max));
+        }
+        bytes.extend_from_slice(&data);
     }
+    Ok(bytes)
 }

@@ -1,9 +1,9 @@
 //! A reply as server-sent events: role chunks, deltas, the end of each choice, usage when asked for, `[DONE]`. Must not
 //! know how the text was made.
 
-use std::collections::VecDeque;
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::future::pending;
+use std::io;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -13,8 +13,12 @@ use axum::response::{IntoResponse, Response};
 use futures_util::{FutureExt as _, stream};
 use http_body_util::BodyExt as _;
 use serde::Serialize;
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::{SendTimeoutError, TrySendError};
+use tokio::time::{Instant, sleep_until};
+use tracing::Instrument;
 
-use crate::access::RequestLog;
+use crate::error::ApiError;
 use crate::render;
 use crate::reply::Reply;
 
@@ -22,63 +26,128 @@ use crate::reply::Reply;
 const NO_BUFFERING: (HeaderName, HeaderValue) =
     (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
 
+/// Events that wait for the client beside what the sockets hold; behind them the engine's own queue fills up.
+const WAITING_EVENTS: usize = 16;
+
+/// How long a stream may take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StreamLimits {
+    /// Silence after which a comment is sent.
+    pub(crate) ping_interval: Duration,
+    /// For the client to take an event.
+    pub(crate) write_timeout: Duration,
+    /// For all of it: when, and after how long.
+    pub(crate) deadline: Option<(Instant, Duration)>,
+}
+
 /// Answers with the reply's events as they come. Dropping the body drops the reply, which aborts what still runs.
-pub(crate) fn stream(reply: Reply, ping_interval: Duration) -> Response {
-    let events = stream::unfold(Events::new(reply), |mut events| async move {
-        let event = events.next().await?;
-        Some((Ok::<_, Infallible>(event), events))
+pub(crate) fn stream(reply: Reply, limits: StreamLimits) -> Response {
+    let log = reply.log.clone();
+    let (sender, receiver) = mpsc::channel(WAITING_EVENTS);
+    // On a task of its own the reply ends in time even if nobody reads it.
+    tokio::spawn(send_events(reply, sender, limits).instrument(log.span.clone()));
+    let events = stream::unfold((receiver, log), |(mut receiver, log)| async move {
+        if log.stream_ended.load(Ordering::Relaxed) {
+            return None;
+        }
+        let event = match receiver.recv().await {
+            Some(Sent { event, last }) => {
+                log.stream_ended.store(last, Ordering::Relaxed);
+                Ok(event)
+            }
+            // The connection breaks, so that nobody takes what was sent for the whole reply.
+            None => Err(io::Error::other("the reply was broken off")),
+        };
+        Some((event, (receiver, log)))
     });
-    let keep_alive = KeepAlive::new().interval(ping_interval).text("ping");
+    let keep_alive = KeepAlive::new().interval(limits.ping_interval).text("ping");
     ([NO_BUFFERING], Sse::new(events).keep_alive(keep_alive)).into_response()
 }
 
-struct Events {
-    /// `None` once the last event waits in `pending`.
-    reply: Option<Reply>,
-    log: Arc<RequestLog>,
-    pending: VecDeque<Event>,
+struct Sent {
+    event: Event,
+    last: bool,
 }
 
-impl Events {
-    fn new(reply: Reply) -> Self {
-        let opening = render::opening_chunks(&reply.header, reply.choices());
-        let pending = opening.iter().map(json_event).collect();
-        Self { pending, log: reply.log.clone(), reply: Some(reply) }
+/// Runs a reply to its end, its deadline, or its client's.
+async fn send_events(mut reply: Reply, events: mpsc::Sender<Sent>, limits: StreamLimits) {
+    let mut next = Some(Next {
+        events: render::opening_chunks(&reply.header, reply.choices()).iter().map(json_event).collect(),
+        last: false,
+    });
+    while let Some(Next { events: batch, last }) = next {
+        let count = batch.len();
+        for (i, event) in batch.into_iter().enumerate() {
+            let wait = limits.deadline.map_or(limits.write_timeout, |(deadline, _)| {
+                limits.write_timeout.min(deadline.saturating_duration_since(Instant::now()))
+            });
+            let sent = Sent { event, last: last && i + 1 == count };
+            match events.try_send(sent) {
+                Ok(()) => {}
+                Err(TrySendError::Closed(_)) => return,
+                Err(TrySendError::Full(sent)) => match events.send_timeout(sent, wait).await {
+                    Ok(()) => {}
+                    Err(SendTimeoutError::Closed(_)) => return,
+                    Err(SendTimeoutError::Timeout(_)) => {
+                        let unread_s = wait.as_secs_f64();
+                        tracing::warn!(unread_s, "a stream is broken off: its client does not read");
+                        return;
+                    }
+                },
+            }
+        }
+        if last {
+            return;
+        }
+        next = tokio::select! {
+            biased;
+            () = events.closed() => None,
+            next = advance(&mut reply) => Some(next),
+            limit = over(limits.deadline) => {
+                tracing::warn!("a stream is broken off: the request timeout is over");
+                Some(Next::error(&ApiError::request_timeout(limit)))
+            }
+        };
     }
+}
 
-    async fn next(&mut self) -> Option<Event> {
-        while self.pending.is_empty() {
-            self.advance().await?;
+/// Waits until the request's time is over; gives how much it had.
+async fn over(deadline: Option<(Instant, Duration)>) -> Duration {
+    match deadline {
+        Some((deadline, limit)) => {
+            sleep_until(deadline).await;
+            limit
         }
-        if self.pending.len() == 1 && self.reply.is_none() {
-            self.log.stream_ended.store(true, Ordering::Relaxed);
-        }
-        self.pending.pop_front()
+        None => pending().await,
     }
+}
 
-    /// Takes one update from the reply; `None` when there is none left.
-    async fn advance(&mut self) -> Option<()> {
-        let reply = self.reply.as_mut()?;
-        match reply.next().await {
-            Some(Ok((index, update))) => {
-                for chunk in render::chunks(&reply.header, index, update) {
-                    self.pending.push_back(json_event(&chunk));
-                }
-            }
-            Some(Err(error)) => {
-                self.pending.push_back(json_event(&error.body()));
-                self.pending.push_back(done());
-                self.reply = None;
-            }
-            None => {
-                if let Some(chunk) = render::usage_chunk(&reply.header, reply.counts()) {
-                    self.pending.push_back(json_event(&chunk));
-                }
-                self.pending.push_back(done());
-                self.reply = None;
-            }
+/// Events that belong together.
+struct Next {
+    events: Vec<Event>,
+    /// Nothing follows them.
+    last: bool,
+}
+
+impl Next {
+    fn error(error: &ApiError) -> Self {
+        Self { events: vec![json_event(&error.body()), done()], last: true }
+    }
+}
+
+/// The events of the reply's next update.
+async fn advance(reply: &mut Reply) -> Next {
+    match reply.next().await {
+        Some(Ok((index, update))) => {
+            let chunks = render::chunks(&reply.header, index, update);
+            Next { events: chunks.iter().map(json_event).collect(), last: false }
         }
-        Some(())
+        Some(Err(error)) => Next::error(&error),
+        None => {
+            let usage = render::usage_chunk(&reply.header, reply.counts());
+            let events = usage.iter().map(json_event).chain([done()]).collect();
+            Next { events, last: true }
+        }
     }
 }
 

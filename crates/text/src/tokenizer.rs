@@ -249,6 +249,11 @@ impl Tokenizer {
         added.or_else(|| self.plain.token_to_id(token).map(TokenId))
     }
 
+    /// Most bytes of text that one token stands for.
+    pub fn max_bytes_per_token(&self) -> usize {
+        self.max_bytes_per_token
+    }
+
     /// One more than the highest id.
     pub fn vocab_size(&self) -> usize {
         self.classes.len()

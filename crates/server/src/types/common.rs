@@ -9,6 +9,8 @@ use crate::types::value::{Field, must_be};
 
 /// Most strings of one request's `stop`.
 pub(crate) const MAX_STOP_STRINGS: usize = 16;
+/// Longest `cache_salt`; a hash in any notation fits.
+pub(crate) const MAX_CACHE_SALT_BYTES: usize = 256;
 
 /// One string or several.
 struct OneOrMany(Vec<String>);
@@ -54,6 +56,8 @@ pub(crate) struct Common {
     pub(crate) model: Option<String>,
     /// Wide enough that what is over the context is told so.
     pub(crate) max_tokens: Option<u64>,
+    /// Under which of its names it was given.
+    pub(crate) max_tokens_name: &'static str,
     pub(crate) temperature: Option<f32>,
     pub(crate) top_p: Option<f32>,
     /// -1 and 0 keep all.
@@ -75,6 +79,8 @@ pub(crate) struct Common {
     pub(crate) include_usage: bool,
     pub(crate) return_tokens_as_token_ids: bool,
     pub(crate) priority: i32,
+    /// Requests share cached prefixes only with those that have the same one.
+    pub(crate) cache_salt: Option<String>,
 }
 
 impl Common {
@@ -83,13 +89,15 @@ impl Common {
         fields: &mut Fields,
         max_tokens_names: &'static [&'static str],
     ) -> Result<Self, ApiError> {
-        let mut max_tokens = None;
+        let (mut max_tokens, mut max_tokens_name) = (None, "max_tokens");
         for name in max_tokens_names {
             let given = fields.take::<u64>(name)?;
             if given == Some(0) {
                 return Err(ApiError::bad_field(*name, "is 0; it must be at least 1"));
             }
-            max_tokens = max_tokens.or(given);
+            if max_tokens.is_none() && given.is_some() {
+                (max_tokens, max_tokens_name) = (given, name);
+            }
         }
         let n = fields.take::<usize>("n")?.unwrap_or(1);
         if n == 0 {
@@ -109,10 +117,16 @@ impl Common {
         for ignored in ["user", "metadata"] {
             fields.take::<Value>(ignored)?;
         }
+        let cache_salt = fields.take::<String>("cache_salt")?.filter(|salt| !salt.is_empty());
+        if let Some(len) = cache_salt.as_ref().map(String::len).filter(|len| *len > MAX_CACHE_SALT_BYTES) {
+            let problem = format!("has {len} bytes; at most {MAX_CACHE_SALT_BYTES} are allowed");
+            return Err(ApiError::bad_field("cache_salt", problem));
+        }
         let stream_options = fields.take::<StreamOptions>("stream_options")?;
         Ok(Self {
             model: fields.take("model")?,
             max_tokens,
+            max_tokens_name,
             temperature: fields.take("temperature")?,
             top_p: fields.take("top_p")?,
             top_k: fields.take("top_k")?,
@@ -133,6 +147,7 @@ impl Common {
             include_usage: stream_options.is_some_and(|options| options.include_usage),
             return_tokens_as_token_ids: fields.take("return_tokens_as_token_ids")?.unwrap_or(false),
             priority: fields.take("priority")?.unwrap_or(0),
+            cache_salt,
         })
     }
 }

@@ -28,7 +28,10 @@ pub(crate) fn must_be(expected: &str, value: &Value) -> String {
 /// A whole number, written with a fraction of zero or without one.
 fn whole(value: &Value) -> Result<i128, String> {
     let number = value.as_i64().map(i128::from).or_else(|| value.as_u64().map(i128::from));
-    let whole_float = || value.as_f64().filter(|number| number.fract() == 0.0).map(|number| number as i128);
+    // Farther from zero a float no longer says which whole number was written.
+    let exact =
+        |number: &f64| number.fract() == 0.0 && number.abs() <= (1_u64 << f64::MANTISSA_DIGITS) as f64;
+    let whole_float = || value.as_f64().filter(exact).map(|number| number as i128);
     number.or_else(whole_float).ok_or_else(|| must_be("a whole number", value))
 }
 
@@ -107,6 +110,7 @@ mod tests {
             u32::read(json!(-1)).unwrap_err(),
             "is -1; it must be a whole number from 0 to 4294967295"
         );
+        assert!(i64::read(json!(-9_223_372_036_854_775_808.0)).is_err(), "it may have been one less");
         assert!(u64::read(json!(1e30)).is_err() && usize::read(json!(true)).is_err());
     }
 

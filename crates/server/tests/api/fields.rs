@@ -29,7 +29,6 @@ fn not_yet() -> Vec<(&'static str, Vec<Value>, Value)> {
         ("truncate_prompt_tokens", vec![], json!(8)),
         ("allowed_token_ids", vec![json!([])], json!([5])),
         ("bad_words", vec![json!([])], json!(["no"])),
-        ("cache_salt", vec![json!("")], json!("pepper")),
         ("use_beam_search", vec![json!(false)], json!(true)),
         ("logits_processors", vec![json!([])], json!(["x"])),
     ]
@@ -150,6 +149,8 @@ async fn bad_values_are_400_and_name_their_field() {
         ("stream_options", json!(true), "stream_options"),
         ("priority", json!("high"), "priority"),
         ("model", json!(7), "model"),
+        ("cache_salt", json!(7), "cache_salt"),
+        ("cache_salt", json!("x".repeat(257)), "cache_salt"),
         ("skip_special_tokens", json!(3), "skip_special_tokens"),
     ];
     let chat_only = [
@@ -450,4 +451,25 @@ async fn any_model_name_is_accepted_unless_names_are_strict() {
     let error = chat(&strict, &with(&chat_base(), &json!({"model": "gpt-4o"}))).await.refused(404);
     assert_eq!((&error["code"], &error["param"]), (&json!("model_not_found"), &json!("model")));
     assert_eq!(chat(&strict, &with(&chat_base(), &json!({"model": "org/alias"}))).await.status, 200);
+}
+
+#[tokio::test]
+async fn the_cache_salt_reaches_the_engine() {
+    let engine = Engine::saying("ok");
+    let router = engine.router(ServerConfig::default());
+    for salt in [json!("pepper"), json!("x".repeat(256)), json!(""), Value::Null] {
+        assert_eq!(chat(&router, &with(&chat_base(), &json!({"cache_salt": salt}))).await.status, 200);
+    }
+    let salts: Vec<_> = engine.asked().into_iter().map(|asked| asked.cache_salt).collect();
+    assert_eq!(salts, [Some("pepper".to_owned()), Some("x".repeat(256)), None, None]);
+}
+
+#[tokio::test]
+async fn max_tokens_over_the_context_is_named_as_it_was_given() {
+    let engine = Engine::saying("ok");
+    let router = engine.router(ServerConfig::default());
+    for name in ["max_tokens", "max_completion_tokens"] {
+        let error = chat(&router, &with(&chat_base(), &json!({name: 1_u64 << 40}))).await.refused(400);
+        assert_eq!((&error["param"], &error["code"]), (&json!(name), &json!("context_length_exceeded")));
+    }
 }

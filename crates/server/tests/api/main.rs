@@ -1,8 +1,12 @@
 //! The HTTP API against a scripted engine: over the router, and over a socket where connections matter.
 #![forbid(unsafe_code)]
 
+mod bad_input;
+mod exposition;
 mod fields;
 mod http;
+mod lifecycle;
+mod numbers;
 mod replies;
 mod socket;
 mod support;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use r1_engine::Handle;
 use r1_server::{ServerConfig, serve};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -12,60 +13,64 @@ use tokio::time::timeout;
 
 use crate::support::{Engine, Script, eventually, model};
 
-struct Server {
-    address: std::net::SocketAddr,
+pub(crate) struct Server {
+    pub(crate) address: std::net::SocketAddr,
     stop: Option<oneshot::Sender<()>>,
-    ended: JoinHandle<std::io::Result<()>>,
+    ended: JoinHandle<()>,
 }
 
 impl Server {
-    async fn start(engine: &Engine, config: ServerConfig) -> Self {
+    pub(crate) async fn start(engine: &Engine, config: ServerConfig) -> Self {
+        Self::start_handle(engine.handle.clone(), config).await
+    }
+
+    pub(crate) async fn start_handle(engine: Handle, config: ServerConfig) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopped) = oneshot::channel::<()>();
-        let ended = tokio::spawn(serve(listener, config, model(), engine.handle.clone(), async {
+        let ended = tokio::spawn(serve(listener, config, model(), engine, async {
             let _ = stopped.await;
         }));
         Self { address, stop: Some(stop), ended }
     }
 
-    fn stop(&mut self) {
+    pub(crate) fn stop(&mut self) {
         self.stop.take().unwrap().send(()).unwrap();
     }
 
-    async fn has_ended(self) {
-        timeout(Duration::from_secs(10), self.ended).await.expect("the server ends").unwrap().unwrap();
+    pub(crate) async fn has_ended(self) {
+        timeout(Duration::from_secs(10), self.ended).await.expect("the server ends").unwrap();
     }
 
-    async fn connect(&self) -> Client {
+    pub(crate) async fn connect(&self) -> Client {
         Client { socket: TcpStream::connect(self.address).await.unwrap(), read: String::new() }
     }
 
-    async fn post(&self, body: &Value) -> Client {
+    pub(crate) async fn post(&self, body: &Value) -> Client {
         let mut client = self.connect().await;
         client.post(body).await;
         client
     }
 }
 
-struct Client {
-    socket: TcpStream,
-    read: String,
+pub(crate) struct Client {
+    pub(crate) socket: TcpStream,
+    pub(crate) read: String,
 }
 
 impl Client {
-    async fn write(&mut self, text: &str) {
+    pub(crate) async fn write(&mut self, text: &str) {
         self.socket.write_all(text.as_bytes()).await.unwrap();
     }
 
-    async fn post(&mut self, body: &Value) {
+    pub(crate) async fn post(&mut self, body: &Value) {
         let body = body.to_string();
         let head = "POST /v1/completions HTTP/1.1\r\nhost: here\r\ncontent-type: application/json";
         self.write(&format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len())).await;
     }
 
     /// Reads on until the connection has said `text`.
-    async fn until(&mut self, text: &str) {
+    pub(crate) async fn until(&mut self, text: &str) {
         let reading = async {
             while !self.read.contains(text) {
                 let mut buffer = [0; 4096];
@@ -76,9 +81,18 @@ impl Client {
         };
         timeout(Duration::from_secs(10), reading).await.unwrap_or_else(|_| panic!("never said {text:?}"));
     }
+
+    /// Reads on until the server closes the connection.
+    pub(crate) async fn to_the_end(&mut self) {
+        let mut rest = Vec::new();
+        let reading = timeout(Duration::from_secs(10), self.socket.read_to_end(&mut rest)).await;
+        // A reset is an end too.
+        let _ = reading.expect("the connection ends");
+        self.read.push_str(&String::from_utf8_lossy(&rest));
+    }
 }
 
-fn streamed() -> Value {
+pub(crate) fn streamed() -> Value {
     json!({"prompt": "hi", "stream": true})
 }
 

@@ -91,6 +91,7 @@ pub(crate) struct Asked {
     pub(crate) prompt: Vec<TokenId>,
     pub(crate) params: SamplingParams,
     pub(crate) priority: i32,
+    pub(crate) cache_salt: Option<String>,
 }
 
 #[derive(Default)]
@@ -170,6 +171,7 @@ fn answer(inbox: &Inbox, scripts: &[Script], record: &Mutex<Record>) {
                     prompt: request.prompt,
                     params: request.params,
                     priority: request.priority,
+                    cache_salt: request.cache_salt,
                 });
                 for event in script.events {
                     let event = match (event, top) {
@@ -270,7 +272,7 @@ pub(crate) fn with(base: &Value, more: &Value) -> Value {
 }
 
 /// Waits until `condition` holds; fails the test when it does not within ten seconds.
-pub(crate) async fn eventually(what: &str, condition: impl Fn() -> bool) {
+pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
         assert!(start.elapsed() < Duration::from_secs(10), "not within 10 s: {what}");
