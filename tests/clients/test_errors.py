@@ -23,7 +23,7 @@ def error_of(response, status):
         ("temperature", -1), ("temperature", 2.1), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.5), ("min_p", 2), ("top_k", "all"),
         ("n", 0), ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 1.5), ("presence_penalty", 3), ("frequency_penalty", -3),
         ("repetition_penalty", 0), ("logit_bias", {"1": 200}), ("logit_bias", {"99999": 1}), ("logit_bias", {"x": 1}), ("stop", ["s"] * 17),
-        ("stop", 5), ("stop_token_ids", [-1]), ("seed", "seven"), ("stream", "yes"), ("messages", []), ("messages", "hi"), ("messages", None),
+        ("stop", 5), ("stop_token_ids", [-1]), ("cache_salt", 5), ("cache_salt", "s" * 257), ("seed", "seven"), ("stream", "yes"), ("messages", []), ("messages", "hi"), ("messages", None),
         ("top_logprobs", 21), ("top_logprobs", 2),
     ],
 )  # fmt: skip
@@ -65,7 +65,7 @@ def test_a_bad_completion_field_is_named(http, field, value):
         ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}), ("guided_json", {}), ("guided_regex", "a+"),
         ("guided_choice", ["a", "b"]), ("structured_outputs", {"regex": "a"}), ("regex", "a+"), ("ebnf", "root ::= \"a\""),
         ("allowed_token_ids", [5]), ("bad_words", ["x"]), ("prompt_logprobs", 1), ("thinking_budget", 10), ("continue_final_message", True),
-        ("truncate_prompt_tokens", 5), ("cache_salt", "x"), ("chat_template", "{{ messages }}"), ("best_of", 3),
+        ("truncate_prompt_tokens", 5), ("chat_template", "{{ messages }}"), ("best_of", 3),
     ],
 )  # fmt: skip
 def test_what_is_not_built_yet_is_refused_by_name(http, field, value):

@@ -42,10 +42,11 @@ impl Traces {
                  http://localhost:4318/v1/traces"
             );
         };
-        let endpoint = match rest.trim_end_matches('/').contains('/') {
-            true => endpoint.to_owned(),
+        let endpoint = if rest.trim_end_matches('/').contains('/') {
+            endpoint.to_owned()
+        } else {
             // The path that OTLP prescribes.
-            false => format!("{}/v1/traces", endpoint.trim_end_matches('/')),
+            format!("{}/v1/traces", endpoint.trim_end_matches('/'))
         };
         let exporter = SpanExporter::builder()
             .with_http()

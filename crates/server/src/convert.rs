@@ -68,7 +68,7 @@ pub(crate) fn chat(app: &App, body: &[u8]) -> Result<Job, ApiError> {
         kwargs: request.template_kwargs,
     };
     let text_error = |error| text_error(app, error, &NAMES, request.common.max_tokens);
-    check_size(app, &request.messages).map_err(text_error)?;
+    check_messages(app, &request.messages).map_err(text_error)?;
     let rendered = template.render(&input).map_err(text_error)?;
     let tokens = app.model.tokenizer.encode_prompt(&rendered, max_prompt_tokens(app)).map_err(text_error)?;
     let separate = request.separate_reasoning && app.model.reasoning_parser == ReasoningParser::DeepSeekR1;
@@ -87,11 +87,18 @@ pub(crate) fn chat(app: &App, body: &[u8]) -> Result<Job, ApiError> {
 }
 
 /// Refuses before it is rendered what cannot fit. Templates drop an assistant's old thoughts and blanks around a text, but
-/// none of the rest.
-fn check_size(app: &App, messages: &[ChatMessage]) -> Result<(), TextError> {
+/// none of the rest, and no template runs what a user said twice into one token.
+fn check_messages(app: &App, messages: &[ChatMessage]) -> Result<(), TextError> {
     let kept = messages.iter().filter(|message| message.role != Role::Assistant);
     let bytes: usize = kept.map(|message| message.content.trim().len()).sum();
-    let at_least = bytes.div_ceil(app.model.tokenizer.max_bytes_per_token());
+    let said =
+        messages.iter().filter(|message| message.role == Role::User && !message.content.trim().is_empty());
+    check_size(app, bytes, said.count())
+}
+
+/// Refuses before it is tokenized what cannot fit: so many bytes, and at least so many tokens.
+fn check_size(app: &App, bytes: usize, tokens: usize) -> Result<(), TextError> {
+    let at_least = bytes.div_ceil(app.model.tokenizer.max_bytes_per_token()).max(tokens);
     let max_tokens = max_prompt_tokens(app);
     if at_least > max_tokens { Err(TextError::TooLong { at_least, max_tokens }) } else { Ok(()) }
 }
@@ -125,6 +132,7 @@ fn tokenize(app: &App, prompt: Prompt, echo: bool) -> Result<Tokenized, TextErro
     let tokenizer = &app.model.tokenizer;
     match prompt {
         Prompt::Text(text) => {
+            check_size(app, text.len(), 0)?;
             let tokens = tokenizer.encode_completion(&text, max_prompt_tokens(app))?;
             Ok(Tokenized { tokens, echo: if echo { text } else { String::new() } })
         }

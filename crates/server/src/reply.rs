@@ -214,11 +214,10 @@ impl Choice {
             }
             Event::Finished(reason) => self.end(Some(reason)),
             Event::Failed(error) => {
-                match &error {
-                    EngineError::SlowReader { .. } => {
-                        tracing::warn!(parent: &self.log.span, %error, "generation aborted");
-                    }
-                    _ => tracing::error!(parent: &self.log.span, %error, "generation failed"),
+                if matches!(error, EngineError::SlowReader { .. }) {
+                    tracing::warn!(parent: &self.log.span, %error, "generation aborted");
+                } else {
+                    tracing::error!(parent: &self.log.span, %error, "generation failed");
                 }
                 self.ended = Some(Ended::Failed);
                 self.generation = None;

@@ -159,17 +159,12 @@ async fn generate(
     let limit = app.config.request_timeout;
     let deadline = limit.map(|limit| (Instant::from_std(log.received) + limit, limit));
     let answering = answer(app, log, request, convert, deadline);
-    match deadline {
-        None => answering.await,
-        // What was begun is dropped, which aborts it.
-        Some((deadline, limit)) => match timeout_at(deadline, answering).await {
-            Ok(answer) => answer,
-            Err(_) => {
-                tracing::warn!("a request is aborted: the request timeout is over");
-                Err(ApiError::request_timeout(limit))
-            }
-        },
-    }
+    let Some((deadline, limit)) = deadline else { return answering.await };
+    // What was begun is dropped, which aborts it.
+    timeout_at(deadline, answering).await.unwrap_or_else(|_| {
+        tracing::warn!("a request is aborted: the request timeout is over");
+        Err(ApiError::request_timeout(limit))
+    })
 }
 
 async fn answer(

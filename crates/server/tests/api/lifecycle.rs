@@ -44,9 +44,9 @@ async fn connections_without_a_request_are_closed_and_those_with_one_are_not() {
         kept.until("ready").await;
         tokio::time::sleep(SOON / 2).await;
     }
-    silent.to_the_end().await;
+    silent.until_closed().await;
     assert_eq!(silent.read, "");
-    kept.to_the_end().await;
+    kept.until_closed().await;
     tokio::time::sleep(SOON * 2).await;
     assert!(engine.aborted().is_empty());
     engine.release();
@@ -66,7 +66,7 @@ async fn headers_that_trickle_are_408() {
     kept.write("GET /health HTTP/1.1\r\nhost: he").await;
     for client in [&mut fresh, &mut kept] {
         client.until("request_timeout").await;
-        client.to_the_end().await;
+        client.until_closed().await;
         let reply = &client.read[client.read.find("HTTP/1.1 408").expect("a 408")..];
         let (head, body) = reply.split_once("\r\n\r\n").unwrap();
         assert!(head.contains(&format!("content-length: {}", body.len())), "{reply}");
@@ -120,7 +120,7 @@ async fn a_client_that_still_writes_reads_its_413() {
         client.until("request_too_large").await;
         assert!(client.read.starts_with("HTTP/1.1 413"), "{}", client.read);
         assert!(client.read.contains("connection: close"), "{}", client.read);
-        client.to_the_end().await;
+        client.until_closed().await;
     }
     assert!(engine.asked().is_empty());
 }
@@ -186,7 +186,7 @@ async fn a_reader_that_falls_behind_is_told_that_its_reply_was_given_up() {
     client.until("HTTP/1.1 200").await;
     let since = Instant::now();
     while outcome.load(Ordering::Relaxed) == RUNNING {
-        assert!(since.elapsed() < Duration::from_secs(60), "the engine's queue never fills up");
+        assert!(since.elapsed() < Duration::from_mins(1), "the engine's queue never fills up");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert_eq!(outcome.load(Ordering::Relaxed), OVERFLOWED);
@@ -205,13 +205,13 @@ async fn a_reply_that_nobody_reads_is_broken_off() {
     client.until("HTTP/1.1 200").await;
     let since = Instant::now();
     while outcome.load(Ordering::Relaxed) == RUNNING {
-        assert!(since.elapsed() < Duration::from_secs(60), "the generation is never given up");
+        assert!(since.elapsed() < Duration::from_mins(1), "the generation is never given up");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert_eq!(outcome.load(Ordering::Relaxed), ABANDONED);
     assert_eq!(handle.stats().waiting, 0);
     tokio::time::sleep(SOON * 4).await;
-    client.to_the_end().await;
+    client.until_closed().await;
     assert!(!client.read.contains("[DONE]"));
     // Chunked framing lacks its end too, so that no client takes this for a whole reply.
     assert!(!client.read.ends_with("0\r\n\r\n"));
@@ -226,7 +226,7 @@ async fn kept_connections_are_closed_when_the_server_stops() {
     kept.until("ready").await;
     let mut silent = server.connect().await;
     server.stop();
-    kept.to_the_end().await;
-    silent.to_the_end().await;
+    kept.until_closed().await;
+    silent.until_closed().await;
     server.has_ended().await;
 }

@@ -83,7 +83,7 @@ impl Client {
     }
 
     /// Reads on until the server closes the connection.
-    pub(crate) async fn to_the_end(&mut self) {
+    pub(crate) async fn until_closed(&mut self) {
         let mut rest = Vec::new();
         let reading = timeout(Duration::from_secs(10), self.socket.read_to_end(&mut rest)).await;
         // A reset is an end too.
