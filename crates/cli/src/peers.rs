@@ -154,7 +154,7 @@ mod tests {
     #[test]
     fn what_has_nothing_to_do_is_noted() {
         assert!(check("--tp 1 --nnodes 1 --node-rank 0").unwrap().is_empty());
-        assert!(check("--tp 0").unwrap_err().to_string().contains("tp is 0"));
+        assert!(check("--pp 0").unwrap_err().to_string().contains("pp is 0"));
         let notes =
             check("--trust-remote-code --enable-torch-compile --torch-compile-max-bs 8 --enforce-eager")
                 .unwrap();

@@ -107,7 +107,9 @@ fn wrong_arguments_are_sentences() {
         String::from_utf8(output.stderr).expect("text")
     };
     for (args, needles) in [
-        (&["--tp", "8"][..], &["--tp", "not supported yet"][..]),
+        (&["--tp", "8"][..], &["num_attention_heads is 4", "8", "--tp"][..]),
+        (&["--max-total-tokens", "100"], &["--max-total-tokens", "128", "4096"]),
+        (&["--deterministic", "--device", "reference"], &["--deterministic", "--device cpu"]),
         (&["--enable-dp-attention"], &["--enable-dp-attention", "not supported yet"]),
         (&["--model", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"], &["Llama is not built yet"]),
         (&["--model", "/nowhere/at-all"], &["/nowhere/at-all"]),

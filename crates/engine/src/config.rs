@@ -64,6 +64,17 @@ pub enum StartError {
         /// What it said.
         why: String,
     },
+    /// One full context does not fit into the blocks that were asked for.
+    #[error(
+        "--max-total-tokens gives the KV cache room for {have_tokens} tokens, but one context of --max-model-len takes \
+         {max_model_len}; raise the one or lower the other"
+    )]
+    TooFewBlocks {
+        /// Tokens of the blocks.
+        have_tokens: usize,
+        /// Tokens of one context.
+        max_model_len: usize,
+    },
     /// One full context does not fit.
     #[error(
         "the KV cache has room for {have_tokens} tokens ({have_bytes} bytes of {free_bytes} free), but one context of \
@@ -96,7 +107,12 @@ impl EngineConfig {
         let block_bytes = model.kv_bytes_per_token() * self.block_size;
         // Slots are counted in 32 bits.
         let useful = useful.min(u32::MAX as usize / self.block_size);
+        let needed = self.max_model_len.div_ceil(self.block_size);
         let num_blocks = match (self.num_blocks, model.backend().free_bytes()) {
+            (Some(num_blocks), _) if num_blocks < needed => {
+                let have_tokens = num_blocks * self.block_size;
+                return Err(StartError::TooFewBlocks { have_tokens, max_model_len: self.max_model_len });
+            }
             (Some(num_blocks), _) => num_blocks,
             (None, None) => {
                 useful.min(UNKNOWN_MEMORY_TOKENS.max(self.max_model_len).div_ceil(self.block_size))
@@ -104,7 +120,6 @@ impl EngineConfig {
             (None, Some(free_bytes)) => {
                 let have_bytes = (free_bytes as f64 * self.kv_memory_fraction) as usize;
                 let fits = have_bytes / block_bytes;
-                let needed = self.max_model_len.div_ceil(self.block_size);
                 if fits < needed {
                     return Err(StartError::KvCacheTooSmall {
                         have_tokens: fits * self.block_size,

@@ -330,6 +330,15 @@ impl Handle {
         })
     }
 
+    /// Refuses what [`submit`](Self::submit) would refuse whatever the request: for callers to whom making one is work.
+    pub fn check_room(&self) -> Result<(), SubmitError> {
+        let EngineInfo { max_num_seqs, max_queued, .. } = self.shared.info;
+        if self.shared.in_flight.load(Ordering::Relaxed) >= max_num_seqs.saturating_add(max_queued) {
+            return Err(SubmitError::QueueFull { max_queued });
+        }
+        Ok(())
+    }
+
     /// Hands a request to the engine.
     pub fn submit(&self, request: Request) -> Result<Generation, SubmitError> {
         let mut generations = self.submit_all(vec![request])?;
@@ -500,7 +509,9 @@ mod tests {
         assert_eq!(refused, Some(SubmitError::TooManyChoices { choices: 3, capacity: 2 }));
         let _first = handle.submit(request()).unwrap();
         assert_eq!(handle.submit_all(two()).err(), Some(SubmitError::QueueFull { max_queued: 1 }));
+        assert_eq!(handle.check_room(), Ok(()));
         let _second = handle.submit(request()).unwrap();
+        assert_eq!(handle.check_room(), Err(SubmitError::QueueFull { max_queued: 1 }));
         assert_eq!(handle.submit(request()).err(), Some(SubmitError::QueueFull { max_queued: 1 }));
         assert_eq!(handle.stats().waiting, 2);
         inbox.ended(2);

@@ -21,7 +21,9 @@ pub enum ModelError {
         why: String,
     },
     /// The ranks do not divide the model.
-    #[error("{what} is {size}, which {world} tensor-parallel ranks do not divide evenly")]
+    #[error(
+        "{what} is {size}, which {world} tensor-parallel ranks do not divide evenly; choose another --tp"
+    )]
     Indivisible {
         /// The dimension.
         what: &'static str,

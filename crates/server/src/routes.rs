@@ -177,6 +177,8 @@ async fn answer(
     let body = read_body(&app.config, request).await?;
     let active = app.drain.enter().ok_or_else(ApiError::draining)?;
     app.require_ready()?;
+    // Before the work of reading the prompt, which under overload is what those who are served would wait for.
+    app.engine.check_room()?;
     let converting = {
         let (app, span) = (app.clone(), log.span.clone());
         tokio::task::spawn_blocking(move || {

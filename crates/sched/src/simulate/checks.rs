@@ -129,8 +129,13 @@ impl Simulation<'_> {
             + admitted.iter().map(|seq| known(seq)).sum::<usize>()
             + known(waits)
             + config.blocks_for(config.headroom_tokens * num_seqs);
+        // One that is to give way to somebody further behind sits out this step, and leaves its token when the short ones
+        // have been looked at.
+        let sits_out =
+            |seq: &Sequence| seq.may_decode() && chosen.decode.iter().all(|row| row.seq != seq.id());
         let due = room
             && chosen.preempt.is_empty()
+            && !self.state.running().any(sits_out)
             && waits.priority() == turn.0
             && self.turn(waits.id()) > turn
             && waits.tokens().len() <= left
