@@ -205,6 +205,10 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "KEY", action = clap::ArgAction::Append)]
     pub(crate) api_key: Vec<String>,
 
+    /// Seed of the first request that brings none; each further one gets the next [default: random seeds].
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+
     /// Most requests that may wait; one more gets a 429.
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = at_least_one)]
     pub(crate) max_queued_requests: usize,

@@ -13,8 +13,14 @@ mod traces;
 use std::process::ExitCode;
 
 use clap::Parser;
+use mimalloc::MiMalloc;
 
 use crate::args::{BenchCommand, Cli, Command};
+
+/// Requests come and go on many threads, and what one allocates another frees: the C library's allocator keeps growing under
+/// that.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();

@@ -45,8 +45,6 @@ pub(crate) struct PeerArgs {
     #[arg(long, hide = true)]
     enable_auto_tool_choice: bool,
     #[arg(long, hide = true)]
-    seed: Option<u64>,
-    #[arg(long, hide = true)]
     config: Option<std::path::PathBuf>,
     #[arg(long, hide = true)]
     admin_api_key: Option<String>,
@@ -97,7 +95,6 @@ impl PeerArgs {
                 "--enable-auto-tool-choice",
                 "tool calls are not parsed yet; leave it out",
             ),
-            (self.seed.is_some(), "--seed", "give each request its own \"seed\""),
             (self.config.is_some(), "--config", "give the options as flags"),
             (
                 self.admin_api_key.is_some(),
@@ -137,14 +134,9 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_refused_by_name() {
-        for flags in [
-            "--dp 8",
-            "--pipeline-parallel-size=2",
-            "--enable-dp-attention",
-            "--nnodes 2",
-            "--seed 1",
-            "--config x",
-        ] {
+        for flags in
+            ["--dp 8", "--pipeline-parallel-size=2", "--enable-dp-attention", "--nnodes 2", "--config x"]
+        {
             let error = check(flags).unwrap_err().to_string();
             let flag = if flags.starts_with("--pipe") { "--pp" } else { flags.split(' ').next().unwrap() };
             assert!(error.contains(flag), "{flags}: {error}");

@@ -50,8 +50,11 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         max_queued: args.max_queued_requests,
         max_unread_tokens: 4096,
     });
+    let cores = std::thread::available_parallelism().map_or(2, usize::from);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
+        // They read prompts, which is arithmetic: more of them than cores would only hold memory.
+        .max_blocking_threads(cores.max(2))
         .build()
         .context("cannot start the network threads")?;
     // A port that is taken is known before minutes of loading.
@@ -193,6 +196,7 @@ async fn serve(
         api_keys: args.api_keys(),
         max_body_bytes: args.max_body_bytes,
         strict_model_name: args.strict_model_name,
+        seed: args.seed,
         shutdown_timeout: args.shutdown_timeout,
         watchdog_timeout: args.watchdog_timeout,
         request_timeout: args.request_timeout,

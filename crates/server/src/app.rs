@@ -1,9 +1,11 @@
 //! What every request handler shares. Must not know any endpoint.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use r1_engine::{Handle, Status};
 
+use crate::access::random_u64;
 use crate::config::{ServedModel, ServerConfig};
 use crate::drain::Drain;
 use crate::error::ApiError;
@@ -16,6 +18,8 @@ pub(crate) struct App {
     pub(crate) engine: Handle,
     pub(crate) metrics: Metrics,
     pub(crate) drain: Drain,
+    /// Seeds given out to requests that bring none.
+    num_seeds: AtomicU64,
     /// When the server started, in Unix seconds: the models' `created`.
     pub(crate) started_unix_s: u64,
 }
@@ -28,6 +32,7 @@ impl App {
         Self {
             metrics: Metrics::new(name),
             drain: Drain::new(),
+            num_seeds: AtomicU64::new(0),
             started_unix_s: unix_s(),
             config,
             model,
@@ -42,6 +47,14 @@ impl App {
             Some(name) if served.iter().any(|s| s == name) => Ok(name.to_owned()),
             Some(name) if self.config.strict_model_name => Err(ApiError::unknown_model(name, served)),
             _ => Ok(served[0].clone()),
+        }
+    }
+
+    /// A seed for a request that brings none: the next one from the configured seed on, else a random one.
+    pub(crate) fn next_seed(&self) -> u64 {
+        match self.config.seed {
+            Some(seed) => seed.wrapping_add(self.num_seeds.fetch_add(1, Ordering::Relaxed)),
+            None => random_u64(),
         }
     }
 

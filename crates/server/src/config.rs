@@ -21,6 +21,8 @@ pub struct ServerConfig {
     pub max_body_bytes: usize,
     /// Refuse model names that are not served; otherwise any name means the one model.
     pub strict_model_name: bool,
+    /// Where the seeds of requests that bring none begin; each next one gets the next. `None`: random ones.
+    pub seed: Option<u64>,
     /// Most choices of one request: prompts times `n`.
     pub max_choices: usize,
     /// How long running requests may go on after the server was asked to stop.
@@ -51,6 +53,7 @@ impl Default for ServerConfig {
             cors: Cors::AnyOrigin,
             max_body_bytes: 16 << 20,
             strict_model_name: false,
+            seed: None,
             max_choices: 128,
             shutdown_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_mins(1),

@@ -6,7 +6,6 @@ use r1_engine::{Request, SubmitError};
 use r1_text::{ChatInput, ControlText, ParserConfig, PromptEnd, TextError};
 use serde_json::{Map, Value};
 
-use crate::access::random_u64;
 use crate::app::{App, unix_s};
 use crate::config::{ReasoningParser, SamplingDefaults};
 use crate::decode::{DecodeRules, Decoder};
@@ -202,7 +201,7 @@ fn job(
         for nth in 0..common.n {
             let mut params = params.clone();
             // With a seed a prompt gives the same choices alone and in a list.
-            params.seed = common.seed.map_or_else(random_u64, |seed| seed.wrapping_add(nth as u64));
+            params.seed = common.seed.map_or_else(|| app.next_seed(), |seed| seed.wrapping_add(nth as u64));
             let decoder = Decoder::new(app.model.tokenizer.clone(), rules.clone())
                 .map_err(|e| ApiError::bad_field("stop", e))?;
             let request = Request {

@@ -326,11 +326,18 @@ async fn silence_means_the_models_defaults_then_openais() {
     assert_eq!((spoken.params.temperature, spoken.params.max_tokens), (0.0, 4));
     assert_eq!(spoken.params.stop_token_ids, []);
 
+    let seeded = engine.router(ServerConfig { seed: Some(40), ..ServerConfig::default() });
+    for body in [completion_base(), with(&completion_base(), &json!({"seed": 7})), completion_base()] {
+        assert_eq!(complete(&seeded, &body).await.status, 200);
+    }
+    let seeds: Vec<_> = engine.asked()[3..].iter().map(|asked| asked.params.seed).collect();
+    assert_eq!(seeds, [40, 7, 41], "seeds of the server's for those who bring none");
+
     let mut model = model();
     model.defaults = SamplingDefaults { max_tokens: Some(11), top_k: Some(0), ..SamplingDefaults::default() };
     let router = r1_server::router(ServerConfig::default(), model, engine.handle.clone());
     assert_eq!(complete(&router, &completion_base()).await.status, 200);
-    let params = engine.asked()[3].params.clone();
+    let params = engine.asked()[6].params.clone();
     assert_eq!((params.temperature, params.top_p, params.top_k, params.max_tokens), (1.0, 1.0, None, 11));
 }
 
