@@ -161,7 +161,9 @@ impl Cpu {
 
 fn out_of_memory(requested_bytes: usize, what: String, left: Option<usize>) -> BackendError {
     let left = left.map_or(String::new(), |left| format!("{left} bytes are left; "));
-    let hint = format!("{left}lower --max-model-len or --max-num-seqs, or take a smaller model");
+    let hint = format!(
+        "{left}lower --max-model-len, --max-num-seqs, --max-num-batched-tokens or --max-total-tokens, or take a smaller model"
+    );
     BackendError::OutOfMemory { device: "cpu".to_owned(), what, requested_bytes, hint }
 }
 

@@ -91,18 +91,6 @@ impl<B: Backend> Ranks<B> {
         }
         // Every rank holds the same blocks of the same sequences.
         sched.num_blocks = loaded.iter().map(|rank| rank.num_blocks).min().unwrap_or(sched.num_blocks);
-        let kv_cache_bytes = model.kv_bytes_per_token() * sched.num_blocks * sched.block_size;
-        for (rank, of_rank) in loaded.iter().enumerate() {
-            let ranks = loaded.len();
-            tracing::info!(
-                weight_bytes = of_rank.weight_bytes,
-                kv_cache_bytes,
-                "rank {rank} of {ranks} holds {:.1} MiB of weights and {:.1} MiB of KV cache ({} tokens)",
-                mib(of_rank.weight_bytes),
-                mib(kv_cache_bytes),
-                sched.num_blocks * sched.block_size,
-            );
-        }
         let slots: Arc<[Slot]> = (0..sched.depth).map(|_| Slot::new(&sched)).collect();
         for worker in &others {
             worker.ask(Job::Allocate(sched.clone(), slots.clone()));
@@ -114,6 +102,18 @@ impl<B: Backend> Ranks<B> {
                 Ok(Answer::Allocated(Err(error))) => return Err(error),
                 _ => return Err(StartError::RankEnded),
             }
+        }
+        let kv_cache_bytes = first.model().kv_bytes_per_token() * sched.num_blocks * sched.block_size;
+        for (rank, of_rank) in loaded.iter().enumerate() {
+            let ranks = loaded.len();
+            tracing::info!(
+                weight_bytes = of_rank.weight_bytes,
+                kv_cache_bytes,
+                "rank {rank} of {ranks} holds {:.1} MiB of weights and {:.1} MiB of KV cache ({} tokens)",
+                mib(of_rank.weight_bytes),
+                mib(kv_cache_bytes),
+                sched.num_blocks * sched.block_size,
+            );
         }
         Ok((Self { first, others, slots, loader }, sched))
     }
