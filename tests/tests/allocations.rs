@@ -1,5 +1,5 @@
-//! The engine thread allocates nothing while it decodes: planning, inputs, the forward pass, sampling, events and
-//! statistics all use memory that they have.
+//! The engine thread allocates nothing while it decodes for requests that want neither log-probabilities nor penalties:
+//! planning, inputs, the forward pass, sampling, events and statistics all use memory that they have.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -65,7 +65,7 @@ impl RankLoader<Cpu> for Watched {
 #[test]
 fn decode_steps_allocate_nothing() {
     const SEQUENCES: usize = 8;
-    for (ranks, depth) in [(1, 1), (1, 2), (2, 1)] {
+    for (ranks, depth) in [(1, 1), (1, 2), (2, 1), (2, 2)] {
         let tiny = Tiny { depth, max_num_seqs: SEQUENCES, max_num_batched_tokens: 256, ..Tiny::default() };
         // One thread each: with more, which of them needs its scratch first is up to the system.
         let cpu = || Arc::new(Cpu::new(CpuOptions { threads: Some(1), isa: None }).expect("a CPU"));

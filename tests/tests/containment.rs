@@ -153,7 +153,8 @@ fn a_panic_on_any_rank_fails_the_steps_in_flight_and_nothing_else() {
                 assert_eq!(run(&engine, 2), second, "{case}, after {collectives}");
                 assert_eq!(run(&engine, 1), first, "{case}, after {collectives}");
             }
-            assert_eq!(engine.stats().failed_steps_total, 3, "{case}");
+            let failed = engine.stats().failed_steps_total;
+            assert!((3..=3 * depth as u64).contains(&failed), "{case}: {failed} steps failed");
             let since = Instant::now();
             while engine.stats().kv_blocks_used > 0 {
                 assert!(since.elapsed() < Duration::from_secs(5), "{case}: {:?}", engine.stats());
@@ -161,6 +162,19 @@ fn a_panic_on_any_rank_fails_the_steps_in_flight_and_nothing_else() {
             }
         }
     }
+}
+
+#[test]
+fn a_request_that_waits_outlives_a_step_that_fails() {
+    let tiny = Tiny { max_num_seqs: 1, ..Tiny::default() };
+    let fuse = Fuse::default();
+    let ranks = tiny.ranks_on(vec![cpu()]);
+    let engine = tiny.start_ranks(Arc::new(FaultyRanks { ranks, faulty: 0, fuse: fuse.clone() }));
+    let expected = run(&engine, 2);
+    fuse.store(30, Ordering::Relaxed);
+    let [fails, waits] = [1, 2].map(|start| engine.submit(request(start)).expect("accepted"));
+    assert_eq!(read(fails).1, Err(EngineError::Step("injected".into())));
+    assert_eq!(read(waits), (expected, Ok(())));
 }
 
 #[test]
@@ -198,7 +212,7 @@ fn a_reader_that_does_not_read_loses_its_generation_only() {
     let (_, quick) = read(engine.submit(request(2)).expect("accepted"));
     assert_eq!(quick, Ok(()));
     let (tokens, ended) = read(slow);
-    assert_eq!((tokens.len(), ended), (7, Err(EngineError::SlowReader { max_unread: 8 })));
+    assert_eq!((tokens.len(), ended), (8, Err(EngineError::SlowReader { max_unread: 8 })));
     let since = Instant::now();
     while engine.stats().running > 0 {
         assert!(since.elapsed() < Duration::from_secs(5), "{:?}", engine.stats());

@@ -182,6 +182,23 @@ fn a_step_ahead_of_the_device() {
     }
 }
 
+/// What the sampler must have seen of a reply is there a step ahead, too: such a sequence waits for it.
+#[test]
+fn penalties_a_step_ahead_of_the_device() {
+    let penalised = || {
+        let mut request = request(prompt(1, 150), 60);
+        request.params.repetition_penalty = 1.3;
+        request.params.frequency_penalty = 0.5;
+        request
+    };
+    let expected = run(&tiny().start(), penalised()).trace;
+    let engine = Tiny { depth: 2, ..tiny() }.start();
+    let plain = engine.submit(request(prompt(2, 30), 100)).expect("accepted");
+    same("penalised, ahead of the device", &run(&engine, penalised()).trace, &expected);
+    same("beside it", &read(plain).trace, &run(&tiny().start(), request(prompt(2, 30), 100)).trace);
+    assert_ne!(expected, alone(1).1, "the penalties change what is drawn");
+}
+
 #[test]
 fn on_two_ranks_as_well() {
     let (prompt_, expected) = alone(2);

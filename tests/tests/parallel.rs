@@ -156,7 +156,10 @@ fn a_vocabulary_that_ranks_do_not_divide_is_refused() {
     let options = Load::f32(MlaForm::Auto).options(0, 2);
     let loaded = DeepSeek::load(Arc::new(Reference::new()), comm, &checkpoint, &config, options, &mut |_| {});
     let error = loaded.err().expect("127 rows are odd");
-    assert_eq!(error.to_string(), "vocab_size is 127, which 2 tensor-parallel ranks do not divide evenly; choose another --tp");
+    assert_eq!(
+        error.to_string(),
+        "vocab_size is 127, which 2 tensor-parallel ranks do not divide evenly; choose another --tp"
+    );
 }
 
 /// Layers cut into stages give the bits of the whole.

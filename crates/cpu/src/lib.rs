@@ -143,8 +143,8 @@ impl Cpu {
     /// is less.
     fn left_bytes(&self) -> Option<usize> {
         let owned = self.owned_bytes.load(Ordering::Relaxed);
-        let left = self.budget_bytes.map(|budget| budget.saturating_sub(owned));
-        left.into_iter().chain(memory::available_bytes()).min()
+        let left = self.budget_bytes.map(|budget| (budget / self.sharing).saturating_sub(owned));
+        left.into_iter().chain(memory::available_bytes().map(|bytes| bytes / self.sharing)).min()
     }
 
     /// Refuses what the machine cannot hold.
@@ -191,7 +191,7 @@ impl Backend for Cpu {
 
     fn free_bytes(&self) -> Option<usize> {
         let mapped = self.mapped_bytes.load(Ordering::Relaxed);
-        self.left_bytes().map(|left| (left / self.sharing).saturating_sub(mapped))
+        self.left_bytes().map(|left| left.saturating_sub(mapped))
     }
 
     fn alloc(&self, shape: &[usize], dtype: DType) -> Result<Tensor<Self>, BackendError> {

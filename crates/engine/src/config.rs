@@ -5,6 +5,8 @@ use r1_core::Rank;
 use r1_model::{DeepSeek, ModelError};
 use r1_sched::{PrefixKey, SchedConfig, SchedError};
 
+use crate::rank::panic_text;
+
 /// Tokens of KV cache on a device that cannot say how much memory it has; one full context where that is more.
 const UNKNOWN_MEMORY_TOKENS: usize = 65_536;
 
@@ -92,6 +94,13 @@ pub enum StartError {
         /// Bytes of one context.
         need_bytes: usize,
     },
+}
+
+impl StartError {
+    /// What a rank said when it panicked.
+    pub(crate) fn panic(rank: Rank, panic: &(dyn std::any::Any + Send)) -> Self {
+        Self::Panic { rank, why: panic_text(panic) }
+    }
 }
 
 /// A fresh secret, so that nobody outside can make two prompts collide.

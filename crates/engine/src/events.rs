@@ -24,7 +24,7 @@ struct State {
 struct Queue {
     state: Mutex<State>,
     changed: Condvar,
-    max_unread: usize,
+    max_unread_tokens: usize,
 }
 
 impl Queue {
@@ -60,15 +60,15 @@ pub struct EventSender(Arc<Queue>);
 /// The reader's end.
 pub(crate) struct EventReceiver(Arc<Queue>);
 
-/// A queue of at most `max_unread` events.
-pub(crate) fn queue(max_unread: usize) -> (EventSender, EventReceiver) {
+/// A queue of at most `max_unread_tokens` tokens, and of the event before them.
+pub(crate) fn queue(max_unread_tokens: usize) -> (EventSender, EventReceiver) {
     let state = State {
-        unread: VecDeque::with_capacity(max_unread.min(INITIAL_EVENTS)),
+        unread: VecDeque::with_capacity(max_unread_tokens.saturating_add(1).min(INITIAL_EVENTS)),
         end: None,
         waker: None,
         abandoned: false,
     };
-    let queue = Arc::new(Queue { state: Mutex::new(state), changed: Condvar::new(), max_unread });
+    let queue = Arc::new(Queue { state: Mutex::new(state), changed: Condvar::new(), max_unread_tokens });
     (EventSender(queue.clone()), EventReceiver(queue))
 }
 
@@ -82,11 +82,11 @@ impl EventSender {
         if state.end.is_some() {
             return Sent::Overflowed;
         }
-        let sent = if state.unread.len() < self.0.max_unread {
+        let sent = if state.unread.len() <= self.0.max_unread_tokens {
             state.unread.push_back(event);
             Sent::Delivered
         } else {
-            state.end = Some(Event::Failed(EngineError::SlowReader { max_unread: self.0.max_unread }));
+            state.end = Some(Event::Failed(EngineError::SlowReader { max_unread: self.0.max_unread_tokens }));
             Sent::Overflowed
         };
         self.0.wake(state);
@@ -175,12 +175,12 @@ mod tests {
 
     #[test]
     fn a_reader_that_falls_behind_keeps_what_was_sent_and_then_fails() {
-        let (sender, receiver) = queue(2);
+        let (sender, receiver) = queue(1);
         let sent: Vec<_> = (0..4).map(|i| sender.send(token(i))).collect();
         assert_eq!(sent, [Sent::Delivered, Sent::Delivered, Sent::Overflowed, Sent::Overflowed]);
         sender.end(Event::Finished(FinishReason::Length));
         assert_eq!((id(&receiver.wait()), id(&receiver.wait())), (0, 1));
-        let slow = EngineError::SlowReader { max_unread: 2 };
+        let slow = EngineError::SlowReader { max_unread: 1 };
         assert!(matches!(receiver.wait(), Event::Failed(error) if error == slow));
     }
 

@@ -53,7 +53,7 @@ pub enum Event {
     },
     /// The generation ended by itself.
     Finished(FinishReason),
-    /// The step that ran this generation failed.
+    /// The generation failed.
     Failed(EngineError),
 }
 
@@ -63,12 +63,15 @@ pub enum EngineError {
     /// The forward pass or the sampler failed; the next request is served.
     #[error("the step that ran this request failed: {0}")]
     Step(String),
+    /// The scheduler does not take it.
+    #[error("the request cannot be scheduled: {0}")]
+    Refused(String),
     /// The reader fell too far behind, so the generation was aborted.
     #[error(
         "the reply was read too slowly: {max_unread} tokens were waiting to be read; the generation was aborted"
     )]
     SlowReader {
-        /// Events that may wait to be read.
+        /// Tokens that may wait to be read.
         max_unread: usize,
     },
     /// The engine thread is gone.
@@ -323,7 +326,8 @@ impl Handle {
 
     /// For how long the engine has had work without ending a step; `None` while it has none or is not ready.
     pub fn silent_for(&self) -> Option<Duration> {
-        let busy = self.shared.in_flight.load(Ordering::Relaxed) > 0;
+        // Whoever sees work also sees the progress that was noted before it.
+        let busy = self.shared.in_flight.load(Ordering::Acquire) > 0;
         (busy && *lock(&self.shared.status) == Status::Ready).then(|| {
             let last = Duration::from_millis(self.shared.last_progress_ms.load(Ordering::Relaxed));
             self.shared.started.elapsed().saturating_sub(last)
@@ -365,10 +369,9 @@ impl Handle {
             // Before anybody can see work: the time without any is no silence.
             self.shared.progressed();
         }
-        let admitted =
-            self.shared.in_flight.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |in_flight| {
-                (in_flight + choices <= capacity).then_some(in_flight + choices)
-            });
+        let admitted = self.shared.in_flight.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |in_flight| {
+            (in_flight + choices <= capacity).then_some(in_flight + choices)
+        });
         if admitted.is_err() {
             return Err(SubmitError::QueueFull { max_queued });
         }

@@ -91,6 +91,22 @@ impl<B: Backend> OneBatchBench<B> {
     pub fn run(
         &mut self,
         batch: OneBatch,
+        each: impl FnMut(Duration),
+    ) -> Result<OneBatchTimes, OneBatchError> {
+        let first_id = self.next_id;
+        let ran = self.run_batch(batch, each);
+        if ran.is_err() {
+            // What is left of the batch would be in the way of the next one.
+            for id in first_id..self.next_id {
+                self.pipeline.state_mut().abort(SeqId(id));
+            }
+        }
+        ran
+    }
+
+    fn run_batch(
+        &mut self,
+        batch: OneBatch,
         mut each: impl FnMut(Duration),
     ) -> Result<OneBatchTimes, OneBatchError> {
         let (each_takes, kv_blocks) = {

@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use r1_backend::Backend;
+use r1_backend::{Backend, RowSampling};
 use r1_core::SeqId;
 use r1_sched::{Finished, Limits, Plan, SchedConfig, State, StepId, begin, fail, plan_into};
 
@@ -27,6 +27,8 @@ struct Step {
     sampled: Vec<SeqId>,
     /// Why it never got to the ranks whole.
     failure: Option<Failure>,
+    /// Sequences whose sampling could not be set up, and why; their rows draw something that counts for nothing.
+    spoilt: Vec<(SeqId, String)>,
 }
 
 /// The ranks, the scheduler's state, and the steps between them.
@@ -38,8 +40,6 @@ pub(crate) struct Pipeline<B: Backend> {
     /// Slots of the steps in flight, oldest first.
     in_flight: VecDeque<usize>,
     next_slot: usize,
-    /// A step has failed: nothing begins before it was given up and the ranks have joined anew.
-    broken: bool,
     drawn: Drawn,
 }
 
@@ -48,6 +48,9 @@ pub(crate) struct Failed {
     pub(crate) why: String,
     /// Sequences that were in them and lived.
     pub(crate) ended: Vec<Finished>,
+    pub(crate) num_steps: usize,
+    /// Why no step can run any more, if so.
+    pub(crate) fatal: Option<String>,
 }
 
 /// The oldest step, which was waited for.
@@ -57,6 +60,8 @@ pub(crate) struct Done<'a> {
     /// Sequences that drew a token, in the order of rows.
     pub(crate) sampled: &'a [SeqId],
     pub(crate) drawn: &'a Drawn,
+    /// Of these, those whose draw counts for nothing, and why.
+    pub(crate) spoilt: &'a [(SeqId, String)],
     pub(crate) state: &'a mut State,
 }
 
@@ -70,7 +75,6 @@ impl<B: Backend> Pipeline<B> {
             steps: (0..depth).map(|_| step()).collect(),
             in_flight: VecDeque::with_capacity(depth),
             next_slot: 0,
-            broken: false,
             drawn: Drawn::with_room(max_num_seqs),
         }
     }
@@ -96,7 +100,9 @@ impl<B: Backend> Pipeline<B> {
     /// Begins the next step, if one can run now; gives its plan. `lives` holds the sampling state of every sequence. Whether
     /// the step fails is known when it is waited for.
     pub(crate) fn begin(&mut self, limits: &Limits, lives: &mut impl Lives) -> Option<&Plan> {
-        if self.in_flight.len() == self.steps.len() || self.broken {
+        // What has failed is given up before anything else begins.
+        let has_failed = self.steps.iter().any(|step| step.failure.is_some());
+        if !self.has_room() || has_failed {
             return None;
         }
         let slot = self.next_slot;
@@ -108,11 +114,9 @@ impl<B: Backend> Pipeline<B> {
         step.id = Some(begin(&mut self.state, &step.plan));
         self.in_flight.push_back(slot);
         self.next_slot = (slot + 1) % self.steps.len();
-        // A constraint is the caller's code, and fills masks here.
         let filled = catch_unwind(AssertUnwindSafe(|| self.enqueue(slot, lives)));
         if let Err(panic) = filled {
             self.steps[slot].failure = Some(Failure::cause(panic_text(&*panic)));
-            self.broken = true;
         }
         Some(&self.steps[slot].plan)
     }
@@ -129,7 +133,8 @@ impl<B: Backend> Pipeline<B> {
         self.ranks.forward(slot);
 
         let vocab_size = self.ranks.model().config().vocab_size;
-        let Step { plan, sampled, .. } = &mut self.steps[slot];
+        let Step { plan, sampled, spoilt, .. } = &mut self.steps[slot];
+        spoilt.clear();
         let mut sampling = self.ranks.slot(slot).sampling_mut();
         sampling.batch.clear();
         sampling.wants_logprobs = false;
@@ -138,7 +143,14 @@ impl<B: Backend> Pipeline<B> {
         let prefills = plan.prefill.iter().filter(|chunk| chunk.samples);
         for (seq, position) in decodes.chain(prefills.map(|chunk| (chunk.seq, chunk.start + chunk.len))) {
             let live = lives.get(seq);
-            live.push_row(position, vocab_size, &mut sampling.batch);
+            let batch = &mut sampling.batch;
+            // A constraint is the caller's code, and fills its mask here; one that panics fails its own request. The row itself
+            // is pushed last.
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| live.push_row(position, vocab_size, batch)))
+            {
+                spoilt.push((seq, panic_text(&*panic)));
+                batch.rows.push(RowSampling::greedy());
+            }
             sampling.wants_logprobs |= live.logprobs().is_some();
             sampled.push(seq);
         }
@@ -149,17 +161,20 @@ impl<B: Backend> Pipeline<B> {
     /// Waits for the oldest step in flight. `None`: there is none.
     pub(crate) fn wait(&mut self) -> Option<Result<Done<'_>, Failed>> {
         let slot = *self.in_flight.front()?;
-        let waited = self.ranks.wait(slot).and_then(|()| self.steps[slot].failure.take().map_or(Ok(()), Err));
-        let waited = waited.and_then(|()| {
-            let read = self.ranks.read(slot, &mut self.drawn);
-            read.map_err(|error| Failure::cause(error.to_string()))
+        let prepared = self.steps[slot].failure.clone().map_or(Ok(()), Err);
+        let waited = self.ranks.wait(slot).and(prepared).and_then(|()| {
+            let read = catch_unwind(AssertUnwindSafe(|| self.ranks.read(slot, &mut self.drawn)));
+            match read {
+                Ok(read) => read.map_err(|error| Failure::cause(error.to_string())),
+                Err(panic) => Err(Failure::cause(panic_text(&*panic))),
+            }
         });
         Some(match waited {
             Ok(()) => {
                 self.in_flight.pop_front();
-                let Step { id, plan, sampled, .. } = &mut self.steps[slot];
+                let Step { id, plan, sampled, spoilt, .. } = &mut self.steps[slot];
                 let id = id.take().expect("a step in flight has an id");
-                Ok(Done { id, plan, sampled, drawn: &self.drawn, state: &mut self.state })
+                Ok(Done { id, plan, sampled, drawn: &self.drawn, spoilt, state: &mut self.state })
             }
             Err(failure) => Err(self.fail(slot, failure)),
         })
@@ -168,6 +183,7 @@ impl<B: Backend> Pipeline<B> {
     /// Gives up the oldest step, which is in `slot`, and every later one: their blocks hold nothing.
     fn fail(&mut self, slot: usize, mut failure: Failure) -> Failed {
         let id = self.steps[slot].id.expect("a step in flight has an id");
+        let num_steps = self.in_flight.len();
         for later in self.in_flight.drain(..) {
             // Nothing may still run when its buffers are used again. A rank that ran ahead and broke takes its group along, so
             // the cause may lie in a later step.
@@ -180,8 +196,7 @@ impl<B: Backend> Pipeline<B> {
             (step.id, step.failure) = (None, None);
             step.sampled.clear();
         }
-        self.ranks.rejoin();
-        self.broken = false;
-        Failed { why: failure.why, ended: fail(&mut self.state, id) }
+        let fatal = self.ranks.rejoin().err();
+        Failed { why: failure.why, ended: fail(&mut self.state, id), num_steps, fatal }
     }
 }

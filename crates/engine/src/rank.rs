@@ -178,9 +178,9 @@ impl<B: Backend> Rank<B> {
 
     /// Waits for the step in `slot`; a step that was not sampled is closed first.
     pub(crate) fn wait(&mut self, slot: usize) -> Result<(), Failure> {
-        let ticket = self.in_flight[slot].ticket.take().unwrap_or_else(|| self.model.backend().flush());
+        let ticket = self.in_flight[slot].ticket.take();
         let waited = catch_unwind(AssertUnwindSafe(|| -> Result<(), StepError> {
-            ticket.wait()?;
+            ticket.unwrap_or_else(|| self.model.backend().flush()).wait()?;
             self.model.check()
         }));
         let failure = match waited {

@@ -12,7 +12,7 @@ use r1_model::{DeepSeek, ModelError};
 use r1_sched::SchedConfig;
 
 use crate::config::{EngineConfig, StartError};
-use crate::rank::{Drawn, Failure, Rank, Slot, panic_text};
+use crate::rank::{Drawn, Failure, Rank, Slot};
 
 /// How the ranks of a model come to be.
 pub trait RankLoader<B: Backend>: Send + Sync + 'static {
@@ -169,13 +169,14 @@ impl<B: Backend> Ranks<B> {
         self.first.read(slot, drawn)
     }
 
-    /// Puts the ranks into a fresh group; no step may be in flight.
-    pub(crate) fn rejoin(&mut self) {
+    /// Puts the ranks into a fresh group; no step may be in flight. Fails when a rank is gone for good.
+    pub(crate) fn rejoin(&mut self) -> Result<(), String> {
         let mut comms = self.loader.connect().into_iter();
         self.first.join(comms.next().expect("a group has at least one rank"));
         for (worker, comm) in self.others.iter().zip(comms) {
-            worker.ask(Job::Join(comm));
+            worker.jobs.send(Job::Join(comm)).map_err(|_| GONE.to_owned())?;
         }
+        Ok(())
     }
 }
 
@@ -199,24 +200,20 @@ impl<B: Backend> Worker<B> {
                 let num_blocks = config.sched(&model)?.num_blocks;
                 Ok((Loaded { num_blocks, weight_bytes: model.weight_bytes() }, model))
             }));
-            let model = match loaded {
-                Ok(Ok((of_rank, model))) => {
+            let model = match loaded.map_err(|panic| StartError::panic(id, &*panic)).flatten() {
+                Ok((of_rank, model)) => {
                     let _ = answer.send(Answer::Loaded(Ok(of_rank)));
                     model
                 }
-                Ok(Err(error)) => {
+                Err(error) => {
                     let _ = answer.send(Answer::Loaded(Err(error)));
                     return;
                 }
-                Err(panic) => {
-                    let why = panic_text(&*panic);
-                    let _ = answer.send(Answer::Loaded(Err(StartError::Panic { rank: id, why })));
-                    return;
-                }
             };
-            // The group is gone with the engine, and then nobody asks.
+            // The engine may have given up, and then nobody asks.
             let Ok(Job::Allocate(sched, slots)) = asked.recv() else { return };
-            let mut rank = match Rank::new(model, &sched, slots) {
+            let allocated = catch_unwind(AssertUnwindSafe(|| Rank::new(model, &sched, slots)));
+            let mut rank = match allocated.map_err(|panic| StartError::panic(id, &*panic)).flatten() {
                 Ok(rank) => {
                     let _ = answer.send(Answer::Allocated(Ok(())));
                     rank

@@ -91,6 +91,8 @@ struct Engine<B: Backend> {
     draws: Vec<Draw>,
     /// Sequences whose reader is gone or too slow.
     unread: Vec<SeqId>,
+    /// Why no step can run any more.
+    broken: Option<String>,
 }
 
 impl<B: Backend> Engine<B> {
@@ -113,6 +115,7 @@ impl<B: Backend> Engine<B> {
             interval: Interval::new(),
             draws: Vec::with_capacity(max_num_seqs),
             unread: Vec::with_capacity(max_num_seqs),
+            broken: None,
         }
     }
 
@@ -120,8 +123,10 @@ impl<B: Backend> Engine<B> {
         loop {
             if self.pipeline.state().is_idle() {
                 self.publish();
+                let command = self.inbox.wait();
+                // Time without work is nobody's throughput.
                 self.interval = Interval::new();
-                match self.inbox.wait() {
+                match command {
                     Some(Command::Stop) | None => break,
                     Some(command) => self.take(command),
                 }
@@ -142,6 +147,9 @@ impl<B: Backend> Engine<B> {
                 continue;
             }
             let finished = self.finish();
+            if self.broken.is_some() {
+                break;
+            }
             // An abort may have emptied the engine; otherwise something is in flight or can run.
             assert!(
                 began || finished || self.pipeline.state().is_idle(),
@@ -149,7 +157,7 @@ impl<B: Backend> Engine<B> {
             );
         }
         // From here on nothing is submitted; what came before is answered below.
-        self.inbox.set_status(Status::Stopped);
+        self.inbox.set_status(self.broken.take().map_or(Status::Stopped, Status::Failed));
         while let Some(command) = self.inbox.poll() {
             if let Command::Submit { events, .. } = command {
                 self.inbox.ended(1);
@@ -181,7 +189,7 @@ impl<B: Backend> Engine<B> {
                     }
                     Err(error) => {
                         self.inbox.ended(1);
-                        events.end(Event::Failed(EngineError::Step(error.to_string())));
+                        events.end(Event::Failed(EngineError::Refused(error.to_string())));
                     }
                 }
             }
@@ -206,9 +214,10 @@ impl<B: Backend> Engine<B> {
             let active = self.active.get_mut(&chunk.seq).expect("a planned sequence is active");
             if !active.scheduled {
                 active.scheduled = true;
-                // What does not have to be computed lies before the first chunk.
+                // Chunks begin behind what was found.
                 active.prompt_done = chunk.start;
                 self.stats.prompt_tokens_total += chunk.start as u64;
+                // Whether anybody reads shows with the first token.
                 active.events.send(Event::Scheduled { cached_tokens: chunk.start as u32 });
             }
         }
@@ -237,13 +246,18 @@ impl<B: Backend> Engine<B> {
         self.draws.clear();
         for (row, &seq) in done.sampled.iter().enumerate() {
             let Some(active) = self.active.get_mut(&seq) else { continue };
+            if let Some((_, why)) = done.spoilt.iter().find(|(spoilt, _)| *spoilt == seq) {
+                done.state.abort(seq);
+                let active = self.active.remove(&seq).expect("it was found above");
+                end(&self.inbox, active, failure(why.clone()));
+                continue;
+            }
             let token = done.drawn.token(row);
             let logprobs = active.live.logprobs().map(|num_top| done.drawn.logprobs(row, num_top));
             // A constraint is the caller's code; one that panics fails its own request.
             let finish = match catch_unwind(AssertUnwindSafe(|| active.live.accept(token))) {
                 Ok(finish) => finish,
                 Err(panic) => {
-                    self.stats.failed_steps_total += 1;
                     done.state.abort(seq);
                     let active = self.active.remove(&seq).expect("it was found above");
                     end(&self.inbox, active, failure(panic_text(&*panic)));
@@ -277,13 +291,17 @@ impl<B: Backend> Engine<B> {
 
     /// Tells the requests of steps that failed.
     fn failed(&mut self, failed: Failed) {
-        let Failed { why, ended } = failed;
-        tracing::error!(%why, requests = ended.len(), "a step failed");
-        self.stats.failed_steps_total += 1;
+        let Failed { why, ended, num_steps, fatal } = failed;
+        tracing::error!(%why, num_steps, requests = ended.len(), "a step failed");
+        self.stats.failed_steps_total += num_steps as u64;
         for finished in ended {
             if let Some(active) = self.active.remove(&finished.seq) {
                 end(&self.inbox, active, failure(why.clone()));
             }
+        }
+        if let Some(why) = fatal {
+            tracing::error!(%why, "no step can run any more");
+            self.broken = Some(why);
         }
         self.inbox.step_ended();
         self.publish();

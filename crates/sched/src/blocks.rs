@@ -31,7 +31,7 @@ struct Block {
 
 /// All blocks of the KV cache.
 #[derive(Clone, Debug)]
-pub struct BlockPool {
+pub(crate) struct BlockPool {
     blocks: Vec<Block>,
     /// Taken from the end, so that the block given back last is used first, while it may still be in a cache.
     free: Vec<BlockId>,
@@ -64,22 +64,22 @@ impl BlockPool {
     }
 
     /// Blocks in all.
-    pub fn total(&self) -> usize {
+    pub(crate) fn total(&self) -> usize {
         self.blocks.len()
     }
 
     /// Blocks that nobody holds and that hold nothing of worth.
-    pub fn num_free(&self) -> usize {
+    pub(crate) fn num_free(&self) -> usize {
         self.free.len()
     }
 
     /// Blocks in at least one table.
-    pub fn num_used(&self) -> usize {
+    pub(crate) fn num_used(&self) -> usize {
         self.num_used
     }
 
     /// Blocks in no table that can be found by what they hold.
-    pub fn num_cached(&self) -> usize {
+    pub(crate) fn num_cached(&self) -> usize {
         self.num_cached
     }
 

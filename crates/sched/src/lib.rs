@@ -95,7 +95,7 @@ pub mod simulate;
 mod state;
 mod step;
 
-pub use blocks::BlockPool;
+use blocks::BlockPool;
 pub use config::{Limits, SchedConfig};
 pub use error::SchedError;
 pub use plan::{Decode, Plan, PrefillChunk, plan, plan_into};

@@ -101,8 +101,7 @@ mod tests {
 
     #[test]
     fn the_hash_is_siphash_2_4_128() {
-        // The last of the reference implementation's vectors_sip128 that the key, the tag and the chain allow to be
-        // reproduced: an empty input under the key 00 01 .. 0f.
+        // The first of the reference implementation's vectors_sip128: an empty input under the key 00 01 .. 0f.
         let key = PrefixKey([0x0706_0504_0302_0100, 0x0f0e_0d0c_0b0a_0908]);
         let empty: u128 = key.hasher().finish128().into();
         let expect =

@@ -45,8 +45,6 @@ pub struct Finished {
     pub tokens: Vec<TokenId>,
     /// Where the output begins in `tokens`.
     pub prompt_len: usize,
-    /// How often it lost its blocks and was computed anew.
-    pub num_preemptions: u32,
 }
 
 impl Finished {
@@ -104,7 +102,6 @@ pub struct Sequence {
     pub(crate) prefill_len: usize,
     /// Steps in flight that hold a row of it.
     pub(crate) steps_in_flight: usize,
-    pub(crate) num_preemptions: u32,
 }
 
 impl Sequence {
@@ -128,11 +125,6 @@ impl Sequence {
         &self.tokens
     }
 
-    /// Length of the prompt in tokens.
-    pub fn prompt_len(&self) -> usize {
-        self.prompt_len
-    }
-
     /// Most tokens it may ever have, prompt and output together.
     pub fn max_len(&self) -> usize {
         self.max_len
@@ -147,11 +139,6 @@ impl Sequence {
     /// before that. What it finds again after a preemption does not count.
     pub fn cached_tokens(&self) -> usize {
         self.cached_tokens.unwrap_or(0)
-    }
-
-    /// Whether it may run ahead of the host.
-    pub fn run_ahead(&self) -> bool {
-        self.run_ahead
     }
 
     /// Its blocks of the KV cache: position `p` lies in block `p / block_size`. Only grows while the sequence runs.
@@ -192,7 +179,6 @@ impl Sequence {
             reason,
             tokens: std::mem::take(&mut self.tokens),
             prompt_len: self.prompt_len,
-            num_preemptions: self.num_preemptions,
         }
     }
 }

@@ -71,9 +71,9 @@ impl State {
             in_flight: VecDeque::new(),
             num_arrivals: 0,
             num_steps: 0,
-            num_preemptions: 0,
             prefix_queries_tokens: 0,
             prefix_hits_tokens: 0,
+            num_preemptions: 0,
             spare_rows: Vec::new(),
         })
     }
@@ -126,7 +126,6 @@ impl State {
             pending: 0,
             prefill_len: 0,
             steps_in_flight: 0,
-            num_preemptions: 0,
         };
         self.sequences.insert(id, sequence);
         Ok(())

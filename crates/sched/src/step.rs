@@ -92,7 +92,6 @@ fn preempt(state: &mut State, id: SeqId) {
     seq.settled = 0;
     seq.num_registered = 0;
     seq.prefill_len = 0;
-    seq.num_preemptions += 1;
     state.running.remove(&seq.turn);
     state.waiting.insert(seq.turn, id);
     state.num_preemptions += 1;

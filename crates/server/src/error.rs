@@ -173,7 +173,7 @@ impl From<EngineError> for ApiError {
     fn from(error: EngineError) -> Self {
         let message = error.to_string();
         match error {
-            EngineError::Step(_) => {
+            EngineError::Step(_) | EngineError::Refused(_) => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", Some("engine_error"), message)
             }
             EngineError::SlowReader { .. } => {

@@ -129,19 +129,22 @@ impl Simulation<'_> {
             + admitted.iter().map(|seq| known(seq)).sum::<usize>()
             + known(waits)
             + config.blocks_for(config.headroom_tokens * num_seqs);
-        // One that is to give way to somebody further behind sits out this step, and leaves its token when the short ones
-        // have been looked at.
-        let sits_out =
-            |seq: &Sequence| seq.may_decode() && chosen.decode.iter().all(|row| row.seq != seq.id());
         let due = room
-            && chosen.preempt.is_empty()
-            && !self.state.running().any(sits_out)
+            && !self.gives_way(chosen)
             && waits.priority() == turn.0
             && self.turn(waits.id()) > turn
             && waits.tokens().len() <= left
             && num_seqs + stats.draining <= config.max_num_seqs
             && stats.blocks_free + stats.blocks_cached >= blocks;
         ensure(!due, || format!("short sequence {} waits for a long one: {chosen:?}", waits.id()))
+    }
+
+    /// Somebody loses its blocks, or sits out this step to lose them in the next: for a sequence further behind, maybe, and
+    /// then the tokens of its row come free when the short ones before that have been looked at.
+    fn gives_way(&self, chosen: &Plan) -> bool {
+        let sits_out =
+            |seq: &Sequence| seq.may_decode() && chosen.decode.iter().all(|row| row.seq != seq.id());
+        !chosen.preempt.is_empty() || self.state.running().any(sits_out)
     }
 
     /// Tokens of a sequence whose prefill has begun.
@@ -166,7 +169,8 @@ impl Simulation<'_> {
             |seq: &&Sequence| !is_admitted(seq) && last.is_some_and(|last| self.turn(seq.id()) < last);
         for seq in self.state.waiting().filter(passed) {
             let allowed = long.is_some_and(|(turn, left)| {
-                seq.priority() == turn.0 && self.turn(seq.id()) > turn && seq.tokens().len() > left
+                let is_long = seq.tokens().len() > left || self.gives_way(chosen);
+                seq.priority() == turn.0 && self.turn(seq.id()) > turn && is_long
             });
             ensure(allowed, || format!("sequence {} was passed over: {chosen:?}", seq.id()))?;
         }
