@@ -454,6 +454,7 @@ fn ensure(holds: bool, what: impl FnOnce() -> String) -> Result<(), String> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use proptest::test_runner::RngSeed;
 
     fn check(scenario: &Scenario) -> Report {
         run(scenario).unwrap_or_else(|failure| {
@@ -493,6 +494,14 @@ mod tests {
         }
     }
 
+    /// Rare plans that the checks once took for wrong: somebody gives way for a sequence that overtakes.
+    #[test]
+    fn seeds_that_once_failed_hold() {
+        for seed in [103_770, 175_859, 551_464] {
+            check(&Scenario::from_seed(seed, 200));
+        }
+    }
+
     #[test]
     fn a_seed_replays_exactly() {
         let scenario = Scenario::from_seed(7, 300);
@@ -511,7 +520,13 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
+        #![proptest_config(ProptestConfig {
+            cases: 200,
+            failure_persistence: None,
+            // The same machines in every run: what is rarer is looked for by the binary, over a million seeds.
+            rng_seed: RngSeed::Fixed(1),
+            ..ProptestConfig::default()
+        })]
 
         /// Like the seeds, but proptest looks for the smallest machine that fails.
         #[test]

@@ -77,9 +77,7 @@ impl Simulation<'_> {
         // finish after all when those that overtook it have made somebody give way, whose row had a token.
         let sorted = chosen.prefill.is_sorted_by_key(|chunk| self.turn(chunk.seq));
         let (long, in_order) = match chosen.prefill.split_last() {
-            Some((long, rest)) if !long.samples || !sorted && !chosen.preempt.is_empty() => {
-                (Some(long), rest)
-            }
+            Some((long, rest)) if !long.samples || !sorted && self.gives_way(chosen) => (Some(long), rest),
             _ => (None, chosen.prefill.as_slice()),
         };
         let all_sample = in_order.iter().all(|chunk| chunk.samples);
