@@ -3,8 +3,8 @@
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
-use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use axum::body::HttpBody;
@@ -73,8 +73,8 @@ impl Drop for Line {
             method = %self.method,
             path = %self.path,
             status,
-            model = self.log.model.get(),
             ms = self.log.received.elapsed().as_millis() as u64,
+            model = self.log.model.get(),
             prompt_tokens,
             completion_tokens,
             "request"
