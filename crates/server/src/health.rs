@@ -110,7 +110,7 @@ mod tests {
 
     impl Lines {
         fn count(&self) -> usize {
-            self.0.lock().unwrap().iter().filter(|byte| **byte == b'\n').count()
+            self.0.lock().unwrap().split_inclusive(|byte| *byte == b'\n').count()
         }
     }
 

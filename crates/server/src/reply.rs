@@ -259,8 +259,8 @@ impl Choice {
 
 impl Drop for Choice {
     fn drop(&mut self) {
-        // Dropped before its end: broken off by the server, which has run out of time for it, or by its client, which has
-        // left or failed to read. A sibling's failure counts as neither.
+        // Dropped before its end: broken off by the server, whose time for it is over, or given up because its client has
+        // left or does not read, or because another choice of the request has failed.
         let broken_off = self.log.broken_off.load(Ordering::Relaxed);
         let unended = if broken_off { Ended::Failed } else { Ended::Abort };
         self.app.metrics.ended(self.ended.unwrap_or(unended), self.log.received.elapsed());
