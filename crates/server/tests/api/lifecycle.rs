@@ -103,6 +103,9 @@ async fn requests_that_last_too_long_are_408_and_aborted() {
     let mut unread = server.connect().await;
     unread.write("POST /v1/completions HTTP/1.1\r\nhost: here\r\ncontent-length: 9\r\n\r\n{").await;
     unread.until("--request-timeout").await;
+    // Only what is left of a body makes a connection useless.
+    assert!(!whole.read.contains("connection: close"), "{}", whole.read);
+    assert!(unread.read.contains("connection: close"), "{}", unread.read);
 }
 
 #[tokio::test]
@@ -131,8 +134,10 @@ async fn http2_is_spoken_too() {
     let engine = Engine::saying("ok");
     let server = Server::start(&engine, ServerConfig { header_timeout: SOON, ..unhurried() }).await;
     let mut client = server.connect().await;
-    // The preface, and a frame of no settings.
-    client.write("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\u{4}\0\0\0\0\0").await;
+    // The preface, however it is cut, and a frame of no settings.
+    client.write("PR").await;
+    tokio::time::sleep(SOON / 3).await;
+    client.write("I * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\u{4}\0\0\0\0\0").await;
     let mut frame = [0; 9];
     client.socket.read_exact(&mut frame).await.unwrap();
     assert_eq!(frame[3], 4, "a frame of settings: {frame:?}");
