@@ -19,11 +19,16 @@ ENDLESS = {"extra_body": {"ignore_eos": True, "min_tokens": 2000}, "max_tokens":
 
 
 def test_cached_tokens_are_counted(ask):
+    question = " ".join(f"word {i}" for i in range(100))
+    seen = []
     for _ in range(2):
-        usage = ask(STRAWBERRY, max_tokens=4).usage
+        usage = ask(question, max_tokens=4).usage
         cached = usage.prompt_tokens_details.cached_tokens
-        assert isinstance(cached, int) and 0 <= cached <= usage.prompt_tokens
+        assert isinstance(cached, int) and 0 <= cached <= usage.prompt_tokens and usage.prompt_tokens > 64
         assert usage.prompt_cache_hit_tokens == cached and usage.prompt_cache_miss_tokens == usage.prompt_tokens - cached
+        seen.append(cached)
+    # At least one whole block of the cache.
+    assert seen[1] >= 64
 
 
 def test_a_cache_salt_changes_no_reply(ask, strawberry):

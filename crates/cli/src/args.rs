@@ -205,7 +205,8 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "KEY", action = clap::ArgAction::Append)]
     pub(crate) api_key: Vec<String>,
 
-    /// Seed of the first request that brings none; each further one gets the next [default: random seeds].
+    /// Seed of the first choice that brings none; each further one gets the next, in the order they are read [default:
+    /// random seeds].
     #[arg(long, value_name = "N")]
     pub(crate) seed: Option<u64>,
 
@@ -225,7 +226,8 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = some_seconds)]
     pub(crate) watchdog_timeout: Duration,
 
-    /// Seconds that a request may take, from its headers to the last byte of its reply [default: no limit].
+    /// Seconds that a generating request may take, from its headers until its reply is handed to the connection [default:
+    /// no limit].
     #[arg(long, value_name = "SECONDS", value_parser = some_seconds)]
     pub(crate) request_timeout: Option<Duration>,
 
@@ -363,13 +365,16 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
+    // Ten years; moments that far ahead can still be told apart from now on every system.
+    const MOST: Duration = Duration::from_hours(10 * 365 * 24);
     let seconds: f64 = text.parse().map_err(|_| "a number of seconds".to_owned())?;
-    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+    let duration = Duration::try_from_secs_f64(seconds).ok().filter(|duration| *duration <= MOST);
+    duration.ok_or_else(|| format!("must be from 0 to {}", MOST.as_secs()))
 }
 
 fn some_seconds(text: &str) -> Result<Duration, String> {
-    seconds(text)?.checked_sub(Duration::from_millis(1)).ok_or("must be at least 0.001")?;
-    seconds(text)
+    let duration = seconds(text)?;
+    if duration < Duration::from_millis(1) { Err("must be at least 0.001".into()) } else { Ok(duration) }
 }
 
 #[cfg(test)]
@@ -426,7 +431,7 @@ mod tests {
         let args = parse("r1-serve").serve;
         assert_eq!((args.watchdog_timeout.as_secs(), args.request_timeout), (120, None));
         for flag in ["--watchdog-timeout", "--request-timeout", "--idle-timeout"] {
-            for value in ["0", "-1", "soon"] {
+            for value in ["0", "-1", "soon", "NaN", "inf", "1e10", "1e19", "1e300"] {
                 assert!(
                     Cli::try_parse_from(["r1-serve", &format!("{flag}={value}")]).is_err(),
                     "{flag}={value}"

@@ -81,6 +81,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         // ends with the process: it has nothing to save.
         let _ = thread.join();
     }
+    // What still runs there ends its spans first.
+    drop(runtime);
     drop(traces);
     served
 }

@@ -3,8 +3,8 @@
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use axum::body::HttpBody;
@@ -41,6 +41,10 @@ pub(crate) struct RequestLog {
     pub(crate) received: Instant,
     pub(crate) prompt_tokens: AtomicU64,
     pub(crate) completion_tokens: AtomicU64,
+    /// The name that the reply carries, once it is known.
+    pub(crate) model: OnceLock<String>,
+    /// The server ended the reply before it was whole, not its client.
+    pub(crate) broken_off: AtomicBool,
     /// Set by a stream that has handed over its last event.
     pub(crate) stream_ended: AtomicBool,
 }
@@ -70,6 +74,7 @@ impl Drop for Line {
             path = %self.path,
             status,
             ms = self.log.received.elapsed().as_millis() as u64,
+            model = self.log.model.get(),
             prompt_tokens,
             completion_tokens,
             "request"
@@ -93,6 +98,8 @@ pub(crate) async fn log_request(State(app): State<Arc<App>>, mut request: Reques
         received: Instant::now(),
         prompt_tokens: AtomicU64::new(0),
         completion_tokens: AtomicU64::new(0),
+        model: OnceLock::new(),
+        broken_off: AtomicBool::new(false),
         stream_ended: AtomicBool::new(false),
     });
     // A client that leaves drops this future, and the line with it.

@@ -21,7 +21,8 @@ pub struct ServerConfig {
     pub max_body_bytes: usize,
     /// Refuse model names that are not served; otherwise any name means the one model.
     pub strict_model_name: bool,
-    /// Where the seeds of requests that bring none begin; each next one gets the next. `None`: random ones.
+    /// Seed of the first choice that brings none; each further one gets the next, in the order they are read. `None`:
+    /// random ones.
     pub seed: Option<u64>,
     /// Most choices of one request: prompts times `n`.
     pub max_choices: usize,
@@ -33,9 +34,10 @@ pub struct ServerConfig {
     pub ping_interval: Duration,
     /// The engine counts as stuck when it has work and ends no step for this long.
     pub watchdog_timeout: Duration,
-    /// How long a generating request may take from its headers to the last byte of its reply; `None` for as long as it takes.
+    /// How long a generating request may take, from its headers until its reply is handed to the connection; `None` for as
+    /// long as it takes.
     pub request_timeout: Option<Duration>,
-    /// How long a connection may stay open without a request.
+    /// How long a connection may stay open without a request and without a byte of a reply being taken.
     pub idle_timeout: Duration,
     /// How long a request's headers may take to arrive.
     pub header_timeout: Duration,

@@ -1,6 +1,7 @@
 //! One client's connection: how long it may idle, trickle its headers or leave a reply unread, and how it is closed so
 //! that the last reply arrives. Must not know any endpoint.
 
+use std::collections::HashMap;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::{Pin, pin};
@@ -10,7 +11,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes, HttpBody};
-use hyper::body::{Frame, SizeHint};
+use hyper::body::{Frame, Incoming, SizeHint};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::server::conn::auto;
@@ -30,18 +31,22 @@ const MAX_HTTP2_HEADER_BYTES: u32 = 64 << 10;
 const LINGER_PAUSE: Duration = Duration::from_secs(1);
 /// and no longer than this. Closed earlier, its kernel would throw the reply away.
 const LINGER: Duration = Duration::from_secs(10);
-/// How long a connection that was told to close gets for it.
+/// What an HTTP/2 client sends first.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// How long a connection that was told to close gets for it, once no request runs.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long a client may keep a connection waiting.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Patience {
-    /// Without a request.
+    /// Without a request and without a byte of a reply being taken.
     pub(crate) idle: Duration,
     /// From the first byte of a request to the end of its headers.
     pub(crate) header: Duration,
     /// Without taking a byte of what is to be sent.
     pub(crate) write: Duration,
+    /// After which a reply has something to send at the latest.
+    pub(crate) ping_interval: Duration,
 }
 
 /// How far the server is with stopping.
@@ -65,45 +70,74 @@ enum Over {
 /// The stream and what its reads and writes tell about the client.
 struct Socket {
     stream: TcpStream,
-    /// Requests whose replies are not handed over yet.
+    /// Requests whose replies the protocol has not taken whole.
     requests: usize,
-    /// Since when there is none.
+    /// Bodies of replies that the protocol has not taken whole, and when it asked each for more.
+    replies: HashMap<u64, Instant>,
+    num_replies: u64,
+    /// Since when there is no request, or when the client took a byte after that.
     idle_since: Instant,
     /// When the first byte of a request came whose headers are not complete.
     head_since: Option<Instant>,
     /// Since when the client takes no bytes.
     unread_since: Option<Instant>,
-    /// Nothing was read so far.
-    fresh: bool,
-    /// On HTTP/2 bytes between requests are frames, not headers.
-    http2: bool,
+    /// The last request was answered before its body was read, so what comes next may be the rest of it.
+    body_left: bool,
+    /// How much of HTTP/2's preface has come; `None` on HTTP/1.
+    preface: Option<usize>,
     /// The client has sent its last byte.
     ended: bool,
 }
 
 impl Socket {
+    /// When the client's time is over unless something happens.
     fn deadline(&self, patience: Patience) -> Option<(Instant, Over)> {
         let unread = self.unread_since.map(|since| (since + patience.write, Over::Unread));
-        let quiet = (self.requests == 0).then(|| match self.head_since {
+        // HTTP/2's client can also leave the window of its stream shut, and the socket knows nothing of that.
+        let shut = self.replies.values().filter(|_| self.is_http2()).min();
+        let shut = shut.map(|since| (*since + patience.write + patience.ping_interval, Over::Unread));
+        // A reply that is still being written is no idling, whoever holds it.
+        let quiet = (self.requests == 0 && self.unread_since.is_none()).then(|| match self.head_since {
             Some(since) => (since + patience.header, Over::SlowHeaders),
             None => (self.idle_since + patience.idle, Over::Idle),
         });
-        unread.into_iter().chain(quiet).min_by_key(|(at, _)| *at)
+        unread.into_iter().chain(shut).chain(quiet).min_by_key(|(at, _)| *at)
+    }
+
+    /// Whether nothing runs but requests that are still coming.
+    fn has_nothing_to_say(&self) -> bool {
+        self.replies.is_empty() && self.unread_since.is_none()
+    }
+
+    fn is_http2(&self) -> bool {
+        self.preface == Some(PREFACE.len())
     }
 
     fn note_read(&mut self, bytes: &[u8]) {
-        if std::mem::take(&mut self.fresh) {
-            self.http2 = bytes.starts_with(b"PRI");
+        if let Some(have) = self.preface {
+            let expected = &PREFACE[have..];
+            let len = expected.len().min(bytes.len());
+            self.preface = (bytes[..len] == expected[..len]).then_some(have + len);
         }
         self.ended = bytes.is_empty();
-        if self.requests == 0 && !self.http2 && !self.ended {
+        if self.is_http2() {
+            // Bytes between requests are frames, not headers.
+            self.head_since = None;
+            return;
+        }
+        // Empty lines may stand before a request.
+        let blank = bytes.iter().all(|byte| matches!(byte, b'\r' | b'\n'));
+        if self.requests == 0 && !blank && !self.body_left {
             self.head_since.get_or_insert_with(Instant::now);
         }
     }
 
     fn note_write<T>(&mut self, written: &Poll<T>) {
         match written {
-            Poll::Ready(_) => self.unread_since = None,
+            Poll::Ready(_) => {
+                self.unread_since = None;
+                self.idle_since = Instant::now();
+            }
             Poll::Pending => _ = self.unread_since.get_or_insert_with(Instant::now),
         }
     }
@@ -118,11 +152,13 @@ impl Shared {
         Self(Arc::new(Mutex::new(Socket {
             stream,
             requests: 0,
+            replies: HashMap::new(),
+            num_replies: 0,
             idle_since: Instant::now(),
             head_since: None,
             unread_since: None,
-            fresh: true,
-            http2: false,
+            body_left: false,
+            preface: Some(0),
             ended: false,
         })))
     }
@@ -136,7 +172,8 @@ impl Shared {
         let mut socket = self.lock();
         socket.requests += 1;
         socket.head_since = None;
-        Running(self.clone())
+        socket.body_left = false;
+        Running { socket: self.clone(), reply: None }
     }
 }
 
@@ -182,14 +219,106 @@ impl AsyncWrite for Shared {
     }
 }
 
-/// A request on a connection, from its headers to the last byte of its reply.
-struct Running(Shared);
+/// A request on a connection, until the protocol has taken the last frame of its reply.
+struct Running {
+    socket: Shared,
+    /// Its reply, once there is one.
+    reply: Option<u64>,
+}
+
+impl Running {
+    /// The request's body, which tells whether it was read.
+    fn incoming(&self, body: Incoming) -> Body {
+        Body::new(Upload { read: body.is_end_stream(), body, socket: self.socket.clone() })
+    }
+
+    /// The reply's body, watched.
+    fn outgoing(mut self, body: Body) -> Download {
+        {
+            let mut socket = self.socket.lock();
+            socket.num_replies += 1;
+            let number = socket.num_replies;
+            socket.replies.insert(number, Instant::now());
+            self.reply = Some(number);
+        }
+        Download { body, running: self }
+    }
+}
 
 impl Drop for Running {
     fn drop(&mut self) {
-        let mut socket = self.0.lock();
+        let mut socket = self.socket.lock();
         socket.requests -= 1;
         socket.idle_since = Instant::now();
+        if let Some(number) = self.reply {
+            socket.replies.remove(&number);
+        }
+    }
+}
+
+/// A request's body.
+struct Upload {
+    body: Incoming,
+    read: bool,
+    socket: Shared,
+}
+
+impl HttpBody for Upload {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+        self.read = frame.is_none() || self.body.is_end_stream();
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        if !self.read {
+            self.socket.lock().body_left = true;
+        }
+    }
+}
+
+/// A reply's body.
+struct Download {
+    body: Body,
+    running: Running,
+}
+
+impl HttpBody for Download {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        if let Some(number) = self.running.reply {
+            self.running.socket.lock().replies.insert(number, Instant::now());
+        }
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 
@@ -244,14 +373,14 @@ pub(crate) async fn serve(
         Some(Over::Idle) => return,
         Some(Over::Unread) => {
             tracing::warn!(
-                unread_s = patience.write.as_secs(),
+                unread_s = patience.write.as_secs_f64(),
                 "a connection is closed: its client does not read"
             );
             return;
         }
         Some(Over::SlowHeaders) => {
             tracing::warn!(
-                waited_s = patience.header.as_secs(),
+                waited_s = patience.header.as_secs_f64(),
                 "a connection is closed: its request's headers did not end"
             );
             // What the socket does not take at once is not worth waiting for.
@@ -274,20 +403,21 @@ async fn run(
     patience: Patience,
     stopping: &mut watch::Receiver<Stopping>,
 ) -> Option<Over> {
-    let service = service_fn(|request: hyper::Request<hyper::body::Incoming>| {
+    let service = service_fn(|request: hyper::Request<Incoming>| {
         let running = socket.begin_request();
-        let answering = router.clone().oneshot(request.map(Body::new));
-        async move { answering.await.map(|response| response.map(|body| Keeping::body(body, running))) }
+        let answering = router.clone().oneshot(request.map(|body| running.incoming(body)));
+        async move { answering.await.map(|response| response.map(|body| running.outgoing(body))) }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
     // One that comes while the server is stopping is told so before it closes.
     let born = if *stopping.borrow() == Stopping::No { Stopping::No } else { Stopping::Draining };
-    let mut stops = false;
+    let mut seen = born;
     builder.http1().max_headers(MAX_HEADERS).header_read_timeout(None).keep_alive(born == Stopping::No);
     builder.http2().max_header_list_size(MAX_HTTP2_HEADER_BYTES);
     let mut protocol = pin!(builder.serve_connection(TokioIo::new(socket.clone()), service));
     let mut alarm = pin!(sleep(patience.idle));
-    let mut told = None;
+    // When it has to be closed: because it was told that it idles, because the server closes.
+    let (mut told, mut closing) = (None, None);
     loop {
         let step = poll_fn(|cx| {
             if let Poll::Ready(ended) = protocol.as_mut().poll(cx) {
@@ -297,9 +427,19 @@ async fn run(
                 return Poll::Ready(None);
             }
             // Only the protocol's own progress, just made, moves the deadline.
-            let Some((at, over)) = told.or_else(|| socket.lock().deadline(patience)) else {
-                return Poll::Pending;
+            let deadline = {
+                let socket = socket.lock();
+                if told.is_some() && socket.requests > 0 {
+                    // A request that was under way when the client was told is served like any other.
+                    told = Some(Instant::now() + CLOSE_TIMEOUT);
+                }
+                let told = told.filter(|_| socket.requests == 0 && socket.unread_since.is_none());
+                let closing = closing.filter(|_| socket.has_nothing_to_say());
+                let must = [told, closing].into_iter().flatten().map(|at| (at, Over::Idle));
+                let may = socket.deadline(patience).filter(|(_, over)| told.is_none() || *over != Over::Idle);
+                must.chain(may).min_by_key(|(at, _)| *at)
             };
+            let Some((at, over)) = deadline else { return Poll::Pending };
             if alarm.deadline() != at {
                 alarm.as_mut().reset(at);
             }
@@ -309,15 +449,19 @@ async fn run(
             biased;
             step = step => match step {
                 None => return None,
-                Some(Over::Idle) if told.is_none() => {
+                Some(Over::Idle) if told.is_none() && closing.is_none() => {
                     protocol.as_mut().graceful_shutdown();
-                    told = Some((Instant::now() + CLOSE_TIMEOUT, Over::Idle));
+                    told = Some(Instant::now() + CLOSE_TIMEOUT);
                 }
                 over => return over,
             },
-            _ = stopping.wait_for(|stopping| *stopping > born), if !stops => {
-                stops = true;
+            stage = stopping.wait_for(|stopping| *stopping > seen), if seen != Stopping::Closing => {
+                // Without a sender the server is gone.
+                seen = stage.map_or(Stopping::Closing, |stage| *stage);
                 protocol.as_mut().graceful_shutdown();
+                if seen == Stopping::Closing {
+                    closing = Some(Instant::now() + CLOSE_TIMEOUT);
+                }
             }
         }
     }

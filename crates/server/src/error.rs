@@ -26,6 +26,8 @@ pub struct ApiError {
     pub code: Option<&'static str>,
     /// When to come back, sent as `Retry-After`.
     pub retry_after: Option<Duration>,
+    /// The request's body was not read to its end, so nothing that follows on its connection could be understood.
+    pub(crate) body_left: bool,
 }
 
 /// The JSON of an error, in a body or in a stream's event.
@@ -45,7 +47,7 @@ struct ErrorFields<'a> {
 
 impl ApiError {
     fn new(status: StatusCode, kind: &'static str, code: Option<&'static str>, message: String) -> Self {
-        Self { status, message, kind, param: None, code, retry_after: None }
+        Self { status, message, kind, param: None, code, retry_after: None, body_left: false }
     }
 
     /// 400 for the whole request.
@@ -113,7 +115,10 @@ impl ApiError {
     }
 
     pub(crate) fn body_timeout(limit: Duration) -> Self {
-        Self::timeout(format!("the request's body did not arrive within {} s", limit.as_secs_f64()))
+        let limit = limit.as_secs_f64();
+        let mut error = Self::timeout(format!("the request's body did not arrive within {limit} s"));
+        error.body_left = true;
+        error
     }
 
     /// 408 for a request that was begun and is now aborted.
@@ -124,7 +129,10 @@ impl ApiError {
 
     pub(crate) fn body_too_large(max_bytes: usize) -> Self {
         let message = format!("the request's body is over {max_bytes} bytes (--max-body-bytes)");
-        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "invalid_request_error", Some("request_too_large"), message)
+        let status = StatusCode::PAYLOAD_TOO_LARGE;
+        let mut error = Self::new(status, "invalid_request_error", Some("request_too_large"), message);
+        error.body_left = true;
+        error
     }
 
     pub(crate) fn headers_too_large(max_bytes: usize) -> Self {
@@ -225,8 +233,7 @@ impl IntoResponse for ApiError {
             let seconds = after.as_secs_f64().ceil().max(1.0) as u64;
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
-        if matches!(self.status, StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_TIMEOUT) {
-            // The rest of the body still comes, so nothing that follows it could be understood.
+        if self.body_left {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         if self.status == StatusCode::UNAUTHORIZED {

@@ -184,7 +184,7 @@ impl Metrics {
                 Registrar::counter,
                 "vllm:prompt_tokens_total",
                 "sglang:prompt_tokens_total",
-                "Prompt tokens computed.",
+                "Prompt tokens found in the prefix cache or computed.",
             ),
             generation_tokens: new.both(
                 Registrar::counter,

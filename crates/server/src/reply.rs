@@ -103,7 +103,10 @@ impl Reply {
         let next = tokio::select! {
             biased;
             next = self.updates.next() => next?,
-            () = self.active.cut() => Err(ApiError::draining()),
+            () = self.active.cut() => {
+                self.log.broken_off.store(true, Ordering::Relaxed);
+                Err(ApiError::draining())
+            }
         };
         match &next {
             Ok((index, Update::End(end))) => {
@@ -256,7 +259,10 @@ impl Choice {
 
 impl Drop for Choice {
     fn drop(&mut self) {
-        // A choice that is dropped before its end has lost its client.
-        self.app.metrics.ended(self.ended.unwrap_or(Ended::Abort), self.log.received.elapsed());
+        // Dropped before its end: broken off by the server, whose time for it is over, or given up because its client has
+        // left or does not read, or because another choice of the request has failed.
+        let broken_off = self.log.broken_off.load(Ordering::Relaxed);
+        let unended = if broken_off { Ended::Failed } else { Ended::Abort };
+        self.app.metrics.ended(self.ended.unwrap_or(unended), self.log.received.elapsed());
     }
 }

@@ -1,7 +1,9 @@
 //! Paths and their handlers. Must not know how a reply is made.
 
 use std::collections::BTreeSet;
+use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::body::{Body, HttpBody};
@@ -158,23 +160,31 @@ async fn generate(
 ) -> Result<Response, ApiError> {
     let limit = app.config.request_timeout;
     let deadline = limit.map(|limit| (Instant::from_std(log.received) + limit, limit));
-    let answering = answer(app, log, request, convert, deadline);
+    let body_read = AtomicBool::new(false);
+    let answering = answer(app, log.clone(), request, &body_read, convert, deadline);
     let Some((deadline, limit)) = deadline else { return answering.await };
-    // What was begun is dropped, which aborts it.
-    timeout_at(deadline, answering).await.unwrap_or_else(|_| {
-        tracing::warn!("a request is aborted: the request timeout is over");
-        Err(ApiError::request_timeout(limit))
-    })
+    let mut answering = pin!(answering);
+    if let Ok(answer) = timeout_at(deadline, &mut answering).await {
+        return answer;
+    }
+    tracing::warn!("a request is aborted: the request timeout is over");
+    // What was begun is dropped with this function, which aborts it.
+    log.broken_off.store(true, Ordering::Relaxed);
+    let mut error = ApiError::request_timeout(limit);
+    error.body_left = !body_read.load(Ordering::Relaxed);
+    Err(error)
 }
 
 async fn answer(
     app: Arc<App>,
     log: Arc<RequestLog>,
     request: Request,
+    body_read: &AtomicBool,
     convert: fn(&App, &[u8]) -> Result<convert::Job, ApiError>,
     deadline: Option<(Instant, Duration)>,
 ) -> Result<Response, ApiError> {
     let body = read_body(&app.config, request).await?;
+    body_read.store(true, Ordering::Relaxed);
     let active = app.drain.enter().ok_or_else(ApiError::draining)?;
     app.require_ready()?;
     // Before the work of reading the prompt, which under overload is what those who are served would wait for.
@@ -188,6 +198,7 @@ async fn answer(
     let job =
         converting.await.map_err(|e| ApiError::internal(format!("reading the request failed: {e}")))??;
     log.span.record("model", &job.header.model);
+    log.model.get_or_init(|| job.header.model.clone());
     let streaming = job.stream;
     let ServerConfig { ping_interval, write_timeout, .. } = app.config;
     let reply = Reply::start(&app, log, job, active)?;

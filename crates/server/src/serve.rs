@@ -46,20 +46,22 @@ pub async fn serve(
     let connections =
         Connections { router: routes::build(app.clone()), patience: patience(&app.config), stop, alive };
     let mut accepting = Box::pin(accept(listener, connections));
+    let mut housekeeping = pin!(housekeeping(&app));
     let mut shutdown = pin!(shutdown);
     tokio::select! {
         never = &mut accepting => match never {},
-        never = housekeeping(&app) => match never {},
+        never = &mut housekeeping => match never {},
         () = &mut shutdown => {}
     }
 
-    tracing::info!(timeout_s = shutdown_timeout.as_secs(), "shutting down: waiting for running requests");
+    tracing::info!(timeout_s = shutdown_timeout.as_secs_f64(), "shutting down: waiting for running requests");
     app.drain.begin();
     // Connections that wait for a request close now; those that come are told that the server is stopping.
     stopping.send_replace(Stopping::Draining);
     let deadline = Instant::now() + shutdown_timeout;
     tokio::select! {
         never = &mut accepting => match never {},
+        never = &mut housekeeping => match never {},
         drained = timeout_at(deadline, app.drain.idle()) => if drained.is_err() {
             tracing::warn!("running requests are cut off: the shutdown timeout is over");
             app.drain.cut();
@@ -67,12 +69,18 @@ pub async fn serve(
     }
     drop(accepting);
     stopping.send_replace(Stopping::Closing);
-    // Connections that do not take their last bytes are dropped with the runtime.
+    // Connections with nothing left to say end by themselves, whatever still comes in on them; those that do not take
+    // their last bytes are dropped with the runtime.
     let _ = timeout_at(deadline + FLUSH_TIMEOUT, closed.recv()).await;
 }
 
 fn patience(config: &ServerConfig) -> Patience {
-    Patience { idle: config.idle_timeout, header: config.header_timeout, write: config.write_timeout }
+    Patience {
+        idle: config.idle_timeout,
+        header: config.header_timeout,
+        write: config.write_timeout,
+        ping_interval: config.ping_interval,
+    }
 }
 
 /// What happens beside the requests.

@@ -4,6 +4,7 @@
 use std::convert::Infallible;
 use std::future::pending;
 use std::io;
+use std::pin::pin;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -69,46 +70,80 @@ struct Sent {
     last: bool,
 }
 
+/// Why an event was not taken.
+enum Unsent {
+    /// The client is gone.
+    Gone,
+    /// It does not read.
+    Unread,
+    /// The request's time, this much, is over.
+    Over(Duration),
+}
+
 /// Runs a reply to its end, its deadline, or its client's.
-async fn send_events(mut reply: Reply, events: mpsc::Sender<Sent>, limits: StreamLimits) {
-    let mut next = Some(Next {
+async fn send_events(reply: Reply, events: mpsc::Sender<Sent>, limits: StreamLimits) {
+    let mut sent = forward(reply, &events, limits).await;
+    if let Err(Unsent::Over(limit)) = sent {
+        tracing::warn!("a stream is broken off: the request timeout is over");
+        let farewell = Next::error(&ApiError::request_timeout(limit));
+        sent = hand_over(farewell, &events, limits.write_timeout).await;
+    }
+    if let Err(Unsent::Unread) = sent {
+        let unread_s = limits.write_timeout.as_secs_f64();
+        tracing::warn!(unread_s, "a stream is broken off: its client does not read");
+    }
+}
+
+/// Hands over all of the reply, as far as its time goes; then nothing of it runs any longer.
+async fn forward(mut reply: Reply, events: &mpsc::Sender<Sent>, limits: StreamLimits) -> Result<(), Unsent> {
+    let mut next = Next {
         events: render::opening_chunks(&reply.header, reply.choices()).iter().map(json_event).collect(),
         last: false,
-    });
-    while let Some(Next { events: batch, last }) = next {
-        let count = batch.len();
-        for (i, event) in batch.into_iter().enumerate() {
-            let wait = limits.deadline.map_or(limits.write_timeout, |(deadline, _)| {
-                limits.write_timeout.min(deadline.saturating_duration_since(Instant::now()))
-            });
-            let sent = Sent { event, last: last && i + 1 == count };
-            match events.try_send(sent) {
-                Ok(()) => {}
-                Err(TrySendError::Closed(_)) => return,
-                Err(TrySendError::Full(sent)) => match events.send_timeout(sent, wait).await {
-                    Ok(()) => {}
-                    Err(SendTimeoutError::Closed(_)) => return,
-                    Err(SendTimeoutError::Timeout(_)) => {
-                        let unread_s = wait.as_secs_f64();
-                        tracing::warn!(unread_s, "a stream is broken off: its client does not read");
-                        return;
-                    }
-                },
+    };
+    let mut over = pin!(over(limits.deadline));
+    loop {
+        let last = next.last;
+        tokio::select! {
+            biased;
+            sent = hand_over(next, events, limits.write_timeout) => sent?,
+            limit = &mut over => {
+                reply.log.broken_off.store(true, Ordering::Relaxed);
+                return Err(Unsent::Over(limit));
             }
         }
         if last {
-            return;
+            return Ok(());
         }
         next = tokio::select! {
             biased;
-            () = events.closed() => None,
-            next = advance(&mut reply) => Some(next),
-            limit = over(limits.deadline) => {
-                tracing::warn!("a stream is broken off: the request timeout is over");
-                Some(Next::error(&ApiError::request_timeout(limit)))
+            () = events.closed() => return Err(Unsent::Gone),
+            // Before the reply, which may always have something to say.
+            limit = &mut over => {
+                reply.log.broken_off.store(true, Ordering::Relaxed);
+                return Err(Unsent::Over(limit));
             }
+            next = advance(&mut reply) => next,
         };
     }
+}
+
+/// Gives the client up to `write_timeout` for each event.
+async fn hand_over(next: Next, events: &mpsc::Sender<Sent>, write_timeout: Duration) -> Result<(), Unsent> {
+    let count = next.events.len();
+    for (i, event) in next.events.into_iter().enumerate() {
+        let sent = Sent { event, last: next.last && i + 1 == count };
+        match events.try_send(sent) {
+            Ok(()) => {}
+            Err(TrySendError::Closed(_)) => return Err(Unsent::Gone),
+            Err(TrySendError::Full(sent)) => {
+                events.send_timeout(sent, write_timeout).await.map_err(|error| match error {
+                    SendTimeoutError::Closed(_) => Unsent::Gone,
+                    SendTimeoutError::Timeout(_) => Unsent::Unread,
+                })?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Waits until the request's time is over; gives how much it had.

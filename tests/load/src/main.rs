@@ -208,11 +208,11 @@ async fn finish(server: &mut Server, phase: &'static str, report: &mut Report) -
     Ok(())
 }
 
-/// Errors in the server's log.
+/// Errors in the server's log: all are counted, the first few are shown.
 fn complain(server: &Server, phase: &'static str, report: &mut Report) {
     let complaints = server.complaints();
     report.figure(phase, "errors in the server's log", complaints.len() as f64, "", Bound::Exactly(0.0));
-    for line in complaints {
+    for line in complaints.into_iter().take(5) {
         report.remark(format!("{phase}, the server's log: {line}"));
     }
 }

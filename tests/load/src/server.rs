@@ -33,6 +33,9 @@ impl Server {
         let mut child = Command::new(binary)
             .args(["--port", "0"])
             .args(args)
+            // Its errors are looked for in its log, as lines of text.
+            .args(["--log-format", "text"])
+            .env_remove("RUST_LOG")
             .env_remove("R1_API_KEY")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -63,11 +66,11 @@ impl Server {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// Warnings and errors that it logged, the first few.
+    /// Errors that it logged.
     pub(crate) fn complaints(&self) -> Vec<String> {
         let log = self.log();
         let loud = log.lines().filter(|line| line.contains(" ERROR ") || line.contains("panicked"));
-        loud.take(5).map(str::to_owned).collect()
+        loud.map(str::to_owned).collect()
     }
 
     pub(crate) fn pid(&self) -> u32 {

@@ -174,7 +174,7 @@ pub(crate) async fn run(server: &Server, soak: &Soak, bar: &ProgressBar, report:
     }
     let started = Instant::now();
     let mut rss = Vec::new();
-    let hung = local
+    let (hung, panicked) = local
         .run_until(async {
             let workers: Vec<_> =
                 (0..soak.streams).map(|index| spawn_local(work(shared.clone(), index, rng.fork()))).collect();
@@ -187,12 +187,16 @@ pub(crate) async fn run(server: &Server, soak: &Soak, bar: &ProgressBar, report:
             }
             shared.stopping.set(true);
             let end = Instant::now() + END_TIMEOUT;
-            let mut hung = 0;
+            let (mut hung, mut panicked) = (0_u64, 0_u64);
             for task in workers.into_iter().chain([pacer]) {
                 let left = end.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-                hung += u64::from(timeout(left, task).await.is_err());
+                match timeout(left, task).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(_)) => panicked += 1,
+                    Err(_) => hung += 1,
+                }
             }
-            anyhow::Ok(hung)
+            anyhow::Ok((hung, panicked))
         })
         .await?;
     let ran = started.elapsed();
@@ -201,6 +205,7 @@ pub(crate) async fn run(server: &Server, soak: &Soak, bar: &ProgressBar, report:
     report.figure(PHASE, "streams at once", soak.streams as f64, "", Bound::None);
     shared.counts.borrow().tell(soak.disconnects, report);
     report.figure(PHASE, "streams that hung", hung as f64, "", Bound::Exactly(0.0));
+    report.figure(PHASE, "clients that panicked", panicked as f64, "", Bound::Exactly(0.0));
     settle(server, ran, report).await?;
     memory(soak.length, &rss, report);
     Ok(())
@@ -404,8 +409,8 @@ async fn disconnect(shared: Rc<Shared>, length: Duration, disconnects: u64, mut 
         sleep(Duration::from_millis(5)).await;
     }
     for task in own {
-        // Its outcome is counted where it happens.
-        let _ = task.await;
+        // Its outcome is counted where it happens; a panic is the pacer's too.
+        task.await.expect("a client that leaves early");
     }
 }
 

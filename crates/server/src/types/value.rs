@@ -32,7 +32,11 @@ fn whole(value: &Value) -> Result<i128, String> {
     let exact =
         |number: &f64| number.fract() == 0.0 && number.abs() <= (1_u64 << f64::MANTISSA_DIGITS) as f64;
     let whole_float = || value.as_f64().filter(exact).map(|number| number as i128);
-    number.or_else(whole_float).ok_or_else(|| must_be("a whole number", value))
+    let problem = || match value.as_f64() {
+        Some(float) if float.fract() == 0.0 => format!("is {value}, which is too far from zero"),
+        _ => must_be("a whole number", value),
+    };
+    number.or_else(whole_float).ok_or_else(problem)
 }
 
 macro_rules! whole_numbers {
@@ -111,7 +115,8 @@ mod tests {
             "is -1; it must be a whole number from 0 to 4294967295"
         );
         assert!(i64::read(json!(-9_223_372_036_854_775_808.0)).is_err(), "it may have been one less");
-        assert!(u64::read(json!(1e30)).is_err() && usize::read(json!(true)).is_err());
+        assert_eq!(u64::read(json!(1e30)).unwrap_err(), "is 1e+30, which is too far from zero");
+        assert!(usize::read(json!(true)).is_err());
     }
 
     #[test]

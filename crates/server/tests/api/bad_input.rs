@@ -25,10 +25,14 @@ struct Case {
     statuses: Vec<u16>,
     /// `error.param` of the first reply.
     param: Option<&'static str>,
+    /// How soon in a release build.
+    within: Duration,
 }
 
+const AT_ONCE: Duration = Duration::from_millis(100);
+
 fn raw(name: &str, bytes: impl Into<Vec<u8>>, statuses: &[u16]) -> Case {
-    Case { name: name.into(), bytes: bytes.into(), statuses: statuses.into(), param: None }
+    Case { name: name.into(), bytes: bytes.into(), statuses: statuses.into(), param: None, within: AT_ONCE }
 }
 
 fn post(name: &str, path: &str, body: impl AsRef<[u8]>, status: u16) -> Case {
@@ -37,6 +41,11 @@ fn post(name: &str, path: &str, body: impl AsRef<[u8]>, status: u16) -> Case {
 
 fn names(case: Case, param: &'static str) -> Case {
     Case { param: Some(param), ..case }
+}
+
+/// A case whose cost is its count of pieces rather than of bytes.
+fn within(case: Case, within: Duration) -> Case {
+    Case { within, ..case }
 }
 
 /// A request with these headers and a length.
@@ -90,24 +99,38 @@ fn big_bodies() -> Vec<Case> {
             ),
             "messages",
         ),
-        names(
-            post(
-                "100,000 messages",
-                CHAT,
-                messages(&json!(vec![json!({"role": "user", "content": "hi"}); 100_000])),
-                400,
+        // 100,000 objects are made before the template is asked whether they fit.
+        within(
+            names(
+                post(
+                    "100,000 messages",
+                    CHAT,
+                    messages(&json!(vec![json!({"role": "user", "content": "hi"}); 100_000])),
+                    400,
+                ),
+                "messages",
             ),
-            "messages",
+            Duration::from_secs(2),
         ),
         names(
             post("10 MB of one string without end", COMPLETIONS, format!("{{\"prompt\": \"{unbroken}"), 400),
             "prompt",
         ),
-        names(
-            post("5 MB of token ids", COMPLETIONS, json!({"prompt": vec![5; TEN_MB / 4]}).to_string(), 400),
-            "prompt",
+        // A JSON value is made of each of the 2.6 million.
+        within(
+            names(
+                post(
+                    "5 MB of token ids",
+                    COMPLETIONS,
+                    json!({"prompt": vec![5; TEN_MB / 4]}).to_string(),
+                    400,
+                ),
+                "prompt",
+            ),
+            Duration::from_secs(1),
         ),
-        raw("3 MB in chunks of a byte", chunked, &[200]),
+        // Three million chunks, each of which hyper takes apart and hands over.
+        within(raw("3 MB in chunks of a byte", chunked, &[200]), Duration::from_secs(5)),
         post("17 MB", COMPLETIONS, vec![b' '; 17 << 20], 413),
         names(post("10,000 nested lists", COMPLETIONS, nested("[", "]"), 400), "prompt"),
         names(post("10,000 nested objects", COMPLETIONS, nested("{\"a\":", "}"), 400), "prompt"),
@@ -243,7 +266,15 @@ async fn every_bad_input_is_answered_at_once_and_the_next_request_is_served() {
     let normal = || post("a normal request", COMPLETIONS, "{\"prompt\": \"hi\"}", 200);
     let mut slow = Vec::new();
     for case in big_bodies().into_iter().chain(texts()).chain(framing()) {
-        let (replies, took) = exchange(&server, &case).await;
+        let (mut replies, mut took) = exchange(&server, &case).await;
+        // The machine may have had something else to do.
+        for _ in 0..2 {
+            if took > case.within {
+                let again = exchange(&server, &case).await;
+                replies = again.0;
+                took = took.min(again.1);
+            }
+        }
         let statuses: Vec<u16> = replies.iter().map(|(status, _)| *status).collect();
         assert_eq!(statuses, case.statuses, "{}: {replies:?}", case.name);
         if let Some(param) = case.param {
@@ -253,11 +284,11 @@ async fn every_bad_input_is_answered_at_once_and_the_next_request_is_served() {
         println!("{:>8.1} ms  {statuses:?}  {}", took.as_secs_f64() * 1e3, case.name);
         let (served, _) = exchange(&server, &normal()).await;
         assert_eq!(served[0].0, 200, "after {}: {}", case.name, served[0].1);
-        if took > Duration::from_secs(5) {
-            slow.push(case.name);
+        if took > case.within && !cfg!(debug_assertions) {
+            slow.push(format!("{}: {took:?}, not {:?}", case.name, case.within));
         }
     }
-    assert!(slow.is_empty(), "more than five seconds: {slow:?}");
+    assert!(slow.is_empty(), "{slow:#?}");
 }
 
 /// A body that ends before its length, its client still listening.

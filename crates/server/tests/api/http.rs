@@ -356,6 +356,7 @@ async fn the_access_log_has_one_line_per_request_and_no_words_of_it() {
             text.lines().filter(|line| line.contains(&format!("request_id={id}"))).collect();
         let what = format!("method=POST path=/v1/chat/completions status={status} ms=");
         assert!(lines.len() == 1 && lines[0].contains("INFO") && lines[0].contains(&what), "{lines:#?}");
+        assert!(lines[0].contains(" model=\"tiny-r1\" "), "{lines:#?}");
         assert!(status == 499 || lines[0].ends_with(&tokens), "{lines:#?}");
     }
 }
