@@ -13,7 +13,8 @@ use r1_weights::{Checkpoint, ModelConfig};
 pub const MAX_NUM_SEQS: usize = 16;
 /// Longest context of a bench.
 pub const MAX_MODEL_LEN: usize = 1024;
-/// Tokens of a prompt: few enough that one step prefills the largest batch: then all sequences decode side by side from first to last.
+/// Tokens of a prompt: so few that one step prefills the largest batch, and all sequences decode side by side from first to
+/// last.
 pub const INPUT_TOKENS: usize = 32;
 
 /// The bundled model's configuration and weights.

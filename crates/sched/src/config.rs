@@ -30,8 +30,8 @@ pub struct SchedConfig {
 }
 
 impl Default for SchedConfig {
-    /// Blocks of 64 tokens, one step of run-ahead and no prefix cache, which needs a key. `num_blocks` has no sensible default and is 1: size it from the
-    /// memory that is there.
+    /// Blocks of 64 tokens, one step of run-ahead and no prefix cache, which needs a key. `num_blocks` has no sensible
+    /// default and is 1: size it from the memory that is there.
     ///
     /// `headroom_tokens`: 2000 sequences of 50 to 1050 prompt and 20 to 1520 new tokens, all waiting from the start for
     /// a cache of 128k tokens, recompute 107% of their prompt tokens with 0, 15% with 16, 5% with 32 and 2% with 64. By

@@ -316,8 +316,8 @@ impl<'a, 'p> Room<'a, 'p> {
     }
 
     /// Takes a seat and blocks for all known tokens of a waiting sequence, and says where its prefill begins. `None`:
-    /// it does not fit, or the step is full, and nobody behind it is admitted either. If it `may_preempt`, running sequences of a strictly
-    /// worse priority give way to it.
+    /// it does not fit, or the step is full, and nobody behind it is admitted either. If it `may_preempt`, running
+    /// sequences of a strictly worse priority give way to it.
     fn admit(&mut self, seq: &Sequence, may_preempt: bool) -> Option<usize> {
         if self.closed_from.is_some_and(|from| from <= seq.turn.priority) {
             return None;

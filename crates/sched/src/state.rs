@@ -243,8 +243,9 @@ impl State {
         assert_eq!(refs, held, "{refs} references to blocks, but the tables hold {held}");
     }
 
-    /// Checks every invariant in O(blocks + sequences) and panics when one is broken: each block is free,
-    /// cached or counted once per table, index and order of eviction agree, queues and phases agree, counts match the steps in flight, no sequence is past its limits.
+    /// Checks every invariant in O(blocks + sequences) and panics when one is broken: each block is free, cached or
+    /// counted once per table, index and order of eviction agree, queues and phases agree, counts match the steps in
+    /// flight, no sequence is past its limits.
     pub fn audit(&self) {
         self.check_totals();
         self.pool.audit(self.sequences.values().map(|seq| seq.blocks.as_slice()));
