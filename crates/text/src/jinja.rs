@@ -36,7 +36,8 @@ impl fmt::Display for Raised {
 impl std::error::Error for Raised {}
 
 /// An environment set up as transformers sets up jinja2. There is no loader, so a template reaches nothing outside its
-/// variables; [`fuel`] bounds its work.
+/// variables; [`fuel`] bounds its steps. What one step may cost is bounded where a number asks for it, and not where a
+/// loop doubles a string or nests a list: a template is trusted as its checkpoint is, conversations are not.
 pub(crate) fn environment(control: ControlTokens) -> Environment<'static> {
     let mut env = Environment::new();
     env.set_syntax(
