@@ -10,7 +10,7 @@ use r1_benches::{Machine, Synthetic, load};
 use r1_engine::OneBatch;
 use r1_model::MlaForm;
 
-const ROUNDS: usize = 7;
+const ROUNDS: usize = 15;
 
 fn median(mut times: Vec<Duration>) -> Duration {
     times.sort_unstable();
@@ -42,7 +42,7 @@ fn deterministic(_: &mut Criterion) {
         );
     };
     for batch_size in [1, 8] {
-        let batch = OneBatch { batch_size, input_tokens: 32, output_tokens: 16 };
+        let batch = OneBatch { batch_size, input_tokens: 32, output_tokens: 32 };
         report(&format!("decode step of {batch_size}"), batch, true);
     }
     for input_tokens in [64, 256, 512] {
