@@ -2,79 +2,16 @@
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use r1_backend::{Backend, CommError, Communicator, Tensor};
+use r1_backend::Communicator;
 use r1_core::{Rank, SamplingParams, TokenId};
 use r1_cpu::{Cpu, CpuOptions};
 use r1_engine::{EngineError, Event, Generation, Handle, LocalRanks, RankLoader, Request, Status};
 use r1_model::{DeepSeek, ModelError};
-use r1_tests::Tiny;
-
-/// Collectives until one of them panics; 0 is never.
-type Fuse = Arc<AtomicUsize>;
-
-/// A rank whose next collective panics when its fuse has burnt down.
-struct Faulty<B: Backend> {
-    inner: Arc<dyn Communicator<B>>,
-    fuse: Fuse,
-}
-
-impl<B: Backend> Faulty<B> {
-    fn burn(&self) {
-        let burnt = self.fuse.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
-        assert!(burnt != Ok(1), "injected");
-    }
-}
-
-impl<B: Backend> Communicator<B> for Faulty<B> {
-    fn rank(&self) -> usize {
-        self.inner.rank()
-    }
-
-    fn world_size(&self) -> usize {
-        self.inner.world_size()
-    }
-
-    fn all_reduce(&self, backend: &B, x: &Tensor<B>) {
-        self.burn();
-        self.inner.all_reduce(backend, x);
-    }
-
-    fn all_gather(&self, backend: &B, x: &Tensor<B>, out: &Tensor<B>) {
-        self.inner.all_gather(backend, x, out);
-    }
-
-    fn all_gather_last(&self, backend: &B, x: &Tensor<B>, out: &Tensor<B>) {
-        self.inner.all_gather_last(backend, x, out);
-    }
-
-    fn reduce_scatter(&self, backend: &B, x: &Tensor<B>, out: &Tensor<B>) {
-        self.inner.reduce_scatter(backend, x, out);
-    }
-
-    fn all_to_all(&self, backend: &B, x: &Tensor<B>, out: &Tensor<B>) {
-        self.inner.all_to_all(backend, x, out);
-    }
-
-    fn broadcast(&self, backend: &B, x: &Tensor<B>, root: usize) {
-        self.inner.broadcast(backend, x, root);
-    }
-
-    fn send(&self, backend: &B, x: &Tensor<B>, to: usize) {
-        self.inner.send(backend, x, to);
-    }
-
-    fn recv(&self, backend: &B, x: &Tensor<B>, from: usize) {
-        self.inner.recv(backend, x, from);
-    }
-
-    fn check(&self) -> Result<(), CommError> {
-        self.inner.check()
-    }
-}
+use r1_tests::{Faulty, Fuse, Tiny};
 
 /// Ranks of which one has a fuse.
 struct FaultyRanks {

@@ -4,17 +4,16 @@
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use r1_backend::{Backend, CommError, Communicator, Tensor};
+use r1_backend::{Backend, CommError, Communicator};
 use r1_comm::Local;
 use r1_cpu::{Cpu, CpuOptions};
 use r1_model::{DeepSeek, MlaForm, StepError};
 use r1_reference::Reference;
-use r1_tests::{Feed, Feeder, Gap, Golden, Load, teacher_force, teacher_force_stages};
+use r1_tests::{Faulty, Feed, Feeder, Fuse, Gap, Golden, Load, teacher_force, teacher_force_stages};
 use r1_weights::{Checkpoint, HostLinear, ModelConfig, Partition};
 
 fn ranks_match<B: Backend>(make: impl Fn() -> B + Sync, name: &str, world: usize) {
@@ -180,50 +179,6 @@ fn stages_match() {
     assert_eq!(teacher_force_stages(&stages.each_ref(), &feeds), teacher_force(&whole, &feeds));
 }
 
-/// Panics in its `fails_at`-th sum, counted from 1.
-struct Failing {
-    comm: Local,
-    sums: AtomicUsize,
-    fails_at: usize,
-}
-
-impl Communicator<Cpu> for Failing {
-    fn rank(&self) -> usize {
-        Communicator::<Cpu>::rank(&self.comm)
-    }
-    fn world_size(&self) -> usize {
-        Communicator::<Cpu>::world_size(&self.comm)
-    }
-    fn all_reduce(&self, backend: &Cpu, x: &Tensor<Cpu>) {
-        assert!(self.sums.fetch_add(1, Ordering::Relaxed) + 1 != self.fails_at, "this rank fails");
-        self.comm.all_reduce(backend, x);
-    }
-    fn all_gather(&self, backend: &Cpu, x: &Tensor<Cpu>, out: &Tensor<Cpu>) {
-        self.comm.all_gather(backend, x, out);
-    }
-    fn all_gather_last(&self, backend: &Cpu, x: &Tensor<Cpu>, out: &Tensor<Cpu>) {
-        self.comm.all_gather_last(backend, x, out);
-    }
-    fn reduce_scatter(&self, backend: &Cpu, x: &Tensor<Cpu>, out: &Tensor<Cpu>) {
-        self.comm.reduce_scatter(backend, x, out);
-    }
-    fn all_to_all(&self, backend: &Cpu, x: &Tensor<Cpu>, out: &Tensor<Cpu>) {
-        self.comm.all_to_all(backend, x, out);
-    }
-    fn broadcast(&self, backend: &Cpu, x: &Tensor<Cpu>, root: usize) {
-        self.comm.broadcast(backend, x, root);
-    }
-    fn send(&self, backend: &Cpu, x: &Tensor<Cpu>, to: usize) {
-        self.comm.send(backend, x, to);
-    }
-    fn recv(&self, backend: &Cpu, x: &Tensor<Cpu>, from: usize) {
-        self.comm.recv(backend, x, from);
-    }
-    fn check(&self) -> Result<(), CommError> {
-        Communicator::<Cpu>::check(&self.comm)
-    }
-}
-
 /// Two ranks of which the second panics in its `fails_at`-th sum, 0 for never; both then meet in a new group, run the step
 /// again, and go on to the end. Gives both ranks' logits and how many steps failed on the first.
 fn two_ranks(fails_at: usize) -> Vec<(Vec<Vec<f32>>, usize)> {
@@ -233,8 +188,8 @@ fn two_ranks(fails_at: usize) -> Vec<(Vec<Vec<f32>>, usize)> {
     let run = |first: Local, second: Local| {
         let rank = Communicator::<Cpu>::rank(&first);
         let backend = Arc::new(Cpu::new(CpuOptions { threads: Some(1), isa: None }).expect("a CPU"));
-        let fails_at = if rank == 1 { fails_at } else { 0 };
-        let comm = Arc::new(Failing { comm: first, sums: AtomicUsize::new(0), fails_at });
+        let fuse = Fuse::new((if rank == 1 { fails_at } else { 0 }).into());
+        let comm = Arc::new(Faulty { inner: Arc::new(first), fuse });
         let mut model = Load::f32(MlaForm::Absorbed).open_rank(backend, comm, &golden.dir);
         let mut feeder = Feeder::new(&[&model], &feeds);
         let (mut failures, mut second) = (0, Some(second));
@@ -248,7 +203,7 @@ fn two_ranks(fails_at: usize) -> Vec<(Vec<Vec<f32>>, usize)> {
                     failures += 1;
                 }
                 Err(panic) => {
-                    assert_eq!(panic.downcast_ref::<&str>(), Some(&"this rank fails"), "rank {rank}");
+                    assert_eq!(panic.downcast_ref::<&str>(), Some(&"injected"), "rank {rank}");
                     failures += 1;
                 }
             }

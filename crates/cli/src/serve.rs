@@ -21,6 +21,9 @@ use crate::launch::{AnyDevice, Launch, OnDevice};
 use crate::source::Source;
 use crate::traces::{self, Traces};
 
+/// Tokens of a reply that may wait for a client that does not read: beyond what sockets hold, minutes at a large model's pace.
+const MAX_UNREAD_TOKENS: usize = 4096;
+
 /// Loads and serves until a signal comes.
 pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     let traces = args.otlp_traces_endpoint.as_deref().map(Traces::open).transpose()?;
@@ -48,7 +51,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         vocab_size: source.config.vocab_size,
         max_num_seqs: launch.engine.max_num_seqs,
         max_queued: args.max_queued_requests,
-        max_unread_tokens: 4096,
+        max_unread_tokens: MAX_UNREAD_TOKENS,
     });
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     let runtime = tokio::runtime::Builder::new_multi_thread()

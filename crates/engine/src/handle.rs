@@ -164,6 +164,13 @@ pub struct EngineInfo {
     pub max_unread_tokens: usize,
 }
 
+impl EngineInfo {
+    /// Most generations that run and wait together.
+    fn capacity(&self) -> usize {
+        self.max_num_seqs.saturating_add(self.max_queued)
+    }
+}
+
 /// Counters and gauges, as of the last step.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Stats {
@@ -336,9 +343,8 @@ impl Handle {
 
     /// Refuses what [`submit`](Self::submit) would refuse whatever the request: for callers to whom making one is work.
     pub fn check_room(&self) -> Result<(), SubmitError> {
-        let EngineInfo { max_num_seqs, max_queued, .. } = self.shared.info;
-        if self.shared.in_flight.load(Ordering::Relaxed) >= max_num_seqs.saturating_add(max_queued) {
-            return Err(SubmitError::QueueFull { max_queued });
+        if self.shared.in_flight.load(Ordering::Relaxed) >= self.shared.info.capacity() {
+            return Err(SubmitError::QueueFull { max_queued: self.shared.info.max_queued });
         }
         Ok(())
     }
@@ -360,8 +366,8 @@ impl Handle {
         for request in &requests {
             self.check(request)?;
         }
-        let EngineInfo { max_num_seqs, max_queued, .. } = self.shared.info;
-        let (choices, capacity) = (requests.len(), max_num_seqs.saturating_add(max_queued));
+        let max_queued = self.shared.info.max_queued;
+        let (choices, capacity) = (requests.len(), self.shared.info.capacity());
         if choices > capacity {
             return Err(SubmitError::TooManyChoices { choices, capacity });
         }

@@ -1,6 +1,7 @@
 //! Steps on their way: begins what was planned, keeps up to `depth` of them in flight on the ranks, and hands back what the
 //! oldest one has drawn. Used by the server's loop and by the bench alike.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -125,9 +126,14 @@ impl<B: Backend> Pipeline<B> {
     fn enqueue(&mut self, slot: usize, lives: &mut impl Lives) {
         let before = (slot + self.steps.len() - 1) % self.steps.len();
         let before = &self.steps[before].sampled;
+        // Both steps are in order of service, so that the row wanted next mostly stands next.
+        let cursor = Cell::new(0);
         let drawn_by = |seq| {
-            let row = before.iter().position(|&drawn| drawn == seq);
-            row.expect("a token in flight is drawn by the step before") as u32
+            let mut rows = (0..before.len()).map(|ahead| (cursor.get() + ahead) % before.len());
+            let row = rows.find(|&row| before[row] == seq);
+            let row = row.expect("a token in flight is drawn by the step before");
+            cursor.set(row + 1);
+            row as u32
         };
         self.ranks.slot(slot).input_mut().fill(&self.state, &self.steps[slot].plan, drawn_by);
         self.ranks.forward(slot);
