@@ -71,7 +71,7 @@ fn experts(c: &mut Criterion) {
         .collect();
     let bytes: usize =
         local.iter().map(|e| e.gate.size_bytes() + e.up.size_bytes() + e.down.size_bytes()).sum();
-    let experts = Experts { local, first: 0, total };
+    let experts = Experts::new(cpu, local, 0, total).expect("no table is made");
     let x = Activation::dense(filled(cpu, &mut random, &[1, hidden]));
     let ids = cpu.alloc(&[1, top_k], DType::U32).expect("memory");
     cpu.upload(HostSlice::U32(&[3, 1, 4, 0, 5, 2, 6, 7]), &ids);

@@ -123,6 +123,12 @@ pub trait Backend: Sized + Send + Sync + 'static {
         self.import(host)
     }
 
+    /// What this backend's `experts` needs to find the weights of a layer's experts, which stay where they are; nothing by
+    /// default. Made once per layer, by [`Experts::new`].
+    fn expert_table(&self, _local: &[MlpWeights<Self>]) -> Result<Option<Tensor<Self>>, BackendError> {
+        Ok(None)
+    }
+
     // Traffic with the host: a few kilobytes per step.
 
     /// Writes host values to `dst`.

@@ -168,6 +168,21 @@ pub struct Experts<B: Backend> {
     pub first: usize,
     /// Experts of the whole layer, E.
     pub total: usize,
+    /// Where they lie, as the device's own `experts` wants to know it; see [`Backend::expert_table`].
+    pub table: Option<Tensor<B>>,
+}
+
+impl<B: Backend> Experts<B> {
+    /// Experts `first..first + local.len()` of `total`.
+    pub fn new(
+        backend: &B,
+        local: Vec<MlpWeights<B>>,
+        first: usize,
+        total: usize,
+    ) -> Result<Self, BackendError> {
+        let table = backend.expert_table(&local)?;
+        Ok(Self { local, first, total, table })
+    }
 }
 
 /// How router logits become scores, in F32.

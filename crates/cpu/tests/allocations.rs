@@ -64,7 +64,7 @@ fn a_second_step_allocates_nothing() {
     let local = (0..4)
         .map(|_| MlpWeights { gate: weight([i, d]), up: weight([i, d]), down: weight([d, i]) })
         .collect();
-    let experts = Experts { local, first: 0, total: 4 };
+    let experts = Experts::new(&cpu, local, 0, 4).expect("no table is made");
     let chosen = ids(&cpu, &vec![0; tokens * k], &[tokens, k]);
     let drawn = ids(&cpu, &[0], &[1]);
     let routing = Routing {

@@ -79,7 +79,7 @@ fn expert_weights(cpu: &Cpu, random: &mut Random, count: usize, [i, d]: [usize; 
             MlpWeights { gate: one([i, d], format), up: one([i, d], format), down: one([d, i], format) }
         })
         .collect();
-    Experts { local, first: 2, total: count + 4 }
+    Experts::new(cpu, local, 2, count + 4).expect("no table is made")
 }
 
 #[test]

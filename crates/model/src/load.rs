@@ -269,7 +269,8 @@ impl<B: Backend> Loader<'_, B> {
             .map(|expert| self.mlp(&format!("{prefix}.experts.{expert}"), moe.moe_intermediate_size))
             .collect::<Result<_, _>>()?;
         let shared = self.mlp(&format!("{prefix}.shared_experts"), self.config.shared_intermediate_size())?;
-        Ok(MoeWeights { router, bias, routing, experts: Experts { local, first: 0, total }, shared })
+        let experts = Experts::new(self.backend, local, 0, total)?;
+        Ok(MoeWeights { router, bias, routing, experts, shared })
     }
 
     /// The router's correction bias as F32, which is how it is published; other floats are widened.

@@ -251,7 +251,7 @@ pub fn moe_layer<B: Backend>(backend: &B) {
                 norm_topk_prob: true,
                 routed_scaling_factor: 2.5,
             },
-            experts: crate::Experts { local, first: 1, total },
+            experts: crate::Experts::new(backend, local, 1, total).expect("table"),
             shared: mlp(backend, random, [dim, width], format).0,
         };
         let run = |default: bool| {

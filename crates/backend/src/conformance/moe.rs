@@ -188,7 +188,7 @@ fn check_experts<B: Backend>(
     const TOP_K: usize = 3;
     let dim = sizes[0];
     let (local, values): (Vec<_>, Vec<_>) = (0..LOCAL).map(|_| mlp(backend, random, sizes, format)).unzip();
-    let experts = Experts { local, first: FIRST, total: TOTAL };
+    let experts = Experts::new(backend, local, FIRST, TOTAL).expect("table");
 
     let ids: Vec<u32> = (0..tokens)
         .flat_map(|token| {

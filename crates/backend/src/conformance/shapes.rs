@@ -113,7 +113,7 @@ fn routing_and_sampling<B: Backend>(backend: &B, random: &mut Random) {
     refuses("experts: down", || {
         let mut w = |size| weight(backend, random, size, Format::Dense(DType::F32)).0;
         let local = vec![MlpWeights { gate: w([4, 8]), up: w([4, 8]), down: w([8, 5]) }];
-        let experts = Experts { local, first: 0, total: 2 };
+        let experts = Experts::new(backend, local, 0, 2).expect("table");
         let x = Activation::dense(f(&[3, 8]));
         backend.experts(&x, &u(&[3, 2]), &f(&[3, 2]), &experts, &f(&[3, 8]));
     });

@@ -1,0 +1,154 @@
+//! Traffic with the host: element types on the way, views with gaps.
+
+use half::bf16;
+use r1_backend::{HostSlice, HostSliceMut, Tensor};
+use r1_core::DType;
+
+use crate::Gpu;
+use crate::driver::{ReadOrder, Rows};
+
+/// The value of an E4M3 code.
+pub(crate) fn e4m3_to_f32(code: u8) -> f32 {
+    let magnitude = u32::from(code & 0x7f);
+    let value = match (magnitude >> 3, magnitude & 7) {
+        (15, 7) => f32::NAN,
+        (0, mantissa) => mantissa as f32 / 512.0,
+        (exponent, mantissa) => f32::from_bits((exponent + 120) << 23 | mantissa << 20),
+    };
+    if code & 0x80 == 0 { value } else { -value }
+}
+
+/// The nearest E4M3 code, ties to even; saturates at 448; no -0.
+pub(crate) fn f32_to_e4m3(x: f32) -> u8 {
+    let sign = (x.to_bits() >> 24) as u8 & 0x80;
+    let magnitude = x.abs();
+    if x.is_nan() {
+        return sign | 0x7f;
+    }
+    let code = if magnitude >= 448.0 {
+        0x7e
+    } else if magnitude < 0.015_625 {
+        // Below 2^-6 the spacing is 2^-9: adding 2^14 rounds there.
+        (magnitude + 16384.0).to_bits() as u8
+    } else {
+        let bits = magnitude.to_bits();
+        let rounded = bits + 0x7_ffff + (bits >> 20 & 1);
+        ((rounded >> 20) - (120 << 3)).min(0x7e) as u8
+    };
+    if code == 0 { 0 } else { sign | code }
+}
+
+/// Calls `visit` with each run of rows of a view, and where its bytes stand among the dense ones.
+fn rows_of(tensor: &Tensor<Gpu>, mut visit: impl FnMut(Rows, usize)) {
+    let size = tensor.dtype().size_bytes();
+    let at = tensor.buffer().at().offset(tensor.offset() * size);
+    if tensor.num_elements() == 0 {
+        return;
+    }
+    if tensor.is_contiguous() {
+        return visit(Rows::dense(at, tensor.num_elements() * size), 0);
+    }
+    // Four dimensions, outer ones of size 1 in front.
+    let (mut shape, mut strides) = ([1; 4], [0; 4]);
+    let from = 4 - tensor.shape().len();
+    shape[from..].copy_from_slice(tensor.shape());
+    strides[from..].copy_from_slice(tensor.strides());
+    let width_bytes = shape[3] * size;
+    for i in 0..shape[0] {
+        for j in 0..shape[1] {
+            let at = at.offset((i * strides[0] + j * strides[1]) * size);
+            let rows = Rows { at, num_rows: shape[2], width_bytes, pitch_bytes: strides[2] * size };
+            visit(rows, (i * shape[1] + j) * rows.size_bytes());
+        }
+    }
+}
+
+#[track_caller]
+fn check(op: &str, arg: &str, tensor: &Tensor<Gpu>, len: usize, is_u32: bool) {
+    let kind = if is_u32 { "u32s" } else { "floats" };
+    assert!(is_u32 == (tensor.dtype() == DType::U32), "{op}: {kind} for {arg} of dtype {}", tensor.dtype());
+    assert!(len == tensor.num_elements(), "{op}: {len} {kind} for {arg} of shape {:?}", tensor.shape());
+}
+
+pub(crate) fn upload(gpu: &Gpu, src: HostSlice<'_>, dst: &Tensor<Gpu>) {
+    let bytes: Vec<u8> = match src {
+        HostSlice::U32(values) => {
+            check("upload", "dst", dst, values.len(), true);
+            values.iter().flat_map(|value| value.to_le_bytes()).collect()
+        }
+        HostSlice::F32(values) => {
+            check("upload", "dst", dst, values.len(), false);
+            match dst.dtype() {
+                DType::BF16 => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
+                DType::F16 => values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect(),
+                DType::F8E4M3 => values.iter().map(|&x| f32_to_e4m3(x)).collect(),
+                _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            }
+        }
+    };
+    rows_of(dst, |rows, from| gpu.note("upload", gpu.driver.write(&bytes[from..from + rows.size_bytes()], rows)));
+}
+
+pub(crate) fn download(
+    gpu: &Gpu,
+    src: &Tensor<Gpu>,
+    dst: HostSliceMut<'_>,
+    order: ReadOrder,
+) -> Result<(), r1_backend::BackendError> {
+    match &dst {
+        HostSliceMut::U32(values) => check("download", "src", src, values.len(), true),
+        HostSliceMut::F32(values) => check("download", "src", src, values.len(), false),
+    }
+    let mut bytes = vec![0; src.num_elements() * src.dtype().size_bytes()];
+    let mut result = Ok(());
+    rows_of(src, |rows, from| {
+        if result.is_ok() {
+            result = gpu.driver.read(rows, &mut bytes[from..from + rows.size_bytes()], order);
+        }
+    });
+    result.map_err(|error| gpu.failed("download", &error))?;
+    match dst {
+        HostSliceMut::U32(dst) => {
+            dst.iter_mut().zip(bytes.as_chunks().0).for_each(|(dst, &src)| *dst = u32::from_le_bytes(src));
+        }
+        HostSliceMut::F32(dst) => match src.dtype() {
+            DType::BF16 => {
+                let pairs = dst.iter_mut().zip(bytes.as_chunks().0);
+                pairs.for_each(|(dst, &src)| *dst = bf16::from_le_bytes(src).to_f32());
+            }
+            DType::F16 => {
+                let pairs = dst.iter_mut().zip(bytes.as_chunks().0);
+                pairs.for_each(|(dst, &src)| *dst = half::f16::from_le_bytes(src).to_f32());
+            }
+            DType::F8E4M3 => dst.iter_mut().zip(&bytes).for_each(|(dst, &src)| *dst = e4m3_to_f32(src)),
+            _ => {
+                let quads = dst.iter_mut().zip(bytes.as_chunks().0);
+                quads.for_each(|(dst, &src)| *dst = f32::from_le_bytes(src));
+            }
+        },
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn e4m3_codes_survive_and_values_take_the_nearest() {
+        for code in 0..=255u8 {
+            let value = e4m3_to_f32(code);
+            let want = if code == 0x80 { 0 } else { code };
+            assert_eq!(f32_to_e4m3(value), want, "{value}");
+        }
+        for step in 0..40_000 {
+            let x = step as f32 / 64.0 - 300.0;
+            let gap = |code: u8| (e4m3_to_f32(code) - x).abs();
+            let found = gap(f32_to_e4m3(x));
+            let best = (0..=255).map(gap).filter(|gap| !gap.is_nan()).fold(f32::MAX, f32::min);
+            assert_eq!(found, best, "{x}");
+        }
+        assert_eq!(e4m3_to_f32(f32_to_e4m3(1e9)), 448.0);
+        assert_eq!(e4m3_to_f32(f32_to_e4m3(-1e9)), -448.0);
+    }
+}
