@@ -221,7 +221,8 @@ impl Local {
             Collective::Broadcast { root } => {
                 assert!(root < world_size, "broadcast: root {root} of {world_size}");
                 call.root = root;
-                let lay_out = |staging: &mut Staging| if self.rank == root { lay_out(staging) } else { Ok(()) };
+                let lay_out =
+                    |staging: &mut Staging| if self.rank == root { lay_out(staging) } else { Ok(()) };
                 self.group.collective(self.rank, call, lay_out, |ranks| {
                     if self.rank == root { Ok(()) } else { take(&read(&ranks[root])) }
                 })

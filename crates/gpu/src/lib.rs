@@ -4,6 +4,7 @@
 //! structs. Knows no models.
 
 mod arena;
+mod comm;
 mod driver;
 mod host;
 mod kernels;
@@ -14,11 +15,12 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use r1_backend::{
-    Activation, Backend, BackendError, Batch, Capabilities, HeadWeight, HostSlice, HostSliceMut, HostTensor,
-    Experts, LatentCache, LogprobsOut, RopeTable, Routing, SamplingBatch, Tensor, Ticket, Weight,
+    Activation, Backend, BackendError, Batch, Capabilities, Experts, HeadWeight, HostSlice, HostSliceMut,
+    HostTensor, LatentCache, LogprobsOut, RopeTable, Routing, SamplingBatch, Tensor, Ticket, Weight,
 };
 use r1_core::DType;
 
+pub use comm::Ranks;
 pub use driver::DriverError;
 
 use arena::Arena;
@@ -170,7 +172,8 @@ impl Backend for Gpu {
         let known = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
         let device = self.driver.info().name.clone();
         let mark = self.driver.mark();
-        let failed = move |error: DriverError| BackendError::Failed { device, op: "step", why: error.to_string() };
+        let failed =
+            move |error: DriverError| BackendError::Failed { device, op: "step", why: error.to_string() };
         match (known, mark) {
             (Some(failure), Ok(mark)) => Ticket::waiting(move || {
                 // Waited for all the same: what follows starts from a stream that is done.
@@ -278,7 +281,10 @@ impl Backend for Gpu {
         ops::experts::experts(self, x, ids, weights, experts, out);
     }
 
-    fn expert_table(&self, local: &[r1_backend::MlpWeights<Self>]) -> Result<Option<Tensor<Self>>, BackendError> {
+    fn expert_table(
+        &self,
+        local: &[r1_backend::MlpWeights<Self>],
+    ) -> Result<Option<Tensor<Self>>, BackendError> {
         ops::experts::expert_table(self, local).map(Some)
     }
 

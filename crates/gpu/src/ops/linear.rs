@@ -1,4 +1,6 @@
 //! Linears. Kernels: `kernels/gemm.cu`.
-use r1_backend::{Activation, Tensor, Weight};
 use crate::Gpu;
-pub(crate) fn linear(_: &Gpu, _: &Activation<Gpu>, _: &Weight<Gpu>, _: &Tensor<Gpu>) { panic!("to be written") }
+use r1_backend::{Activation, Tensor, Weight};
+pub(crate) fn linear(_: &Gpu, _: &Activation<Gpu>, _: &Weight<Gpu>, _: &Tensor<Gpu>) {
+    panic!("to be written")
+}

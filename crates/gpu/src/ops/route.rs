@@ -1,4 +1,13 @@
 //! The choice of experts. Kernels: `kernels/route.cu`.
-use r1_backend::{Routing, Tensor};
 use crate::Gpu;
-pub(crate) fn route(_: &Gpu, _: &Tensor<Gpu>, _: Option<&Tensor<Gpu>>, _: &Routing, _: &Tensor<Gpu>, _: &Tensor<Gpu>) { panic!("to be written") }
+use r1_backend::{Routing, Tensor};
+pub(crate) fn route(
+    _: &Gpu,
+    _: &Tensor<Gpu>,
+    _: Option<&Tensor<Gpu>>,
+    _: &Routing,
+    _: &Tensor<Gpu>,
+    _: &Tensor<Gpu>,
+) {
+    panic!("to be written")
+}
