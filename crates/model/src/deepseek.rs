@@ -301,9 +301,9 @@ impl<B: Backend> DeepSeek<B> {
 
         backend.rms_norm(&residual, &self.layers[0].input_norm, eps, &normed);
         for (i, (layer, cache)) in self.layers.iter().zip(caches).enumerate() {
-            layer.mla.forward(backend, &normed, &self.rope, batch, cache, &mla, &block_out);
-            let norm = &layer.post_attention_norm;
-            backend.all_reduce_add_norm(comm, &residual, &block_out, norm, eps, &normed);
+            let attended = layer.mla.forward(backend, &normed, &self.rope, batch, cache, &mla);
+            let (o_proj, norm) = (&layer.mla.o_proj, &layer.post_attention_norm);
+            backend.linear_add_norm(comm, attended, o_proj, &block_out, &residual, norm, eps, &normed);
             match &layer.feed_forward {
                 FeedForward::Dense(w) => {
                     backend.mlp(&normed, w, dense.as_ref().expect("a dense layer has scratch"), &block_out);
