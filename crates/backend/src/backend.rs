@@ -29,6 +29,15 @@ pub enum HostSliceMut<'a> {
     U32(&'a mut [u32]),
 }
 
+/// A device's memory as a whole, whoever uses it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Bytes that the device has.
+    pub total_bytes: usize,
+    /// Of these, bytes in use: by this process, by others and by the driver.
+    pub used_bytes: usize,
+}
+
 /// Completion of the work enqueued before it was made.
 #[must_use = "a step's failure is known only when its ticket is waited for"]
 pub struct Ticket(State);
@@ -108,6 +117,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     /// Bytes of memory that allocations may still take; `None` where nothing can be said.
     fn free_bytes(&self) -> Option<usize> {
+        None
+    }
+
+    /// Memory of the device; `None` where it has none of its own.
+    fn memory(&self) -> Option<MemoryUse> {
         None
     }
 

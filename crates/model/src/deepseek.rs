@@ -205,7 +205,7 @@ impl<B: Backend> DeepSeek<B> {
 
     /// Bytes of KV cache per token on this rank: kv_lora_rank + qk_rope_head_dim values per layer, nothing expanded.
     pub fn kv_bytes_per_token(&self) -> usize {
-        self.layers.len() * self.config.kv_cache_dim() * self.options.activation_dtype.size_bytes()
+        self.options.kv_bytes_per_token(&self.config, self.layers.len())
     }
 
     /// A paged cache for every layer of the stage.
