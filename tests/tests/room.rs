@@ -3,11 +3,11 @@
 
 use std::sync::Arc;
 
-use r1_backend::Backend;
+use r1_backend::{Backend, Communicator};
 use r1_comm::Local;
 use r1_cpu::{Cpu, CpuOptions};
 use r1_engine::Status;
-use r1_model::{DeepSeek, MlaForm, ModelError, WeightFormat};
+use r1_model::{DeepSeek, MlaForm, ModelError, ModelOptions, WeightFormat};
 use r1_tests::{Golden, Load, Tiny};
 use r1_weights::{Checkpoint, ModelConfig};
 
@@ -25,7 +25,6 @@ fn full() -> Arc<Cpu> {
 /// The refusal names the bytes that a rank would have held: what one with room holds once it is loaded.
 #[test]
 fn the_bytes_of_every_shard_are_known_before_it_is_read() {
-    let stages = [None, Some([0, 1]), Some([1, 3])];
     for (name, worlds) in [
         ("toy_v3_f32", &[1, 2, 4][..]),
         ("toy_v3_bf16", &[1, 4]),
@@ -34,28 +33,17 @@ fn the_bytes_of_every_shard_are_known_before_it_is_read() {
         ("toy_ragged_fp8", &[1, 2]),
     ] {
         let dir = Golden::open(name).dir;
-        let (config, checkpoint) = (ModelConfig::open(&dir).unwrap(), Checkpoint::open(&dir).unwrap());
-        for &world in worlds {
-            for weights in [WeightFormat::AsStored, WeightFormat::WidenToBf16] {
-                for layers in stages {
-                    let load = Load { weights, layers, ..Load::f32(MlaForm::Absorbed) };
-                    for comm in Local::group(world, 0) {
-                        let (options, comm) = (load.options(comm_rank(&comm), world), Arc::new(comm));
-                        let open = |device| {
-                            let options = options.clone();
-                            DeepSeek::load(device, comm.clone(), &checkpoint, &config, options, &mut |_| {})
-                        };
-                        let loaded = open(Arc::new(cpu())).expect("it loads");
-                        let refused = open(full()).err().expect("there is no room");
-                        let ModelError::TooLarge { weight_bytes, context_bytes, free_bytes: 0, .. } = refused
-                        else {
-                            panic!("{name}: {refused}")
-                        };
-                        let case =
-                            format!("{name}, rank {} of {world}, {weights:?}, {layers:?}", options.rank);
-                        assert_eq!(weight_bytes, loaded.weight_bytes(), "{case}");
-                        let context = loaded.kv_bytes_per_token() * options.max_model_len;
-                        assert_eq!(context_bytes, context, "{case}");
+        let checkpoint = Checkpoint::open(&dir).expect("weights");
+        for tie_word_embeddings in [false, true] {
+            let config = ModelConfig { tie_word_embeddings, ..ModelConfig::open(&dir).expect("config.json") };
+            for &world in worlds {
+                for weights in [WeightFormat::AsStored, WeightFormat::WidenToBf16] {
+                    for layers in [None, Some([0, 1]), Some([1, config.num_hidden_layers])] {
+                        let load = Load { weights, layers, ..Load::f32(MlaForm::Absorbed) };
+                        for comm in Local::group(world, 0) {
+                            let options = load.options(comm_rank(&comm), world);
+                            compare(name, &checkpoint, &config, &options, Arc::new(comm));
+                        }
                     }
                 }
             }
@@ -63,8 +51,27 @@ fn the_bytes_of_every_shard_are_known_before_it_is_read() {
     }
 }
 
+fn compare(
+    name: &str,
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    options: &ModelOptions,
+    comm: Arc<dyn Communicator<Cpu>>,
+) {
+    let open =
+        |device| DeepSeek::load(device, comm.clone(), checkpoint, config, options.clone(), &mut |_| {});
+    let loaded = open(Arc::new(cpu())).expect("it loads");
+    let refused = open(full()).err().expect("there is no room");
+    let ModelError::TooLarge { weight_bytes, context_bytes, free_bytes: 0, .. } = refused else {
+        panic!("{name}: {refused}")
+    };
+    let case = format!("{name}, tied {}, {options:?}", config.tie_word_embeddings);
+    assert_eq!(weight_bytes, loaded.weight_bytes(), "{case}");
+    assert_eq!(context_bytes, loaded.kv_bytes_per_token() * options.max_model_len, "{case}");
+}
+
 fn comm_rank(comm: &Local) -> usize {
-    r1_backend::Communicator::<Cpu>::rank(comm)
+    Communicator::<Cpu>::rank(comm)
 }
 
 #[test]

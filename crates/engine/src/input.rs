@@ -366,7 +366,7 @@ mod tests {
             max_num_batched_tokens: 64,
             max_model_len: 24,
             max_queued: 8,
-            depth: 1,
+            depth: 2,
             prefix_cache: None,
             ..SchedConfig::default()
         };

@@ -21,7 +21,7 @@ pub(crate) fn plan(held: Held, memory: MemoryUse) -> String {
     let [weights, workspaces, kv_cache, free, total] =
         [weight_bytes, workspaces, kv_cache_bytes, free, memory.total_bytes].map(|bytes| bytes as f64 / GIB);
     format!(
-        "memory in GiB: weights {weights:.2}, workspaces {workspaces:.2}, KV cache {kv_cache:.2} ({kv_cache_tokens} tokens), \
+        "uses memory, in GiB: weights {weights:.2}, workspaces {workspaces:.2}, KV cache {kv_cache:.2} ({kv_cache_tokens} tokens), \
          free {free:.2}, of {total:.2}"
     )
 }
@@ -37,7 +37,7 @@ mod tests {
         let memory = MemoryUse { total_bytes: 140 * G, used_bytes: 120 * G + G / 4 };
         assert_eq!(
             plan(held, memory),
-            "memory in GiB: weights 85.00, workspaces 5.25, KV cache 30.00 (1000 tokens), free 19.75, of 140.00"
+            "uses memory, in GiB: weights 85.00, workspaces 5.25, KV cache 30.00 (1000 tokens), free 19.75, of 140.00"
         );
     }
 }

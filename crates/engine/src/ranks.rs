@@ -179,7 +179,7 @@ impl<B: Backend> Ranks<B> {
                     mib(kv_cache_bytes),
                 ),
             };
-            tracing::info!(weight_bytes, kv_cache_bytes, "rank {rank} of {}: {held}", loaded.len());
+            tracing::info!(weight_bytes, kv_cache_bytes, "rank {rank} of {} {held}", loaded.len());
         }
         Ok(())
     }
