@@ -42,7 +42,8 @@ fn the_bytes_of_every_shard_are_known_before_it_is_read() {
                         let load = Load { weights, layers, ..Load::f32(MlaForm::Absorbed) };
                         for comm in Local::group(world, 0) {
                             let options = load.options(comm_rank(&comm), world);
-                            compare(name, &checkpoint, &config, &options, Arc::new(comm));
+                            let comm: Arc<dyn Communicator<Cpu>> = Arc::new(comm);
+                            compare(name, &checkpoint, &config, &options, &comm);
                         }
                     }
                 }
@@ -56,7 +57,7 @@ fn compare(
     checkpoint: &Checkpoint,
     config: &ModelConfig,
     options: &ModelOptions,
-    comm: Arc<dyn Communicator<Cpu>>,
+    comm: &Arc<dyn Communicator<Cpu>>,
 ) {
     let open =
         |device| DeepSeek::load(device, comm.clone(), checkpoint, config, options.clone(), &mut |_| {});

@@ -340,6 +340,7 @@ impl<B: Backend> Inputs<B> {
 }
 
 /// What the views of a step depend on.
+#[derive(Clone, Copy)]
 struct Sizes {
     num_tokens: usize,
     num_seqs: usize,
