@@ -29,6 +29,15 @@ pub enum HostSliceMut<'a> {
     U32(&'a mut [u32]),
 }
 
+/// A device's memory as a whole, whoever uses it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Bytes that the device has.
+    pub total_bytes: usize,
+    /// Of these, bytes in use: by this process, by others and by the driver.
+    pub used_bytes: usize,
+}
+
 /// Completion of the work enqueued before it was made.
 #[must_use = "a step's failure is known only when its ticket is waited for"]
 pub struct Ticket(State);
@@ -66,6 +75,7 @@ impl fmt::Debug for Ticket {
 
 /// What a backend can do beyond the operations themselves.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools)] // independent of each other
 pub struct Capabilities {
     /// Element types that activations and caches may have.
     pub activation_dtypes: Vec<DType>,
@@ -76,6 +86,8 @@ pub struct Capabilities {
     /// A row's result depends neither on the other rows of a step nor on how a prompt is cut into steps, bit for bit, in
     /// the absorbed form of attention.
     pub batch_invariant: bool,
+    /// [`capture`](Backend::capture) gives a graph. Where it does not, steps run eagerly.
+    pub captures: bool,
 }
 
 /// A device and its operations.
@@ -105,6 +117,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     /// Bytes of memory that allocations may still take; `None` where nothing can be said.
     fn free_bytes(&self) -> Option<usize> {
+        None
+    }
+
+    /// Memory of the device; `None` where it has none of its own.
+    fn memory(&self) -> Option<MemoryUse> {
         None
     }
 
@@ -171,7 +188,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn per_head(&self, x: &Tensor<Self>, w: &HeadWeight<Self>, out: &Tensor<Self>);
 
     /// RoPE and cache write. Rotates `q_rope` `[T, H, R]` (strided) in place; writes `rms_norm(kv_a[:, :C])` and the rotated
-    /// `kv_a[:, C:]` to the cache at the batch's slots. `kv_a` `[T, C + R]`, `norm` `[C]`.
+    /// `kv_a[:, C:]` to the cache at the batch's slots; a row whose slot is [`NO_SLOT`](crate::NO_SLOT) writes nothing there.
+    /// `kv_a` `[T, C + R]`, `norm` `[C]`.
     fn rope_cache(
         &self,
         q_rope: &Tensor<Self>,
@@ -185,7 +203,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     /// Absorbed MLA over the paged latent cache, for the sequences `seqs`, any mix of decode rows and prefill chunks; other
     /// sequences' rows of `out` are left alone. Row `i` of a sequence with `n` rows sees the first `context_len - n + 1 + i`
-    /// tokens. `q_latent` `[T, H, C]`, `q_rope` `[T, H, R]` (strided), `out` `[T, H, C]`. `scale` holds YaRN's mscale².
+    /// tokens; the row of a sequence whose `context_len` is 0 (padding, see [`Batch`]) becomes zeros. `q_latent` `[T, H, C]`,
+    /// `q_rope` `[T, H, R]` (strided), `out` `[T, H, C]`. `scale` holds YaRN's mscale².
     /// Source: DeepSeek-V2 report, section 2.1.2 (arXiv:2405.04434).
     fn mla_attention(
         &self,
@@ -297,6 +316,62 @@ pub trait Backend: Sized + Send + Sync + 'static {
         composite::mla_qkv(self, x, w, scratch, q, kv_a);
     }
 
+    /// What stands between the projections and absorbed attention: [`rope_cache`](Backend::rope_cache) of all T rows, the
+    /// rope part of `q` rotated in place, then `q_latent = q_nope W_uk` for the first L rows, L from 0 to T. `q`
+    /// `[T, H, P + R]`, `kv_a` `[T, C + R]`, `norm` `[C]`, `w_uk` in the form [`RowsIn`](crate::HeadForm::RowsIn),
+    /// `q_latent` `[L, H, C]`.
+    fn mla_absorb(
+        &self,
+        q: &Tensor<Self>,
+        kv_a: &Tensor<Self>,
+        norm: &Tensor<Self>,
+        eps: f32,
+        rope: &RopeTable<Self>,
+        batch: &Batch<Self>,
+        cache: &LatentCache<Self>,
+        w_uk: &HeadWeight<Self>,
+        q_latent: &Tensor<Self>,
+    ) {
+        composite::mla_absorb(self, q, kv_a, norm, eps, rope, batch, cache, w_uk, q_latent);
+    }
+
+    /// Absorbed attention of the batch's first sequences, and what the output projection reads of it:
+    /// [`mla_attention`](Backend::mla_attention), W_uv, [`quantize`](Backend::quantize). `seqs` begins at 0 and is
+    /// either all sequences or those that decode; L is their number of rows. `q_latent` `[T, H, C]` and `q_rope`
+    /// `[T, H, R]` (strided) are read in the first L rows, `o_latent` `[T, H, C]` is scratch, `w_uv` has the form
+    /// [`RowsOut`](crate::HeadForm::RowsOut), `attended` `[L, H U]`.
+    fn mla_attend(
+        &self,
+        q_latent: &Tensor<Self>,
+        q_rope: &Tensor<Self>,
+        cache: &LatentCache<Self>,
+        batch: &Batch<Self>,
+        seqs: Range<usize>,
+        scale: f32,
+        w_uv: &HeadWeight<Self>,
+        o_latent: &Tensor<Self>,
+        attended: &Activation<Self>,
+    ) {
+        composite::mla_attend(self, q_latent, q_rope, cache, batch, seqs, scale, w_uv, o_latent, attended);
+    }
+
+    /// A block's last linear, whose results the ranks sum, and the next block's input:
+    /// `block_out = x Wᵀ`, then [`all_reduce_add_norm`](Backend::all_reduce_add_norm). `x` `[T, K]`, `w` `[D, K]`, `residual`
+    /// and `out` `[T, D]`; `block_out` `[T, D]` is scratch.
+    fn linear_add_norm(
+        &self,
+        comm: &dyn Communicator<Self>,
+        x: &Activation<Self>,
+        w: &Weight<Self>,
+        block_out: &Tensor<Self>,
+        residual: &Tensor<Self>,
+        norm: &Tensor<Self>,
+        eps: f32,
+        out: &Activation<Self>,
+    ) {
+        composite::linear_add_norm(self, comm, x, w, block_out, residual, norm, eps, out);
+    }
+
     /// `out = down(silu(gate(x)) * up(x))`.
     fn mlp(
         &self,
@@ -321,11 +396,16 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     // Capture.
 
-    /// Records what `step` enqueues. `None`: this backend runs eagerly, and `step` was not called.
+    /// Records what `step` enqueues, collectives included, and runs none of it; `step` is called once. It must neither
+    /// move values to or from the host, nor allocate, nor flush, and what it enqueues must depend on host values alone that are
+    /// the same at every replay: those of [`Batch`], shapes and strides. The graph reads and writes the tensors that `step`
+    /// named, at their addresses, so it may be replayed only while they live. `None` where
+    /// [`captures`](Capabilities::captures) is false: then `step` was not called.
     fn capture(&self, _step: &mut dyn FnMut()) -> Result<Option<Self::Graph>, BackendError> {
         Ok(None)
     }
 
-    /// Runs a captured step.
-    fn replay(&self, graph: &Self::Graph) -> Ticket;
+    /// Enqueues a captured step, in order with everything else; a failure surfaces from [`flush`](Backend::flush) as any
+    /// operation's does.
+    fn replay(&self, graph: &Self::Graph);
 }

@@ -4,13 +4,21 @@ use std::ops::Range;
 
 use crate::{Backend, Tensor};
 
+/// The slot of a padding row: its KV goes nowhere.
+pub const NO_SLOT: u32 = u32::MAX;
+
 /// One step's metadata on the device; uploaded once per step, read by every layer. S sequences, T tokens.
 ///
 /// The tokens of a sequence are consecutive rows, in order of position; sequences that decode come first.
+///
+/// The last of those that decode may be padding, so that a captured step runs with fewer sequences than it was captured for.
+/// A padding sequence has one row, the slot [`NO_SLOT`], position 0 and a `context_len` of 0; its row of the block table is
+/// never read. It writes nothing to a cache, attention gives zeros for it, and no other row's result depends on it. Its token id
+/// is `u32::MAX`, which no table holds. It counts in `num_tokens`, `num_seqs` and `num_decodes`.
 pub struct Batch<B: Backend> {
     /// `[T]` U32: absolute position of each token.
     pub positions: Tensor<B>,
-    /// `[T]` U32: where each token's KV goes, `block * block_size + offset`.
+    /// `[T]` U32: where each token's KV goes, `block * block_size + offset`, or [`NO_SLOT`].
     pub slots: Tensor<B>,
     /// `[S + 1]` U32: sequence `s` has the rows `query_start[s]..query_start[s + 1]`.
     pub query_start: Tensor<B>,
@@ -18,7 +26,7 @@ pub struct Batch<B: Backend> {
     pub context_len: Tensor<B>,
     /// `[S + 1]` U32: prefix sums of `context_len`.
     pub context_start: Tensor<B>,
-    /// `[S, max_blocks]` U32: entries past the context are never read.
+    /// `[S, max_blocks]` U32, the last dimension contiguous, rows any stride apart: entries past the context are never read.
     pub block_table: Tensor<B>,
     /// T.
     pub num_tokens: usize,
@@ -28,7 +36,8 @@ pub struct Batch<B: Backend> {
     pub num_decodes: usize,
     /// Host copy of the sum of `context_len` over the sequences that do not decode.
     pub prefill_context_tokens: usize,
-    /// Host copy of the largest `context_len`.
+    /// Host copy of the largest `context_len`, or more: a step that is captured says the longest context that a replay may
+    /// have.
     pub max_context_len: usize,
 }
 

@@ -15,8 +15,8 @@ pub mod shape;
 mod tensor;
 mod weight;
 
-pub use backend::{Backend, Capabilities, HostSlice, HostSliceMut, Ticket};
-pub use batch::{Batch, LatentCache, RopeTable};
+pub use backend::{Backend, Capabilities, HostSlice, HostSliceMut, MemoryUse, Ticket};
+pub use batch::{Batch, LatentCache, NO_SLOT, RopeTable};
 pub use comm::{CommError, Communicator};
 pub use error::BackendError;
 pub use host::{HostBytes, HostTensor};

@@ -261,6 +261,29 @@ pub fn mla_attention<B: Backend>(
         .same_dtype(["q_latent", "out"], q_latent, out);
 }
 
+/// Rows of [`Backend::mla_attend`]; the operations that it is made of check the rest.
+#[track_caller]
+pub fn mla_attend<B: Backend>(
+    batch: &Batch<B>,
+    seqs: &Range<usize>,
+    w_uv: &HeadWeight<B>,
+    attended: &Activation<B>,
+) {
+    let is_first = *seqs == (0..batch.num_seqs) || *seqs == batch.decodes();
+    assert!(
+        is_first,
+        "mla_attend: sequences {seqs:?}, expected all {} or the {} that decode",
+        batch.num_seqs, batch.num_decodes
+    );
+    let rows = if seqs.end == batch.num_seqs { batch.num_tokens } else { batch.num_decodes };
+    let heads = w_uv.weight.out_features() / w_uv.rows_per_head;
+    Check::new("mla_attend").bind("L", rows).bind("H U", heads * w_uv.rows.len()).activation(
+        "attended",
+        attended,
+        &["L", "H U"],
+    );
+}
+
 /// See [`Backend::gather_latent`].
 #[track_caller]
 pub fn gather_latent<B: Backend>(

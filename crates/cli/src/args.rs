@@ -155,7 +155,7 @@ impl ServeArgs {
 impl ModelArgs {
     /// Refuses what is asked for and not built; gives a note for each flag that has nothing to do.
     pub(crate) fn check(&self) -> anyhow::Result<Vec<&'static str>> {
-        self.peers.check(self.tp)
+        self.peers.check(self.tp, self.device.captures())
     }
 
     /// What was asked for, by either spelling.
@@ -300,6 +300,13 @@ pub(crate) enum Device {
     Rocm,
     Emu,
     Reference,
+}
+
+impl Device {
+    /// Whether decode steps are captured on it.
+    fn captures(self) -> bool {
+        matches!(self, Self::Cuda | Self::Rocm | Self::Emu)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use indicatif::ProgressBar;
 use r1_backend::Backend;
-use r1_engine::{LocalRanks, OneBatch, OneBatchBench, OneBatchTimes};
+use r1_engine::{Connect, LocalRanks, OneBatch, OneBatchBench, OneBatchTimes};
 
 use crate::args::OneBatchArgs;
 use crate::launch::{AnyDevice, Launch, OnDevice};
@@ -58,12 +58,12 @@ struct Run {
 impl OnDevice for Run {
     type Output = Result<()>;
 
-    fn run<B: Backend>(self, devices: Vec<Arc<B>>) -> Result<()> {
+    fn run<B: Backend>(self, devices: Vec<Arc<B>>, connect: Connect<B>) -> Result<()> {
         let bar =
             if std::io::stderr().is_terminal() { ProgressBar::new(1000) } else { ProgressBar::hidden() };
         let mut progress = |share: f32| bar.set_position((share * 1000.0) as u64);
         let Source { checkpoint, config, .. } = self.source;
-        let ranks = LocalRanks { devices, checkpoint, config, options: self.launch.model };
+        let ranks = LocalRanks { devices, connect, checkpoint, config, options: self.launch.model };
         let mut bench = OneBatchBench::new(Arc::new(ranks), &self.launch.engine, &mut progress)?;
         bar.finish_and_clear();
         writeln!(io::stdout(), "Warmup ...")?;

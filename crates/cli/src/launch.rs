@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use r1_backend::Backend;
 use r1_core::{DType, Rank};
 use r1_cpu::{Cpu, CpuOptions};
-use r1_engine::EngineConfig;
+use r1_engine::{Connect, EngineConfig, connect_in_host_memory};
 use r1_model::{Fp8Compute, MlaForm, ModelOptions, WeightFormat};
 use r1_reference::Reference;
 
@@ -24,8 +24,8 @@ pub(crate) enum AnyDevice {
 pub(crate) trait OnDevice {
     /// What it gives.
     type Output;
-    /// Runs on one kind of backend, with a device per rank.
-    fn run<B: Backend>(self, devices: Vec<Arc<B>>) -> Self::Output;
+    /// Runs on one kind of backend, with a device per rank and what connects them.
+    fn run<B: Backend>(self, devices: Vec<Arc<B>>, connect: Connect<B>) -> Self::Output;
 }
 
 impl AnyDevice {
@@ -69,8 +69,8 @@ impl AnyDevice {
     /// Runs generic code on the device.
     pub(crate) fn with<F: OnDevice>(self, code: F) -> F::Output {
         match self {
-            Self::Cpu(devices) => code.run(devices),
-            Self::Reference(devices) => code.run(devices),
+            Self::Cpu(devices) => code.run(devices, connect_in_host_memory()),
+            Self::Reference(devices) => code.run(devices, connect_in_host_memory()),
         }
     }
 }
@@ -153,6 +153,8 @@ impl Launch {
                 num_blocks: args.max_total_tokens.map(|tokens| tokens.div_ceil(BLOCK_SIZE)),
                 prefix_cache: !args.no_prefix_cache,
                 depth: None,
+                max_captured_seqs: args.peers.max_captured_seqs(),
+                pad_decodes: false,
                 log_every_steps: 40,
             },
         })

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use r1_backend::Backend;
-use r1_engine::{EngineInfo, Handle, Inbox, LocalRanks, Status};
+use r1_engine::{Connect, EngineInfo, Handle, Inbox, LocalRanks, Status};
 use r1_server::{ReasoningParser as ServerParser, SamplingDefaults, ServedModel, ServerConfig};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -110,10 +110,10 @@ struct Spawn {
 impl OnDevice for Spawn {
     type Output = std::thread::JoinHandle<()>;
 
-    fn run<B: Backend>(self, devices: Vec<Arc<B>>) -> Self::Output {
+    fn run<B: Backend>(self, devices: Vec<Arc<B>>, connect: Connect<B>) -> Self::Output {
         let Self { inbox, launch, source } = self;
         let Source { checkpoint, config, .. } = source;
-        let ranks = LocalRanks { devices, checkpoint, config, options: launch.model };
+        let ranks = LocalRanks { devices, connect, checkpoint, config, options: launch.model };
         r1_engine::spawn(inbox, launch.engine, Arc::new(ranks))
     }
 }

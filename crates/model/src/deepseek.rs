@@ -205,7 +205,7 @@ impl<B: Backend> DeepSeek<B> {
 
     /// Bytes of KV cache per token on this rank: kv_lora_rank + qk_rope_head_dim values per layer, nothing expanded.
     pub fn kv_bytes_per_token(&self) -> usize {
-        self.layers.len() * self.config.kv_cache_dim() * self.options.activation_dtype.size_bytes()
+        self.options.kv_bytes_per_token(&self.config, self.layers.len())
     }
 
     /// A paged cache for every layer of the stage.
@@ -301,9 +301,9 @@ impl<B: Backend> DeepSeek<B> {
 
         backend.rms_norm(&residual, &self.layers[0].input_norm, eps, &normed);
         for (i, (layer, cache)) in self.layers.iter().zip(caches).enumerate() {
-            layer.mla.forward(backend, &normed, &self.rope, batch, cache, &mla, &block_out);
-            let norm = &layer.post_attention_norm;
-            backend.all_reduce_add_norm(comm, &residual, &block_out, norm, eps, &normed);
+            let attended = layer.mla.forward(backend, &normed, &self.rope, batch, cache, &mla);
+            let (o_proj, norm) = (&layer.mla.o_proj, &layer.post_attention_norm);
+            backend.linear_add_norm(comm, attended, o_proj, &block_out, &residual, norm, eps, &normed);
             match &layer.feed_forward {
                 FeedForward::Dense(w) => {
                     backend.mlp(&normed, w, dense.as_ref().expect("a dense layer has scratch"), &block_out);

@@ -17,7 +17,7 @@ use r1_weights::{Checkpoint, HostLinear, ModelConfig, Partition, ScoringFunc, To
 
 use crate::deepseek::{DeepSeek, Embedding, FeedForward, Head, Layer, Workspace};
 use crate::mla::Mla;
-use crate::{MlaForm, ModelError, ModelOptions, WeightFormat};
+use crate::{MlaForm, ModelError, ModelOptions, WeightFormat, shard};
 
 const FLOAT: &[DType] = &[DType::F32, DType::BF16, DType::F16];
 
@@ -42,6 +42,7 @@ impl<B: Backend> DeepSeek<B> {
             tracing::warn!(tensors = ?verified.unexpected, "the checkpoint holds tensors that the model does not use");
         }
         let stage = options.layers.clone().unwrap_or(0..config.num_hidden_layers);
+        check_room(&*backend, checkpoint, config, &options, stage.len())?;
         let mut loader = Loader { backend: &*backend, checkpoint, config, options: &options, size_bytes: 0 };
         let embedding = match stage.start {
             0 => Some(loader.embedding()?),
@@ -67,6 +68,33 @@ impl<B: Backend> DeepSeek<B> {
         let comm = Some(comm);
         Ok(Self { backend, comm, config, options, embedding, layers, head, rope, workspace, weight_bytes })
     }
+}
+
+/// Refuses, before a weight is read, what the device has no room for.
+fn check_room<B: Backend>(
+    backend: &B,
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    options: &ModelOptions,
+    num_layers: usize,
+) -> Result<(), ModelError> {
+    let Some(free_bytes) = backend.free_bytes() else { return Ok(()) };
+    let weight_bytes = shard::weight_bytes(checkpoint, config, options);
+    let max_model_len = options.max_model_len;
+    let context_bytes = options.kv_bytes_per_token(config, num_layers).saturating_mul(max_model_len);
+    if weight_bytes.saturating_add(context_bytes) > free_bytes {
+        let (device, rank, world) = (backend.name(), options.rank, options.world_size);
+        return Err(ModelError::TooLarge {
+            device,
+            rank,
+            world,
+            weight_bytes,
+            max_model_len,
+            context_bytes,
+            free_bytes,
+        });
+    }
+    Ok(())
 }
 
 /// Refuses what is valid but not built.

@@ -68,6 +68,11 @@ pub struct ModelOptions {
 }
 
 impl ModelOptions {
+    /// Bytes of KV cache per token over so many layers.
+    pub(crate) fn kv_bytes_per_token(&self, config: &ModelConfig, num_layers: usize) -> usize {
+        num_layers * config.kv_cache_dim() * self.activation_dtype.size_bytes()
+    }
+
     /// Elements of the largest tensor that the ranks sum or gather in one step: the room that a communicator needs.
     pub fn max_collective_elements(&self, config: &ModelConfig) -> usize {
         (self.max_batched_tokens * config.hidden_size).max(self.max_logit_rows * config.vocab_size)

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use candle_core::{D, DType, Device, Result, Tensor};
-use r1_backend::{Batch, LatentCache, RopeTable};
+use r1_backend::{Batch, LatentCache, NO_SLOT, RopeTable};
 
 use crate::Reference;
 use crate::storage::{View, read, read_stored, read_u32, write};
@@ -37,7 +37,8 @@ pub(crate) fn rope_cache(
     let k_rope = rotate(&k_rope, rope, &batch.positions)?.squeeze(1)?;
     let entries = Tensor::cat(&[latent, k_rope], 1)?;
 
-    for (token, slot) in read_u32(&batch.slots)?.into_iter().enumerate() {
+    let slots = read_u32(&batch.slots)?.into_iter().enumerate();
+    for (token, slot) in slots.filter(|&(_, slot)| slot != NO_SLOT) {
         let (block, place) = (slot as usize / cache.block_size(), slot as usize % cache.block_size());
         let entry = cache.data.narrow(0, block..block + 1).narrow(1, place..place + 1);
         write(&entry, &entries.narrow(0, token, 1)?.unsqueeze(0)?)?;
@@ -90,7 +91,7 @@ pub(crate) fn gather_latent(
     seqs: Range<usize>,
     out: &View,
 ) -> Result<()> {
-    for seq in sequences(batch, seqs)? {
+    for seq in sequences(batch, seqs)?.into_iter().filter(|seq| seq.context_len > 0) {
         let entries = cached(cache, &seq)?;
         write(&out.rows(seq.gathered), &entries)?;
     }
@@ -125,6 +126,11 @@ pub(crate) fn absorbed(
 ) -> Result<()> {
     let heads = out.dim(1);
     for seq in sequences(batch, seqs)? {
+        if seq.context_len == 0 {
+            let out = out.rows(seq.rows);
+            write(&out, &Tensor::zeros(out.shape(), DType::F32, &Device::Cpu)?)?;
+            continue;
+        }
         let q_latent = read(&q_latent.rows(seq.rows.clone()))?;
         let q_rope = read(&q_rope.rows(seq.rows.clone()))?;
         let q = Tensor::cat(&[q_latent, q_rope], 2)?.transpose(0, 1)?;

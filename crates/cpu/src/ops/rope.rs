@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use r1_backend::{Batch, LatentCache, RopeTable, Tensor, shape};
+use r1_backend::{Batch, LatentCache, NO_SLOT, RopeTable, Tensor, shape};
 
 use super::norm::normed;
 use super::{Chunks, TASKS_PER_THREAD, widened_vector};
@@ -112,7 +112,7 @@ impl Kernel for WriteCache<'_> {
         let [num_blocks, block_size, _] = self.cache.shape;
         let latent = self.norm.len();
         let [row, out] = self.bufs;
-        for (token, &slot) in self.slots.iter().enumerate() {
+        for (token, &slot) in self.slots.iter().enumerate().filter(|(_, slot)| **slot != NO_SLOT) {
             let slot = slot as usize;
             if slot % self.owner.1 != self.owner.0 {
                 continue;
