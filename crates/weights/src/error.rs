@@ -184,6 +184,30 @@ pub enum WeightsError {
         /// The file.
         file: String,
     },
+    /// The three tensors of an AWQ weight do not fit each other.
+    #[error(
+        "{prefix}: qweight {qweight:?}, qzeros {qzeros:?} and scales {scales:?} are no AWQ weight, which has [K, N / 8] and [K / group, N / 8] I32 (read as U32) and [K / group, N] F16, with a group that is a multiple of 8"
+    )]
+    AwqMismatch {
+        /// The layer.
+        prefix: String,
+        /// Shape and dtype of its qweight.
+        qweight: (Vec<usize>, DType),
+        /// Shape and dtype of its qzeros.
+        qzeros: (Vec<usize>, DType),
+        /// Shape and dtype of its scales.
+        scales: (Vec<usize>, DType),
+    },
+    /// A group's scale that no quantiser writes.
+    #[error("{prefix}: AWQ scale {value} at {index:?} is not finite")]
+    AwqScale {
+        /// The layer.
+        prefix: String,
+        /// Group and output of the scale.
+        index: [usize; 2],
+        /// The scale.
+        value: f32,
+    },
     /// A dimension that cannot be shared out evenly.
     #[error("{tensor}: {dim} = {size} cannot be divided among {world} ranks")]
     NotDivisible {
