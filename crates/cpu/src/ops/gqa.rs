@@ -34,8 +34,7 @@ pub(crate) fn gqa_attention(
     const OP: &str = "gqa_attention";
     shape::gqa_attention(q, cache, batch, seqs, out);
     let kv_heads = cache.num_kv_heads();
-    let (keys, values) = (flat(&cache.k), flat(&cache.v));
-    let (keys, values) = (In::new(OP, "cache.k", &keys), In::new(OP, "cache.v", &values));
+    let (keys, values) = (In::new(OP, "cache.k", &cache.k), In::new(OP, "cache.v", &cache.v));
     let q = In::new(OP, "q", q);
     let query_start = In::new(OP, "batch.query_start", &batch.query_start);
     let context_len = In::new(OP, "batch.context_len", &batch.context_len);
@@ -66,7 +65,8 @@ pub(crate) fn gqa_attention(
                 .filter(|&seen| seen > block.start)
                 .unwrap_or_else(|| panic!("{OP}: sequence {seq} has more rows than context")),
         };
-        let pages = Pages { keys: keys.cube(), values: values.cube(), table: table.u32_row(seq) };
+        let (keys, values) = (keys.cube(), values.cube());
+        let pages = Pages { keys, values, block_size: cache.block_size(), table: table.u32_row(seq) };
         let tokens = rows.start + block.start..rows.start + block.end;
         Block { pages, q, out, kv_head, shared_by, dims: [key_dim, value_dim], seen, tokens, scale }
     };
@@ -77,32 +77,29 @@ pub(crate) fn gqa_attention(
     });
 }
 
-/// `[num_blocks, block_size, G * D]`; the check of shapes found no gaps.
-fn flat(cache: &Tensor<Cpu>) -> Tensor<Cpu> {
-    let width = cache.dim(2) * cache.dim(3);
-    cache.reshape(&[cache.dim(0), cache.dim(1), width])
-}
-
 /// Where the tokens of one sequence lie in the paged cache.
 struct Pages<'a> {
+    /// `[num_blocks * block_size, G, Dh]`.
     keys: Cube<'a>,
+    /// `[num_blocks * block_size, G, Dv]`.
     values: Cube<'a>,
+    block_size: usize,
     table: &'a [u32],
 }
 
-impl<'a> Pages<'a> {
-    /// The blocks of keys and of values that token `j` lies in, and its row there.
-    fn find(&self, j: usize) -> ([Mat<'a>; 2], usize) {
-        let [num_blocks, block_size, _] = self.keys.shape;
-        let entry = j / block_size;
+impl Pages<'_> {
+    /// The slot of token `j`.
+    fn slot(&self, j: usize) -> usize {
+        let (entry, offset) = (j / self.block_size, j % self.block_size);
         assert!(
             entry < self.table.len(),
             "gqa_attention: token {j} past a block table of {}",
             self.table.len()
         );
+        let num_blocks = self.keys.shape[0] / self.block_size;
         let block = self.table[entry] as usize;
         assert!(block < num_blocks, "gqa_attention: block {block} of {num_blocks}");
-        ([self.keys.outer(block), self.values.outer(block)], j % block_size)
+        block * self.block_size + offset
     }
 }
 
@@ -175,10 +172,10 @@ impl Kernel for Attend<'_> {
         while begin < most {
             let n = TILE.min(most - begin);
             for j in 0..n {
-                let ([in_keys, in_values], row) = block.pages.find(begin + j);
-                in_keys.read(s, row, block.kv_head * key_dim, &mut keys[j * key_dim..][..key_dim]);
-                let value = &mut values[j * value_dim..][..value_dim];
-                in_values.read(s, row, block.kv_head * value_dim, value);
+                let slot = block.pages.slot(begin + j);
+                let (key, value) = (block.pages.keys.outer(slot), block.pages.values.outer(slot));
+                key.read(s, block.kv_head, 0, &mut keys[j * key_dim..][..key_dim]);
+                value.read(s, block.kv_head, 0, &mut values[j * value_dim..][..value_dim]);
             }
             // Tokens before `active` see nothing of this tile, tokens from `full` on all of it.
             let active = (begin + 1).saturating_sub(block.seen).min(block.tokens.len());
@@ -237,8 +234,7 @@ pub(crate) fn rope_cache_gqa(
     let positions = In::new(OP, "batch.positions", &batch.positions);
     let slots = In::new(OP, "batch.slots", &batch.slots);
     let mut q = Out::new(OP, "q", q);
-    let (keys, values) = (flat(&cache.k), flat(&cache.v));
-    let (mut keys, mut values) = (Out::new(OP, "cache.k", &keys), Out::new(OP, "cache.v", &values));
+    let (mut keys, mut values) = (Out::new(OP, "cache.k", &cache.k), Out::new(OP, "cache.v", &cache.v));
     let (q, k, v) = (q.cube(), k.cube(), v.cube());
     let (keys, values) = (keys.cube(), values.cube());
     let rotation = Rotation { cos_sin: cos_sin.mat(), positions: positions.u32s() };
@@ -251,7 +247,7 @@ pub(crate) fn rope_cache_gqa(
         cpu.isa.run(RotateQueries { q, rotation, tokens: chunks.range(task), buf });
     });
     // Tasks own slots, not tokens: two tokens with one slot must not be written at once.
-    let width = keys.shape[2] + values.shape[2];
+    let width = k.shape[1] * (dim + v.shape[2]);
     let owners = Chunks::rows(tokens, width, cpu.threads).count().min(cpu.threads * TASKS_PER_THREAD);
     engine.pool.run(owners, &|task, scratch| {
         let buf = scratch.floats.get(dim.max(v.shape[2]));
@@ -308,7 +304,7 @@ impl Kernel for RotateQueries<'_> {
 struct WriteCache<'a> {
     /// k and v.
     from: [Cube<'a>; 2],
-    /// `[num_blocks, block_size, G * Dh]` and `[num_blocks, block_size, G * Dv]`.
+    /// `[num_blocks * block_size, G, Dh]` and the same with Dv.
     to: [CubeMut<'a>; 2],
     rotation: Rotation<'a>,
     slots: &'a [u32],
@@ -320,18 +316,15 @@ struct WriteCache<'a> {
 impl Kernel for WriteCache<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let [num_blocks, block_size, _] = self.to[0].shape;
+        let num_slots = self.to[0].shape[0];
         for (token, &slot) in self.slots.iter().enumerate().filter(|(_, slot)| **slot != NO_SLOT) {
             let slot = slot as usize;
             if slot % self.owner.1 != self.owner.0 {
                 continue;
             }
-            assert!(
-                slot < num_blocks * block_size,
-                "rope_cache_gqa: slot {slot} of {num_blocks} blocks of {block_size}"
-            );
+            assert!(slot < num_slots, "rope_cache_gqa: slot {slot} of {num_slots}");
             for (what, (from, to)) in self.from.iter().zip(&self.to).enumerate() {
-                let (heads, to) = (from.outer(token), to.outer(slot / block_size));
+                let (heads, to) = (from.outer(token), to.outer(slot));
                 let row = &mut self.buf[..heads.cols];
                 for head in 0..heads.rows {
                     heads.read(s, head, 0, row);
@@ -339,7 +332,7 @@ impl Kernel for WriteCache<'_> {
                         self.rotation.apply(token, row);
                     }
                     // SAFETY: the slot belongs to this task.
-                    unsafe { to.write(s, slot % block_size, head * heads.cols, row) };
+                    unsafe { to.write(s, head, 0, row) };
                 }
             }
         }

@@ -27,7 +27,7 @@ pub(crate) fn linear(cpu: &Cpu, x: &Activation<Cpu>, w: &Int4Group<Cpu>, out: &T
     let scales = In::new(OP, "w.scales", &w.scales);
     let mut out = Out::new(OP, "out", out);
     let (n, k) = (w.out_features(), w.in_features());
-    let w = Codes { codes: codes.mat(), zeros: zeros.mat(), scales: scales.mat(), group: w.group };
+    let w = Packed { codes: codes.mat(), zeros: zeros.mat(), scales: scales.mat(), group: w.group };
     let out = out.mat();
     let mut engine = cpu.engine();
     let crate::Engine { pool, workspace } = &mut *engine;
@@ -48,7 +48,7 @@ pub(crate) fn linear(cpu: &Cpu, x: &Activation<Cpu>, w: &Int4Group<Cpu>, out: &T
 
 /// The weight's tensors.
 #[derive(Clone, Copy)]
-struct Codes<'a> {
+struct Packed<'a> {
     /// `[N, K / 8]` U32.
     codes: Mat<'a>,
     /// `[N, groups]` F16.
@@ -58,7 +58,7 @@ struct Codes<'a> {
     group: usize,
 }
 
-impl Codes<'_> {
+impl Packed<'_> {
     fn groups(&self) -> usize {
         self.zeros.cols
     }
@@ -84,7 +84,7 @@ impl Codes<'_> {
 }
 
 struct Int4Rows<'a> {
-    w: Codes<'a>,
+    w: Packed<'a>,
     k: usize,
     /// First weight row of the task.
     first: usize,
