@@ -130,8 +130,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// A read-only tensor with the host's values: in place where the device can read them there, else copied.
     fn import(&self, host: &HostTensor) -> Result<Tensor<Self>, BackendError>;
 
-    /// As [`import`](Backend::import), for the `[N, K]` data, or the codes, of a [`Weight`]. A backend may lay it out as its linears like it;
-    /// nobody but its own `linear`, `per_head` and `experts` reads the result, and they read what
+    /// As [`import`](Backend::import), for the `[N, K]` data of a [`Weight`] (the codes of an int4 one). A backend may lay it
+    /// out as its linears like it; nobody but its own `linear`, `per_head` and `experts` reads the result, and they read what
     /// [`import`](Backend::import) gives too: a tied head is the embedding's table.
     fn import_matrix(&self, host: &HostTensor) -> Result<Tensor<Self>, BackendError> {
         self.import(host)

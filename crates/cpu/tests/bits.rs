@@ -46,12 +46,15 @@ fn linear_rows_are_those_of_single_tokens() {
     }
 }
 
+/// Tokens, N, K, group.
+const INT4: [[usize; 4]; 3] = [[33, 70, 304, 128], [130, 37, 2104, 64], [5, 131, 8200, 8]];
+
 /// Also past a strip of widened rows, and the same bits with another number of threads, which cut the rows otherwise.
 #[test]
 fn int4_linear_rows_are_those_of_single_tokens() {
     for isa in r1_cpu::Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
         let one_thread = cpu(Some(isa), 1);
-        for [tokens, n, k, group] in [[33, 70, 304, 128], [130, 37, 2104, 64], [5, 131, 8200, 8]] {
+        for [tokens, n, k, group] in INT4 {
             let run = |cpu: &Cpu, rows: std::ops::Range<usize>| {
                 let mut random = Random(8);
                 let groups = k.div_ceil(group);
