@@ -42,9 +42,7 @@ pub fn repack_awq(
         let of = |t: &HostTensor| (t.shape().to_vec(), t.dtype());
         return Err(WeightsError::AwqMismatch {
             prefix: prefix.to_owned(),
-            qweight: of(qweight),
-            qzeros: of(qzeros),
-            scales: of(scales),
+            found: Box::new([qweight, qzeros, scales].map(of)),
         });
     };
     Ok(HostInt4 {

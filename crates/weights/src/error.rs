@@ -186,17 +186,13 @@ pub enum WeightsError {
     },
     /// The three tensors of an AWQ weight do not fit each other.
     #[error(
-        "{prefix}: qweight {qweight:?}, qzeros {qzeros:?} and scales {scales:?} are no AWQ weight, which has [K, N / 8] and [K / group, N / 8] I32 (read as U32) and [K / group, N] F16, with a group that is a multiple of 8"
+        "{prefix}: qweight, qzeros and scales {found:?} are no AWQ weight, which has [K, N / 8] and [K / group, N / 8] I32 (read as U32) and [K / group, N] F16, with a group that is a multiple of 8"
     )]
     AwqMismatch {
         /// The layer.
         prefix: String,
-        /// Shape and dtype of its qweight.
-        qweight: (Vec<usize>, DType),
-        /// Shape and dtype of its qzeros.
-        qzeros: (Vec<usize>, DType),
-        /// Shape and dtype of its scales.
-        scales: (Vec<usize>, DType),
+        /// Shape and dtype of its qweight, qzeros and scales.
+        found: Box<[(Vec<usize>, DType); 3]>,
     },
     /// A group's scale that no quantiser writes.
     #[error("{prefix}: AWQ scale {value} at {index:?} is not finite")]
