@@ -160,9 +160,11 @@ fn rows_of<B: Backend>(
     has: impl Fn(usize) -> bool,
 ) -> Vec<f64> {
     let mut values = vec![f64::NAN; step.batch.num_tokens * width];
-    for (_, rows) in step.rows.iter().enumerate().filter(|(seq, _)| has(*seq)) {
-        values[rows.start * width..rows.end * width]
-            .copy_from_slice(&random.normals(rows.len() * width, 1.0));
+    for (seq, rows) in step.rows.iter().enumerate() {
+        if has(seq) {
+            values[rows.start * width..rows.end * width]
+                .copy_from_slice(&random.normals(rows.len() * width, 1.0));
+        }
     }
     values
 }
