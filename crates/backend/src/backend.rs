@@ -6,9 +6,9 @@ use std::ops::Range;
 use r1_core::DType;
 
 use crate::{
-    Activation, BackendError, Batch, Communicator, Experts, HeadWeight, HostTensor, LatentCache, LogprobsOut,
-    MlpScratch, MlpWeights, MoeScratch, MoeWeights, QkvScratch, QkvWeights, RopeTable, Routing,
-    SamplingBatch, Tensor, Weight, composite,
+    Activation, BackendError, Batch, Communicator, Experts, HeadWeight, HostTensor, KvCache, LatentCache,
+    LogprobsOut, MlpScratch, MlpWeights, MoeScratch, MoeWeights, QkvScratch, QkvWeights, RopeTable, Routing,
+    SamplingBatch, Tensor, Weight, WeightFormat, composite,
 };
 
 /// Host values to write to a tensor; F32 values are rounded to nearest even when the tensor is narrower.
@@ -73,18 +73,31 @@ impl fmt::Debug for Ticket {
     }
 }
 
-/// What a backend can do beyond the operations themselves.
+/// Kinds of attention, each with operations and a cache of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttentionKind {
+    /// Multi-head latent attention: [`Backend::rope_cache`], [`Backend::mla_attention`] and what belongs to them.
+    Mla,
+    /// Grouped-query attention: [`Backend::rope_cache_gqa`] and [`Backend::gqa_attention`].
+    Gqa,
+}
+
+/// What a backend can do beyond the operations that every one has.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(clippy::struct_excessive_bools)] // independent of each other
 pub struct Capabilities {
     /// Element types that activations and caches may have.
     pub activation_dtypes: Vec<DType>,
+    /// Formats of weights that `linear` takes; dense ones and FP8 blocks are always among them.
+    pub weight_formats: Vec<WeightFormat>,
+    /// Kinds of attention that it computes; MLA is always among them.
+    pub attention: Vec<AttentionKind>,
     /// FP8 weights can be applied to FP8 activations (W8A8).
     pub fp8_activations: bool,
     /// Work runs behind the caller's back, so that planning a step ahead pays.
     pub asynchronous: bool,
     /// A row's result depends neither on the other rows of a step nor on how a prompt is cut into steps, bit for bit, in
-    /// the absorbed form of attention.
+    /// the absorbed form of MLA and in grouped-query attention.
     pub batch_invariant: bool,
     /// [`capture`](Backend::capture) gives a graph. Where it does not, steps run eagerly.
     pub captures: bool,
@@ -99,7 +112,8 @@ pub struct Capabilities {
 /// not share a buffer with an input, whether or not the views overlap.
 ///
 /// T tokens, S sequences, L rows of logits, D hidden size, V vocabulary, H local heads, C = kv_lora_rank,
-/// R = qk_rope_head_dim, P = qk_nope_head_dim, U = v_head_dim, E experts, k experts per token, I intermediate size.
+/// R = qk_rope_head_dim, P = qk_nope_head_dim, U = v_head_dim, E experts, k experts per token, I intermediate size; of
+/// grouped-query attention G local KV heads, Dh and Dv the sizes of a head's keys and values.
 pub trait Backend: Sized + Send + Sync + 'static {
     /// Device memory.
     type Buffer: Send + Sync;
@@ -133,8 +147,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// A read-only tensor with the host's values: in place where the device can read them there, else copied.
     fn import(&self, host: &HostTensor) -> Result<Tensor<Self>, BackendError>;
 
-    /// As [`import`](Backend::import), for the `[N, K]` data of a [`Weight`]. A backend may lay it out as its linears like it;
-    /// nobody but its own `linear`, `per_head` and `experts` reads the result, and they read what
+    /// As [`import`](Backend::import), for the `[N, K]` data of a [`Weight`] (the codes of an int4 one). A backend may lay it
+    /// out as its linears like it; nobody but its own `linear`, `per_head` and `experts` reads the result, and they read what
     /// [`import`](Backend::import) gives too: a tied head is the embedding's table.
     fn import_matrix(&self, host: &HostTensor) -> Result<Tensor<Self>, BackendError> {
         self.import(host)
@@ -181,7 +195,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn quantize(&self, x: &Activation<Self>);
 
     /// `out = x Wᵀ`. `x` `[T, K]`, `w` `[N, K]`, `out` `[T, N]`, F32 or the activation dtype. FP8 weights meet `x.fp8` where it
-    /// is there (each 128-block of K accumulated in F32, scaled, then added), else `x.dense`.
+    /// is there (each 128-block of K accumulated in F32, scaled, then added), else `x.dense`; all others meet `x.dense`. Formats
+    /// that [`Capabilities::weight_formats`] lacks are refused with a panic.
     fn linear(&self, x: &Activation<Self>, w: &Weight<Self>, out: &Tensor<Self>);
 
     /// One matrix per head, see [`HeadWeight`]. `x` `[T, H, a]`, `out` `[T, H, b]`, both may be strided.
@@ -239,6 +254,53 @@ pub trait Backend: Sized + Send + Sync + 'static {
         scale: f32,
         out: &Tensor<Self>,
     );
+
+    /// RoPE and cache write of grouped-query attention. Rotates `q` `[T, H, Dh]` (strided) in place and writes the rotated `k`
+    /// `[T, G, Dh]` (strided) and `v` `[T, G, Dv]` (strided) to the cache at the batch's slots. Elements `i` and `i + Dh / 2` are a
+    /// pair (Llama, Qwen2). `rope` `[max_positions, Dh]`. `q` shares no buffer with `k` or `v`.
+    ///
+    /// A row whose slot is `u32::MAX` is padding: nothing of it is written to the cache, its position must still be one of the
+    /// table's, and its row of `q` holds anything afterwards.
+    ///
+    /// # Panics
+    /// Where [`Capabilities::attention`] lacks [`AttentionKind::Gqa`].
+    fn rope_cache_gqa(
+        &self,
+        _q: &Tensor<Self>,
+        _k: &Tensor<Self>,
+        _v: &Tensor<Self>,
+        _rope: &RopeTable<Self>,
+        _batch: &Batch<Self>,
+        _cache: &KvCache<Self>,
+    ) {
+        panic!(
+            "rope_cache_gqa: the {} backend has no grouped-query attention (see capabilities)",
+            self.name()
+        );
+    }
+
+    /// Grouped-query attention over the paged cache, causal, for the sequences `seqs`, any mix of decode rows and prefill
+    /// chunks; other sequences' rows of `out` are left alone. Row `i` of a sequence with `n` rows sees the first
+    /// `context_len - n + 1 + i` tokens; head `h` reads KV head `h / (H / G)`. `q` `[T, H, Dh]` (strided), `out` `[T, H, Dv]`; H is a
+    /// multiple of G. A sequence whose `context_len` is 0 is padding: its rows of `out` become zeros.
+    /// Source: Ainslie et al., GQA (arXiv:2305.13245).
+    ///
+    /// # Panics
+    /// Where [`Capabilities::attention`] lacks [`AttentionKind::Gqa`].
+    fn gqa_attention(
+        &self,
+        _q: &Tensor<Self>,
+        _cache: &KvCache<Self>,
+        _batch: &Batch<Self>,
+        _seqs: Range<usize>,
+        _scale: f32,
+        _out: &Tensor<Self>,
+    ) {
+        panic!(
+            "gqa_attention: the {} backend has no grouped-query attention (see capabilities)",
+            self.name()
+        );
+    }
 
     /// Chooses experts, see [`Routing`]. `logits` `[T, E]` F32, `bias` `[E]` F32, `ids` `[T, k]` U32, `weights` `[T, k]` F32,
     /// best first.

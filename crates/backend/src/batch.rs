@@ -76,6 +76,7 @@ impl<B: Backend> LatentCache<B> {
 
 /// Rotations of every position, YaRN and its attention scaling included.
 pub struct RopeTable<B: Backend> {
-    /// `[max_positions, R]` F32: R / 2 cosines, then R / 2 sines. Pairs are interleaved: (2i, 2i + 1).
+    /// `[max_positions, R]` F32: R / 2 cosines, then R / 2 sines. What angle `i` rotates is the operation's: (2i, 2i + 1) in
+    /// [`Backend::rope_cache`], (i, i + R / 2) in [`Backend::rope_cache_gqa`].
     pub cos_sin: Tensor<B>,
 }

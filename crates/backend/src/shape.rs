@@ -3,6 +3,9 @@
 //! A size is bound to its letter at first sight and compared ever after. A mismatch is a bug of the caller and panics:
 //! `linear: w has shape [8, 5], expected [N=8, K=4]`.
 
+mod gqa;
+mod int4;
+
 use std::ops::Range;
 
 use r1_core::DType;
@@ -11,6 +14,8 @@ use crate::{
     Activation, Backend, Batch, Experts, HeadForm, HeadWeight, LatentCache, LogprobsOut, RopeTable, Routing,
     SamplingBatch, Tensor, Weight,
 };
+
+pub use gqa::{gqa_attention, rope_cache_gqa};
 
 const MAX_LETTERS: usize = 12;
 const ACTIVATION: &[DType] = &[DType::F32, DType::BF16];
@@ -106,6 +111,7 @@ impl Check {
                 );
                 self.arg(arg, data, letters, &[DType::F8E4M3])
             }
+            Weight::Int4Group(_) => panic!("{op}: {arg} is an int4 weight, which `linear` alone takes"),
         }
     }
 
@@ -193,12 +199,12 @@ pub fn quantize<B: Backend>(x: &Activation<B>) {
 /// See [`Backend::linear`].
 #[track_caller]
 pub fn linear<B: Backend>(x: &Activation<B>, w: &Weight<B>, out: &Tensor<B>) {
-    Check::new("linear").activation("x", x, &["T", "K"]).weight("w", w, &["N", "K"]).arg(
-        "out",
-        out,
-        &["T", "N"],
-        ACTIVATION,
-    );
+    let check = Check::new("linear").activation("x", x, &["T", "K"]);
+    let check = match w {
+        Weight::Int4Group(w) => check.int4("w", w, &["N", "K"]),
+        Weight::Dense { .. } | Weight::Fp8Block { .. } => check.weight("w", w, &["N", "K"]),
+    };
+    check.arg("out", out, &["T", "N"], ACTIVATION);
 }
 
 /// See [`Backend::per_head`].

@@ -26,8 +26,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use r1_backend::{
-    Activation, Backend, BackendError, Batch, Capabilities, Experts, HeadWeight, HostSlice, HostSliceMut,
-    HostTensor, LatentCache, LogprobsOut, RopeTable, Routing, SamplingBatch, Tensor, Ticket, Weight,
+    Activation, AttentionKind, Backend, BackendError, Batch, Capabilities, Experts, HeadWeight, HostSlice,
+    HostSliceMut, HostTensor, KvCache, LatentCache, LogprobsOut, RopeTable, Routing, SamplingBatch, Tensor,
+    Ticket, Weight, WeightFormat,
 };
 use r1_core::DType;
 
@@ -183,6 +184,8 @@ impl Backend for Cpu {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             activation_dtypes: vec![DType::F32, DType::BF16],
+            weight_formats: vec![WeightFormat::Dense, WeightFormat::Fp8Block, WeightFormat::Int4Group],
+            attention: vec![AttentionKind::Mla, AttentionKind::Gqa],
             fp8_activations: false,
             asynchronous: false,
             batch_invariant: true,
@@ -309,6 +312,30 @@ impl Backend for Cpu {
         out: &Tensor<Self>,
     ) {
         ops::expanded::mla_attention_expanded(self, q, kv, k_rope, batch, &seqs, scale, out);
+    }
+
+    fn rope_cache_gqa(
+        &self,
+        q: &Tensor<Self>,
+        k: &Tensor<Self>,
+        v: &Tensor<Self>,
+        rope: &RopeTable<Self>,
+        batch: &Batch<Self>,
+        cache: &KvCache<Self>,
+    ) {
+        ops::gqa::rope_cache_gqa(self, q, k, v, rope, batch, cache);
+    }
+
+    fn gqa_attention(
+        &self,
+        q: &Tensor<Self>,
+        cache: &KvCache<Self>,
+        batch: &Batch<Self>,
+        seqs: Range<usize>,
+        scale: f32,
+        out: &Tensor<Self>,
+    ) {
+        ops::gqa::gqa_attention(self, q, cache, batch, &seqs, scale, out);
     }
 
     fn route(

@@ -47,18 +47,18 @@ pub(crate) fn rope_cache(
 }
 
 /// Where one sequence's rows and context lie.
-struct Sequence {
+pub(crate) struct Sequence {
     /// Its rows of the batch.
-    rows: Range<usize>,
+    pub(crate) rows: Range<usize>,
     /// Tokens it has in the cache.
-    context_len: usize,
+    pub(crate) context_len: usize,
     /// Its row of the block table.
-    blocks: View,
+    pub(crate) blocks: View,
     /// Its rows of what `gather_latent` makes of the requested sequences.
     gathered: Range<usize>,
 }
 
-fn sequences(batch: &Batch<Reference>, seqs: Range<usize>) -> Result<Vec<Sequence>> {
+pub(crate) fn sequences(batch: &Batch<Reference>, seqs: Range<usize>) -> Result<Vec<Sequence>> {
     let query_start = read_u32(&batch.query_start)?;
     let context_len = read_u32(&batch.context_len)?;
     let context_start = read_u32(&batch.context_start)?;
@@ -108,7 +108,7 @@ fn causal_mask(n: usize, context_len: usize) -> Result<Tensor> {
 }
 
 /// `softmax(q kᵀ scale) v` under the causal mask. `q` `[H, n, D]`, `k` `[H, context, D]`, `v` `[H, context, U]`; gives `[n, H, U]`.
-fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32) -> Result<Tensor> {
+pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32) -> Result<Tensor> {
     let mask = causal_mask(q.dim(1)?, k.dim(1)?)?;
     let scores = (q.contiguous()?.matmul(&k.transpose(1, 2)?.contiguous()?)? * f64::from(scale))?;
     let probabilities = candle_nn::ops::softmax(&scores.broadcast_add(&mask)?, D::Minus1)?;

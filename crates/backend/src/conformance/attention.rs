@@ -135,7 +135,7 @@ fn queries<B: Backend>(
 
 /// Compares the rows of `seqs`; all others must still be poison.
 #[track_caller]
-fn assert_rows<B: Backend>(
+pub(super) fn assert_rows<B: Backend>(
     what: &str,
     backend: &B,
     out: &Slab<B>,
