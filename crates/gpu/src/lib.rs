@@ -15,8 +15,9 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use r1_backend::{
-    Activation, Backend, BackendError, Batch, Capabilities, Experts, HeadWeight, HostSlice, HostSliceMut,
-    HostTensor, LatentCache, LogprobsOut, RopeTable, Routing, SamplingBatch, Tensor, Ticket, Weight,
+    Activation, AttentionKind, Backend, BackendError, Batch, Capabilities, Experts, HeadWeight, HostSlice,
+    HostSliceMut, HostTensor, LatentCache, LogprobsOut, MemoryUse, RopeTable, Routing, SamplingBatch, Tensor,
+    Ticket, Weight, WeightFormat,
 };
 use r1_core::DType;
 
@@ -134,8 +135,16 @@ impl Backend for Gpu {
             activation_dtypes: vec![DType::F32, DType::BF16],
             fp8_activations: self.driver.info().fp8,
             asynchronous: true,
+            captures: true,
             batch_invariant: true,
+            weight_formats: vec![WeightFormat::Dense, WeightFormat::Fp8Block],
+            attention: vec![AttentionKind::Mla],
         }
+    }
+
+    fn memory(&self) -> Option<MemoryUse> {
+        let (total_bytes, used_bytes) = (self.arena.size_bytes(), self.arena.used_bytes());
+        Some(MemoryUse { total_bytes, used_bytes })
     }
 
     fn free_bytes(&self) -> Option<usize> {
@@ -319,8 +328,7 @@ impl Backend for Gpu {
         }
     }
 
-    fn replay(&self, graph: &Graph) -> Ticket {
+    fn replay(&self, graph: &Graph) {
         self.note("replay", self.driver.replay(&graph.0));
-        self.flush()
     }
 }

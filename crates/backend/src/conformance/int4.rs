@@ -130,7 +130,7 @@ pub(super) fn shape_panics<B: Backend>(backend: &B, random: &mut Random) {
     });
     refuses("experts: gate is an int4 weight", || {
         let local = vec![MlpWeights { gate: w.clone(), up: w.clone(), down: w.clone() }];
-        let experts = Experts { local, first: 0, total: 2 };
+        let experts = Experts::new(backend, local, 0, 2).expect("table");
         let ids = backend.alloc(&[2, 1], DType::U32).expect("alloc");
         backend.experts(&x, &ids, &f(&[2, 1]), &experts, &f(&[2, 24]));
     });
