@@ -213,10 +213,12 @@ impl<B: Backend> CacheSlab<B> {
                 let mut entry = random.normals(sizes.entry(), 1.0);
                 if fp8 {
                     // Groups of unlike scales, so that another group's or another token's is found out.
-                    entry[..latent].chunks_mut(128).for_each(|group| {
+                    for group in entry[..latent].chunks_mut(128) {
                         let factor = random.uniform(0.25, 1.5);
-                        group.iter_mut().for_each(|value| *value *= factor);
-                    });
+                        for value in group {
+                            *value *= factor;
+                        }
+                    }
                 }
                 let held = if fp8 { fp8_parts(&entry, latent) } else { vec![entry] };
                 let slot = tables.slot(seq, position);
