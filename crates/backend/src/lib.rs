@@ -18,7 +18,7 @@ mod tensor;
 mod weight;
 
 pub use backend::{AttentionKind, Backend, Capabilities, HostSlice, HostSliceMut, MemoryUse, Ticket};
-pub use batch::{Batch, LatentCache, NO_SLOT, RopeTable};
+pub use batch::{Batch, Fp8Latent, LatentCache, NO_SLOT, RopeTable, latent_bytes_per_token};
 pub use comm::{CommError, Communicator};
 pub use error::BackendError;
 pub use host::{HostBytes, HostTensor};

@@ -186,6 +186,7 @@ impl Backend for Cpu {
             activation_dtypes: vec![DType::F32, DType::BF16],
             weight_formats: vec![WeightFormat::Dense, WeightFormat::Fp8Block, WeightFormat::Int4Group],
             attention: vec![AttentionKind::Mla, AttentionKind::Gqa],
+            cache_dtypes: vec![DType::F32, DType::BF16, DType::F8E4M3],
             fp8_activations: false,
             asynchronous: false,
             batch_invariant: true,

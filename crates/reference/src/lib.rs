@@ -147,6 +147,7 @@ impl Backend for Reference {
             activation_dtypes: vec![r1_core::DType::F32, r1_core::DType::BF16],
             weight_formats: vec![WeightFormat::Dense, WeightFormat::Fp8Block, WeightFormat::Int4Group],
             attention: vec![AttentionKind::Mla, AttentionKind::Gqa],
+            cache_dtypes: vec![r1_core::DType::F32, r1_core::DType::BF16, r1_core::DType::F8E4M3],
             fp8_activations: true,
             asynchronous: false,
             // candle's matrix products choose their order of summation by shape.

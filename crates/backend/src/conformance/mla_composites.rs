@@ -84,7 +84,7 @@ pub fn mla_absorb<B: Backend>(backend: &B) {
                 let q_latent = q_latent.read(backend);
                 let (first, rest) = q_latent.split_at(rows * heads * latent);
                 assert!(rest.iter().all(|value| value.is_nan()), "mla_absorb wrote past its {rows} rows");
-                let entries = cache.slab.read(backend);
+                let entries = cache.contents(backend);
                 let poison: Vec<bool> = entries.iter().map(|value| value.is_nan()).collect();
                 let entries = entries.into_iter().filter(|value| !value.is_nan()).collect::<Vec<_>>();
                 (q.read(backend), first.to_vec(), entries, poison)

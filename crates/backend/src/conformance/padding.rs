@@ -8,7 +8,7 @@ use super::random::{Random, seeded};
 use super::rounding::{Tolerance, assert_close};
 use super::settle;
 use super::slab::{Layout, Slab, imported};
-use crate::Backend;
+use crate::{Backend, Capabilities};
 
 const EPS: f32 = 1e-6;
 const SCALE: f32 = 0.2;
@@ -19,21 +19,31 @@ const PADDING: usize = 3;
 /// enough to be split, and on their own.
 pub fn padding<B: Backend>(backend: &B) {
     seeded("padding", |random| {
-        for dtype in backend.capabilities().activation_dtypes {
-            for sizes in SIZES {
-                for cached in [&[15, 0, 130][..], &[1100], &[]] {
-                    check(backend, random, sizes, dtype, cached);
+        let Capabilities { activation_dtypes, cache_dtypes, .. } = backend.capabilities();
+        for dtype in activation_dtypes {
+            for &cache_dtype in &cache_dtypes {
+                let dtypes = [dtype, cache_dtype];
+                for sizes in SIZES {
+                    for cached in [&[15, 0, 130][..], &[1100], &[]] {
+                        check(backend, random, sizes, dtypes, cached);
+                    }
                 }
+                check(backend, random, PUBLISHED, dtypes, &[70, 3]);
             }
-            check(backend, random, PUBLISHED, dtype, &[70, 3]);
         }
     });
 }
 
-fn check<B: Backend>(backend: &B, random: &mut Random, sizes: Sizes, dtype: DType, cached: &[usize]) {
+fn check<B: Backend>(
+    backend: &B,
+    random: &mut Random,
+    sizes: Sizes,
+    [dtype, cache_dtype]: [DType; 2],
+    cached: &[usize],
+) {
     let turns: Vec<Turn> = cached.iter().map(|&cached| Turn { cached, new: 1 }).collect();
     let tables = Tables::new(random, BLOCK_SIZE, cached.iter().map(|cached| cached + 1));
-    let cache = CacheSlab::new(backend, random, &tables, sizes, dtype, cached);
+    let cache = CacheSlab::new(backend, random, &tables, sizes, cache_dtype, cached);
     let (rope, _) = rope_table(backend, sizes.rope);
     let (norm, _) = imported(backend, random, &[sizes.latent], dtype, 1.0);
     let Sizes { heads, latent, rope: rope_dim, .. } = sizes;
@@ -44,7 +54,7 @@ fn check<B: Backend>(backend: &B, random: &mut Random, sizes: Sizes, dtype: DTyp
         values
     };
     let (kv_a, q_rope, q_latent) = (rows(sizes.entry()), rows(heads * rope_dim), rows(heads * latent));
-    let before = cache.slab.read(backend);
+    let before = cache.contents(backend);
     let run = |padding: usize| {
         let step = Step::padded(backend, &tables, &turns, padding);
         let tokens = step.batch.num_tokens;
@@ -52,7 +62,7 @@ fn check<B: Backend>(backend: &B, random: &mut Random, sizes: Sizes, dtype: DTyp
             let values = &values[..shape.iter().product()];
             Slab::floats(backend, shape, dtype, Layout::Dense, values)
         };
-        backend.upload(crate::HostSlice::F32(&narrow(&before)), &cache.slab.view);
+        cache.restore(backend, &before);
         let q_rope = slab(&[tokens, heads, rope_dim], &q_rope);
         let kv_a = slab(&[tokens, sizes.entry()], &kv_a);
         let q_latent = slab(&[tokens, heads, latent], &q_latent);
@@ -63,9 +73,9 @@ fn check<B: Backend>(backend: &B, random: &mut Random, sizes: Sizes, dtype: DTyp
         backend.mla_attention(q_latent, q_rope, &cache.cache, &step.batch, seqs, SCALE, &out.view);
         settle(backend, "padding");
         step.assert_unchanged(backend);
-        (out.read(backend), cache.slab.read(backend))
+        (out.read(backend), cache.contents(backend))
     };
-    let what = format!("padding {sizes:?} {cached:?} {dtype}");
+    let what = format!("padding {sizes:?} {cached:?} {dtype}, cache {cache_dtype}");
     let (padded, written) = run(PADDING);
     let real = turns.len() * heads * latent;
     assert!(padded[real..].iter().all(|&value| value == 0.0), "{what}: {:?}", &padded[real..]);
@@ -80,10 +90,6 @@ fn check<B: Backend>(backend: &B, random: &mut Random, sizes: Sizes, dtype: DTyp
     } else {
         assert_close(&what, &padded[..real], &plain, Tolerance::rounded_between(dtype));
     }
-}
-
-fn narrow(values: &[f64]) -> Vec<f32> {
-    values.iter().map(|&value| value as f32).collect()
 }
 
 /// The same values; NaN is NaN.
