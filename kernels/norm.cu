@@ -13,7 +13,7 @@
 // Oracle: crates/reference. Test: conformance::{rms_norm, rms_norm_range, add_rms_norm, silu_mul, quantize}, crates/gpu/tests/norm_bits.rs.
 #include "common/eight.cuh"
 
-namespace norm {
+namespace norms {
 
 /// Eights of a row that a thread keeps in registers between the sum and the result.
 constexpr u32 HELD = 4;
@@ -108,9 +108,9 @@ DEVICE void quantize(const QuantizeArgs& a) {
     store_quantized(a.fp8, t, column, count, x);
 }
 
-}  // namespace norm
+}  // namespace norms
 
-R1_KERNEL(rms_norm, norm::Args, norm::norm_row<false>, 1024 / WARP)
-R1_KERNEL(add_rms_norm, norm::Args, norm::norm_row<true>, 1024 / WARP)
-R1_KERNEL(silu_mul, norm::SiluMulArgs, norm::silu_mul, 4)
-R1_KERNEL(quantize, norm::QuantizeArgs, norm::quantize, 4)
+R1_KERNEL(rms_norm, norms::Args, norms::norm_row<false>, 1024 / WARP)
+R1_KERNEL(add_rms_norm, norms::Args, norms::norm_row<true>, 1024 / WARP)
+R1_KERNEL(silu_mul, norms::SiluMulArgs, norms::silu_mul, 4)
+R1_KERNEL(quantize, norms::QuantizeArgs, norms::quantize, 4)

@@ -68,6 +68,16 @@ DEVICE void store8_e4m3(e4m3* to, i64 at, u32 count, bool vectors, const float (
     }
 }
 
+/// As load8, of codes.
+DEVICE void load8_e4m3(const e4m3* from, i64 at, u32 count, bool vectors, float (&v)[EIGHT]) {
+    if (vectors && count == EIGHT) {
+        Bytes8 codes = *reinterpret_cast<const Bytes8*>(from + at);
+        UNROLL for (u32 j = 0; j < EIGHT; ++j) v[j] = to_float(e4m3{u8(codes.words[j / 4] >> (8 * (j % 4)))});
+    } else {
+        UNROLL for (u32 j = 0; j < EIGHT; ++j) v[j] = j < count ? to_float(from[at + j]) : 0.0f;
+    }
+}
+
 #if R1_EMU
 inline void r1_emu_max_of_16_lanes(void** args) {
     for (u32 first = 0; first < WARP; first += FP8_LANES) {

@@ -82,7 +82,7 @@ struct NormArgs {
     eps: f32,
 }
 
-// SAFETY: the twin of norm::Args.
+// SAFETY: the twin of norms::Args.
 unsafe impl Args for NormArgs {}
 
 pub(crate) fn rms_norm(gpu: &Gpu, x: &Tensor<Gpu>, weight: &Tensor<Gpu>, eps: f32, out: &Activation<Gpu>) {
@@ -164,7 +164,7 @@ struct SiluMulArgs {
     out_vectors: u32,
 }
 
-// SAFETY: the twin of norm::SiluMulArgs.
+// SAFETY: the twin of norms::SiluMulArgs.
 unsafe impl Args for SiluMulArgs {}
 
 pub(crate) fn silu_mul(gpu: &Gpu, gate_up: &Tensor<Gpu>, out: &Activation<Gpu>) {
@@ -197,7 +197,7 @@ struct QuantizeArgs {
     x_vectors: u32,
 }
 
-// SAFETY: the twin of norm::QuantizeArgs.
+// SAFETY: the twin of norms::QuantizeArgs.
 unsafe impl Args for QuantizeArgs {}
 
 pub(crate) fn quantize(gpu: &Gpu, x: &Activation<Gpu>) {
