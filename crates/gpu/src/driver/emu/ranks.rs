@@ -46,7 +46,7 @@ fn take(out: DevicePtr, dtype: DType, staging: &Staging) {
         bytes = staging.ids.iter().flat_map(|id| id.to_le_bytes()).collect();
     } else {
         bytes = vec![0; staging.floats.len() * dtype.size_bytes()];
-        host::narrow(dtype, &staging.floats, &mut bytes);
+        host::narrow(dtype, &staging.floats, &mut bytes, false);
     }
     // SAFETY: a dense range of this device's memory that is as long, and nothing else runs on its stream.
     unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), out.0 as *mut u8, bytes.len()) };
