@@ -337,6 +337,16 @@ DEVICE void async_copy16(void* to, const void* from, bool valid) {
     *static_cast<Bytes16*>(to) = valid ? *static_cast<const Bytes16*>(from) : Bytes16{{0, 0, 0, 0}};
 #endif
 }
+/// As `async_copy16`, 4 bytes.
+DEVICE void async_copy4(void* to, const void* from, bool valid) {
+#if R1_CUDA
+    u32 address = u32(__cvta_generic_to_shared(to));
+    int bytes = valid ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from), "r"(bytes));
+#else
+    *static_cast<u32*>(to) = valid ? *static_cast<const u32*>(from) : 0;
+#endif
+}
 /// Closes a group of copies.
 DEVICE void async_commit() {
 #if R1_CUDA
