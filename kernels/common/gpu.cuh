@@ -142,7 +142,7 @@ struct f16 {
     u16 bits;
 };
 /// OCP E4M3. On gfx942, whose units read FNUZ, the same bits stand for half the value: the matrix wrapper multiplies by what is missing, and
-/// -0, which is NaN there, is mapped away at upload.
+/// -0, which is NaN there, is written by neither the host nor a kernel.
 struct e4m3 {
     u8 bits;
 };
@@ -202,8 +202,11 @@ DEVICE e4m3 from_float<e4m3>(float x) {
         code = u8((rounded >> 20) - (120u << 3));
         if (code > 0x7e) code = 0x7e;
     }
+#if R1_HIP
     // No -0: see e4m3.
-    return e4m3{u8(code == 0 ? 0 : sign | code)};
+    if (code == 0) sign = 0;
+#endif
+    return e4m3{u8(sign | code)};
 }
 
 /// Element types as the host names them, for kernels that are not worth an instantiation for each.

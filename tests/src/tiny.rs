@@ -9,7 +9,7 @@ use r1_backend::Backend;
 use r1_core::{DType, Rank};
 use r1_cpu::{Cpu, CpuOptions};
 use r1_engine::{EngineConfig, EngineInfo, Handle, Inbox, LocalRanks, RankLoader, Status};
-use r1_model::{Fp8Compute, MlaForm, ModelOptions, WeightFormat};
+use r1_model::{Fp8Compute, KvCacheFormat, MlaForm, ModelOptions, WeightFormat};
 use r1_weights::{Checkpoint, ModelConfig};
 
 /// Where the bundled model lies.
@@ -33,6 +33,8 @@ pub struct Tiny {
     pub num_blocks: Option<usize>,
     /// Whether prompts share what they have in common.
     pub prefix_cache: bool,
+    /// What the KV cache holds.
+    pub kv_cache: KvCacheFormat,
     /// Whether tokens may depend on nothing but the request.
     pub deterministic: bool,
     /// Steps in flight.
@@ -52,6 +54,7 @@ impl Default for Tiny {
             max_model_len: 512,
             num_blocks: None,
             prefix_cache: true,
+            kv_cache: KvCacheFormat::Activations,
             deterministic: false,
             depth: 1,
             max_queued: 64,
@@ -64,6 +67,7 @@ impl Tiny {
     fn options(&self) -> ModelOptions {
         ModelOptions {
             activation_dtype: DType::F32,
+            kv_cache: self.kv_cache,
             weights: WeightFormat::AsStored,
             fp8: Fp8Compute::WeightOnly,
             mla_form: if self.deterministic { MlaForm::Absorbed } else { MlaForm::Auto },

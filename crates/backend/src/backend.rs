@@ -67,8 +67,10 @@ impl fmt::Debug for Ticket {
 /// What a backend can do beyond the operations themselves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Capabilities {
-    /// Element types that activations and caches may have.
+    /// Element types that activations may have.
     pub activation_dtypes: Vec<DType>,
+    /// Element types that a [`LatentCache`] may have, whatever the activations have; F8E4M3 is its FP8 form.
+    pub cache_dtypes: Vec<DType>,
     /// FP8 weights can be applied to FP8 activations (W8A8).
     pub fp8_activations: bool,
     /// Work runs behind the caller's back, so that planning a step ahead pays.
@@ -171,7 +173,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn per_head(&self, x: &Tensor<Self>, w: &HeadWeight<Self>, out: &Tensor<Self>);
 
     /// RoPE and cache write. Rotates `q_rope` `[T, H, R]` (strided) in place; writes `rms_norm(kv_a[:, :C])` and the rotated
-    /// `kv_a[:, C:]` to the cache at the batch's slots. `kv_a` `[T, C + R]`, `norm` `[C]`.
+    /// `kv_a[:, C:]` to the cache at the batch's slots. `kv_a` `[T, C + R]`, `norm` `[C]`. Into an FP8 cache the normed values
+    /// go from F32 to their scales and nearest codes, and the rotated ones to BF16.
     fn rope_cache(
         &self,
         q_rope: &Tensor<Self>,
@@ -185,7 +188,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     /// Absorbed MLA over the paged latent cache, for the sequences `seqs`, any mix of decode rows and prefill chunks; other
     /// sequences' rows of `out` are left alone. Row `i` of a sequence with `n` rows sees the first `context_len - n + 1 + i`
-    /// tokens. `q_latent` `[T, H, C]`, `q_rope` `[T, H, R]` (strided), `out` `[T, H, C]`. `scale` holds YaRN's mscale².
+    /// tokens. `q_latent` `[T, H, C]`, `q_rope` `[T, H, R]` (strided), `out` `[T, H, C]`. `scale` holds YaRN's mscale². Codes of
+    /// an FP8 cache stand for `code * scale`, as keys and as values.
     /// Source: DeepSeek-V2 report, section 2.1.2 (arXiv:2405.04434).
     fn mla_attention(
         &self,
@@ -199,7 +203,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
     );
 
     /// Copies the cached rows of the sequences `seqs`, one after the other: sequence `s` begins at row
-    /// `context_start[s] - context_start[seqs.start]`. `out` `[N, C + R]`.
+    /// `context_start[s] - context_start[seqs.start]`. `out` `[N, C + R]`; an FP8 cache's rows are dequantised and rounded once.
     fn gather_latent(
         &self,
         cache: &LatentCache<Self>,

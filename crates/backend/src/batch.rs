@@ -2,7 +2,10 @@
 
 use std::ops::Range;
 
-use crate::{Backend, Tensor};
+use r1_core::DType;
+
+use crate::weight::FP8_BLOCK;
+use crate::{Backend, BackendError, Tensor};
 
 /// One step's metadata on the device; uploaded once per step, read by every layer. S sequences, T tokens.
 ///
@@ -46,14 +49,56 @@ impl<B: Backend> Batch<B> {
 
 /// One layer's paged cache of what MLA keeps: per token `kv_lora_rank` latent values after their norm and
 /// `qk_rope_head_dim` key values after RoPE, shared by all heads.
+///
+/// Dense, an entry is these values side by side. In the FP8 form the latent is codes with a scale per 128 channels,
+/// `scale = max(amax, 1e-4) / 448` of the values after the norm (in F32, before any other rounding), and the key values are
+/// BF16: what DeepSeek's FlashMLA keeps of a token, 656 bytes for V3, in tensors of their own.
 pub struct LatentCache<B: Backend> {
-    /// `[num_blocks, block_size, C + R]` F32 or BF16.
+    /// Dense: `[num_blocks, block_size, C + R]` F32 or BF16. FP8: `[num_blocks, block_size, C]` F8E4M3.
     pub data: Tensor<B>,
     /// C = kv_lora_rank.
     pub latent_dim: usize,
+    /// What the FP8 form keeps beside its codes; `None`: the cache is dense.
+    pub fp8: Option<Fp8Latent<B>>,
+}
+
+/// What the FP8 form of a [`LatentCache`] keeps beside its codes.
+pub struct Fp8Latent<B: Backend> {
+    /// `[num_blocks, block_size, ceil(C / 128)]` F32; the last group of channels may be short.
+    pub scales: Tensor<B>,
+    /// `[num_blocks, block_size, R]` BF16.
+    pub rope: Tensor<B>,
 }
 
 impl<B: Backend> LatentCache<B> {
+    /// A zeroed cache; `dtype` F8E4M3 asks for the FP8 form, which [`Capabilities::cache_dtypes`](crate::Capabilities) says
+    /// whether a backend has.
+    pub fn alloc(
+        backend: &B,
+        dtype: DType,
+        [num_blocks, block_size]: [usize; 2],
+        latent_dim: usize,
+        rope_dim: usize,
+    ) -> Result<Self, BackendError> {
+        let part = |width, dtype| backend.alloc(&[num_blocks, block_size, width], dtype);
+        if dtype != DType::F8E4M3 {
+            return Ok(Self { data: part(latent_dim + rope_dim, dtype)?, latent_dim, fp8: None });
+        }
+        let scales = part(latent_dim.div_ceil(FP8_BLOCK), DType::F32)?;
+        let fp8 = Fp8Latent { scales, rope: part(rope_dim, DType::BF16)? };
+        Ok(Self { data: part(latent_dim, dtype)?, latent_dim, fp8: Some(fp8) })
+    }
+
+    /// Bytes that one token takes in a cache that [`alloc`](LatentCache::alloc) makes.
+    pub fn bytes_per_token(dtype: DType, latent_dim: usize, rope_dim: usize) -> usize {
+        if dtype != DType::F8E4M3 {
+            return (latent_dim + rope_dim) * dtype.size_bytes();
+        }
+        latent_dim * dtype.size_bytes()
+            + latent_dim.div_ceil(FP8_BLOCK) * DType::F32.size_bytes()
+            + rope_dim * DType::BF16.size_bytes()
+    }
+
     /// Tokens per block.
     pub fn block_size(&self) -> usize {
         self.data.dim(1)
@@ -61,7 +106,10 @@ impl<B: Backend> LatentCache<B> {
 
     /// R = qk_rope_head_dim.
     pub fn rope_dim(&self) -> usize {
-        self.data.dim(2) - self.latent_dim
+        match &self.fp8 {
+            Some(fp8) => fp8.rope.dim(2),
+            None => self.data.dim(2) - self.latent_dim,
+        }
     }
 }
 

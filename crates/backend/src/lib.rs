@@ -16,7 +16,7 @@ mod tensor;
 mod weight;
 
 pub use backend::{Backend, Capabilities, HostSlice, HostSliceMut, Ticket};
-pub use batch::{Batch, LatentCache, RopeTable};
+pub use batch::{Batch, Fp8Latent, LatentCache, RopeTable};
 pub use comm::{CommError, Communicator};
 pub use error::BackendError;
 pub use host::{HostBytes, HostTensor};

@@ -7,12 +7,13 @@ use std::ops::Range;
 
 use r1_core::DType;
 
+use crate::weight::FP8_BLOCK;
 use crate::{
     Activation, Backend, Batch, Experts, HeadForm, HeadWeight, LatentCache, LogprobsOut, RopeTable, Routing,
     SamplingBatch, Tensor, Weight,
 };
 
-const MAX_LETTERS: usize = 12;
+const MAX_LETTERS: usize = 14;
 const ACTIVATION: &[DType] = &[DType::F32, DType::BF16];
 const FLOAT: &[DType] = &[DType::F32, DType::BF16, DType::F16];
 
@@ -144,6 +145,20 @@ impl Check {
     }
 
     #[track_caller]
+    fn cache<B: Backend>(self, cache: &LatentCache<B>) -> Self {
+        let (latent, rope) = (cache.latent_dim, cache.rope_dim());
+        let check = self.bind("C", latent).bind("R", rope).bind("C+R", latent + rope);
+        let Some(fp8) = &cache.fp8 else {
+            return check.arg("cache", &cache.data, &["num_blocks", "block_size", "C+R"], ACTIVATION);
+        };
+        check
+            .bind("ceil(C/128)", latent.div_ceil(FP8_BLOCK))
+            .arg("cache", &cache.data, &["num_blocks", "block_size", "C"], &[DType::F8E4M3])
+            .arg("cache.scales", &fp8.scales, &["num_blocks", "block_size", "ceil(C/128)"], &[DType::F32])
+            .arg("cache.rope", &fp8.rope, &["num_blocks", "block_size", "R"], &[DType::BF16])
+    }
+
+    #[track_caller]
     fn seqs<B: Backend>(self, seqs: &Range<usize>, batch: &Batch<B>) -> Self {
         assert!(
             seqs.start <= seqs.end && seqs.end <= batch.num_seqs,
@@ -228,15 +243,12 @@ pub fn rope_cache<B: Backend>(
     cache: &LatentCache<B>,
 ) {
     Check::new("rope_cache")
-        .bind("C", cache.latent_dim)
-        .bind("R", cache.rope_dim())
-        .bind("C+R", cache.data.dim(2))
+        .cache(cache)
         .batch(batch)
         .arg("q_rope", q_rope, &["T", "H", "R"], ACTIVATION)
         .arg("kv_a", kv_a, &["T", "C+R"], ACTIVATION)
         .arg("norm", norm, &["C"], FLOAT)
-        .arg("rope.cos_sin", &rope.cos_sin, &["max_positions", "R"], &[DType::F32])
-        .arg("cache", &cache.data, &["num_blocks", "block_size", "C+R"], ACTIVATION);
+        .arg("rope.cos_sin", &rope.cos_sin, &["max_positions", "R"], &[DType::F32]);
 }
 
 /// See [`Backend::mla_attention`].
@@ -250,13 +262,11 @@ pub fn mla_attention<B: Backend>(
     out: &Tensor<B>,
 ) {
     Check::new("mla_attention")
-        .bind("C", cache.latent_dim)
-        .bind("R", cache.rope_dim())
+        .cache(cache)
         .batch(batch)
         .seqs(seqs, batch)
         .arg("q_latent", q_latent, &["T", "H", "C"], ACTIVATION)
         .arg("q_rope", q_rope, &["T", "H", "R"], ACTIVATION)
-        .arg("cache", &cache.data, &["num_blocks", "block_size", "C+R"], ACTIVATION)
         .arg("out", out, &["T", "H", "C"], ACTIVATION)
         .same_dtype(["q_latent", "out"], q_latent, out);
 }
@@ -269,11 +279,12 @@ pub fn gather_latent<B: Backend>(
     seqs: &Range<usize>,
     out: &Tensor<B>,
 ) {
-    Check::new("gather_latent")
-        .batch(batch)
-        .seqs(seqs, batch)
-        .arg("cache", &cache.data, &["num_blocks", "block_size", "C+R"], ACTIVATION)
-        .arg("out", out, &["N", "C+R"], ACTIVATION);
+    Check::new("gather_latent").cache(cache).batch(batch).seqs(seqs, batch).arg(
+        "out",
+        out,
+        &["N", "C+R"],
+        ACTIVATION,
+    );
 }
 
 /// See [`Backend::mla_attention_expanded`].

@@ -6,8 +6,8 @@ use r1_core::DType;
 
 use crate::{Backend, BackendError, Tensor};
 
-/// Channels per activation scale of the FP8 path.
-const FP8_ACTIVATION_BLOCK: usize = 128;
+/// Channels per scale of FP8 activations and of the FP8 latent cache.
+pub(crate) const FP8_BLOCK: usize = 128;
 
 /// The weight of a linear layer, `y = x Wᵀ`.
 pub enum Weight<B: Backend> {
@@ -115,7 +115,7 @@ impl<B: Backend> Activation<B> {
             None => None,
             Some(power_of_two_scales) => Some(Fp8Activation {
                 data: backend.alloc(&[rows, cols], DType::F8E4M3)?,
-                scales: backend.alloc(&[rows, cols.div_ceil(FP8_ACTIVATION_BLOCK)], DType::F32)?,
+                scales: backend.alloc(&[rows, cols.div_ceil(FP8_BLOCK)], DType::F32)?,
                 power_of_two_scales,
             }),
         };

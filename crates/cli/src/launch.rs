@@ -8,7 +8,7 @@ use r1_backend::Backend;
 use r1_core::{DType, Rank};
 use r1_cpu::{Cpu, CpuOptions};
 use r1_engine::EngineConfig;
-use r1_model::{Fp8Compute, MlaForm, ModelOptions, WeightFormat};
+use r1_model::{Fp8Compute, KvCacheFormat, MlaForm, ModelOptions, WeightFormat};
 use r1_reference::Reference;
 
 use crate::args::{Device, Dtype, ModelArgs};
@@ -102,17 +102,7 @@ impl Launch {
                 bail!("--dtype is float32, bfloat16 or auto; FP8 weights are used as stored")
             }
         };
-        let same = match args.kv_cache_dtype {
-            Dtype::Auto => true,
-            Dtype::Float32 => activation_dtype == DType::F32,
-            Dtype::Bfloat16 => activation_dtype == DType::BF16,
-            Dtype::Float16 | Dtype::Fp8 | Dtype::Fp8E5m2 => false,
-        };
-        if !same {
-            bail!(
-                "--kv-cache-dtype is not supported yet beside the activations' dtype ({activation_dtype}); use auto"
-            );
-        }
+        let kv_cache = kv_cache_format(args.kv_cache_dtype, activation_dtype)?;
         let model_max = source.config.max_position_embeddings;
         let max_model_len = args.max_model_len.unwrap_or(model_max);
         if max_model_len > model_max {
@@ -132,6 +122,7 @@ impl Launch {
         Ok(Self {
             model: ModelOptions {
                 activation_dtype,
+                kv_cache,
                 weights,
                 fp8: Fp8Compute::WeightOnly,
                 mla_form: if args.deterministic { MlaForm::Absorbed } else { MlaForm::Auto },
@@ -158,15 +149,42 @@ impl Launch {
         })
     }
 
-    /// How weights and activations meet, for the ready line.
+    /// How weights and activations meet and what the KV cache holds, for the ready line.
     pub(crate) fn precision(&self, source: &Source) -> String {
         let activations = self.model.activation_dtype;
-        match (&source.config.quantization, self.model.weights) {
+        let cache = match self.model.kv_cache {
+            KvCacheFormat::Activations => activations.name(),
+            KvCacheFormat::Fp8 => "FP8",
+        };
+        let arithmetic = match (&source.config.quantization, self.model.weights) {
             (Some(_), WeightFormat::AsStored) => format!("FP8 weights, {activations} activations (W8)"),
             (Some(_), WeightFormat::WidenToBf16) => {
                 format!("FP8 weights widened to BF16, {activations} activations")
             }
             (None, _) => format!("weights as stored, {activations} activations"),
-        }
+        };
+        format!("{arithmetic}, {cache} KV cache")
     }
+}
+
+/// What `--kv-cache-dtype` asks for beside activations of that type.
+fn kv_cache_format(asked: Dtype, activations: DType) -> Result<KvCacheFormat> {
+    let dense = match asked {
+        Dtype::Auto => activations,
+        Dtype::Fp8 => return Ok(KvCacheFormat::Fp8),
+        Dtype::Fp8E5m2 => {
+            bail!(
+                "--kv-cache-dtype fp8_e5m2 is not supported; take fp8 (E4M3), whose scales per 128 channels need no wider range"
+            )
+        }
+        Dtype::Float32 => DType::F32,
+        Dtype::Bfloat16 => DType::BF16,
+        Dtype::Float16 => DType::F16,
+    };
+    if dense != activations {
+        bail!(
+            "--kv-cache-dtype {dense} is not supported beside {activations} activations; use auto or fp8, or choose --dtype"
+        );
+    }
+    Ok(KvCacheFormat::Activations)
 }

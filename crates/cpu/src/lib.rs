@@ -183,6 +183,7 @@ impl Backend for Cpu {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             activation_dtypes: vec![DType::F32, DType::BF16],
+            cache_dtypes: vec![DType::F32, DType::BF16, DType::F8E4M3],
             fp8_activations: false,
             asynchronous: false,
             batch_invariant: true,

@@ -8,7 +8,7 @@ use r1_core::DType;
 
 use crate::Cpu;
 use crate::buffer::{ReadGuard, WriteGuard, WriteRefused};
-use crate::simd::{Simd, slice};
+use crate::simd::{F8, Simd, slice};
 
 /// Panics unless the tensor lies inside its memory and is aligned: kernels rely on it.
 fn check(op: &str, arg: &str, tensor: &Tensor<Cpu>, start: *const u8, len_bytes: usize) {
@@ -194,6 +194,17 @@ impl<'a> Mat<'a> {
         assert!(col + dst.len() <= self.cols, "columns {col}+{} of {}", dst.len(), self.cols);
         // SAFETY: the row exists and the columns lie inside it.
         unsafe { slice::read(s, self.row(i).add(col * self.dtype.size_bytes()), self.dtype, dst) }
+    }
+}
+
+impl Mat<'_> {
+    /// Columns `col..col + dst.len()` of row `i` of an F8 matrix, widened, times `scale`.
+    #[inline(always)]
+    pub(crate) fn read_f8<S: Simd>(&self, s: S, i: usize, col: usize, scale: f32, dst: &mut [f32]) {
+        assert_eq!(self.dtype, DType::F8E4M3, "rows are not F8");
+        assert!(col + dst.len() <= self.cols, "columns {col}+{} of {}", dst.len(), self.cols);
+        // SAFETY: the row exists and the columns lie inside it.
+        unsafe { slice::widen_scaled(s, self.row(i).add(col).cast::<F8>(), scale, dst) }
     }
 }
 

@@ -18,8 +18,8 @@ pub(crate) fn e4m3_to_f32(code: u8) -> f32 {
     if code & 0x80 == 0 { value } else { -value }
 }
 
-/// The nearest E4M3 code, ties to even; saturates at 448; no -0.
-pub(crate) fn f32_to_e4m3(x: f32) -> u8 {
+/// The nearest E4M3 code, ties to even; saturates at 448. A device whose units read FNUZ gets no -0, which is NaN to them.
+pub(crate) fn f32_to_e4m3(x: f32, fnuz: bool) -> u8 {
     let sign = (x.to_bits() >> 24) as u8 & 0x80;
     let magnitude = x.abs();
     if x.is_nan() {
@@ -35,7 +35,7 @@ pub(crate) fn f32_to_e4m3(x: f32) -> u8 {
         let rounded = bits + 0x7_ffff + (bits >> 20 & 1);
         ((rounded >> 20) - (120 << 3)).min(0x7e) as u8
     };
-    if code == 0 { 0 } else { sign | code }
+    if fnuz && code == 0 { 0 } else { sign | code }
 }
 
 /// Calls `visit` with each run of rows of a view, and where its bytes stand among the dense ones.
@@ -81,7 +81,10 @@ pub(crate) fn upload(gpu: &Gpu, src: HostSlice<'_>, dst: &Tensor<Gpu>) {
             match dst.dtype() {
                 DType::BF16 => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
                 DType::F16 => values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect(),
-                DType::F8E4M3 => values.iter().map(|&x| f32_to_e4m3(x)).collect(),
+                DType::F8E4M3 => {
+                    let fnuz = gpu.driver.info().fnuz;
+                    values.iter().map(|&x| f32_to_e4m3(x, fnuz)).collect()
+                }
                 _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
             }
         }
@@ -138,17 +141,18 @@ mod tests {
     fn e4m3_codes_survive_and_values_take_the_nearest() {
         for code in 0..=255u8 {
             let value = e4m3_to_f32(code);
+            assert_eq!(f32_to_e4m3(value, false), code, "{value}");
             let want = if code == 0x80 { 0 } else { code };
-            assert_eq!(f32_to_e4m3(value), want, "{value}");
+            assert_eq!(f32_to_e4m3(value, true), want, "{value}");
         }
         for step in 0..40_000 {
             let x = step as f32 / 64.0 - 300.0;
             let gap = |code: u8| (e4m3_to_f32(code) - x).abs();
-            let found = gap(f32_to_e4m3(x));
+            let found = gap(f32_to_e4m3(x, false));
             let best = (0..=255).map(gap).filter(|gap| !gap.is_nan()).fold(f32::MAX, f32::min);
             assert_eq!(found, best, "{x}");
         }
-        assert_eq!(e4m3_to_f32(f32_to_e4m3(1e9)), 448.0);
-        assert_eq!(e4m3_to_f32(f32_to_e4m3(-1e9)), -448.0);
+        assert_eq!(e4m3_to_f32(f32_to_e4m3(1e9, false)), 448.0);
+        assert_eq!(e4m3_to_f32(f32_to_e4m3(-1e9, false)), -448.0);
     }
 }

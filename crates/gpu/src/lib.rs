@@ -130,6 +130,7 @@ impl Backend for Gpu {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             activation_dtypes: vec![DType::F32, DType::BF16],
+            cache_dtypes: vec![DType::F32, DType::BF16, DType::F8E4M3],
             fp8_activations: self.driver.info().fp8,
             asynchronous: true,
             batch_invariant: true,
@@ -300,6 +301,17 @@ impl Backend for Gpu {
 
     fn logprobs(&self, logits: &Tensor<Self>, tokens: &Tensor<Self>, out: &LogprobsOut<Self>) {
         ops::logprobs::logprobs(self, logits, tokens, out);
+    }
+
+    fn add_rms_norm(
+        &self,
+        residual: &Tensor<Self>,
+        x: &Tensor<Self>,
+        weight: &Tensor<Self>,
+        eps: f32,
+        out: &Activation<Self>,
+    ) {
+        ops::norm::add_rms_norm(self, residual, x, weight, eps, out);
     }
 
     fn capture(&self, step: &mut dyn FnMut()) -> Result<Option<Graph>, BackendError> {

@@ -203,9 +203,11 @@ impl<B: Backend> DeepSeek<B> {
         self.weight_bytes
     }
 
-    /// Bytes of KV cache per token on this rank: kv_lora_rank + qk_rope_head_dim values per layer, nothing expanded.
+    /// Bytes of KV cache per token on this rank: kv_lora_rank + qk_rope_head_dim values per layer, and scales where they are
+    /// FP8; nothing expanded.
     pub fn kv_bytes_per_token(&self) -> usize {
-        self.layers.len() * self.config.kv_cache_dim() * self.options.activation_dtype.size_bytes()
+        let (latent, rope) = (self.config.kv_lora_rank, self.config.qk_rope_head_dim);
+        self.layers.len() * LatentCache::<B>::bytes_per_token(self.options.kv_cache_dtype(), latent, rope)
     }
 
     /// A paged cache for every layer of the stage.
@@ -214,13 +216,10 @@ impl<B: Backend> DeepSeek<B> {
         num_blocks: usize,
         block_size: usize,
     ) -> Result<Vec<LatentCache<B>>, BackendError> {
-        let shape = [num_blocks, block_size, self.config.kv_cache_dim()];
-        (self.layers.iter())
-            .map(|_| {
-                let data = self.backend.alloc(&shape, self.options.activation_dtype)?;
-                Ok(LatentCache { data, latent_dim: self.config.kv_lora_rank })
-            })
-            .collect()
+        let (latent, rope) = (self.config.kv_lora_rank, self.config.qk_rope_head_dim);
+        let dtype = self.options.kv_cache_dtype();
+        let alloc = |_| LatentCache::alloc(&*self.backend, dtype, [num_blocks, block_size], latent, rope);
+        self.layers.iter().map(alloc).collect()
     }
 
     /// Leaves the group of ranks, after a step that failed here or elsewhere: drops this model's communicator, so that ranks

@@ -11,5 +11,5 @@ mod registry;
 
 pub use deepseek::{DeepSeek, StageInput, StageOutput};
 pub use error::{ModelError, StepError};
-pub use options::{Fp8Compute, MlaForm, ModelOptions, WeightFormat};
+pub use options::{Fp8Compute, KvCacheFormat, MlaForm, ModelOptions, WeightFormat};
 pub use registry::{KnownModel, ModelStatus, Registry};

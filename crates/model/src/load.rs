@@ -78,6 +78,7 @@ fn check<B: Backend>(backend: &B, config: &ModelConfig, options: &ModelOptions) 
         let why = format!("the device {} computes in {}", backend.name(), names.join(" or "));
         return Err(ModelError::Unsupported { what: format!("--dtype {dtype}"), why });
     }
+    check_cache(backend.name(), &capabilities.cache_dtypes, options.kv_cache_dtype())?;
     if options.activation_fp8(config).is_some() && !capabilities.fp8_activations {
         let why = format!(
             "the device {} has no FP8 arithmetic; FP8 weights run with {dtype} activations",
@@ -105,6 +106,16 @@ fn check<B: Backend>(backend: &B, config: &ModelConfig, options: &ModelOptions) 
         }
     }
     Ok(())
+}
+
+/// Refuses a KV cache that the device does not have.
+fn check_cache(device: &str, cache_dtypes: &[DType], dtype: DType) -> Result<(), ModelError> {
+    if cache_dtypes.contains(&dtype) {
+        return Ok(());
+    }
+    let names: Vec<_> = cache_dtypes.iter().map(|dtype| dtype.name()).collect();
+    let why = format!("the device {device} has caches of {} only; use auto", names.join(" or "));
+    Err(ModelError::Unsupported { what: format!("a KV cache of {dtype} (--kv-cache-dtype)"), why })
 }
 
 /// Refuses what would let a row's result depend on the step around it.
@@ -332,5 +343,20 @@ impl<B: Backend> Loader<'_, B> {
             post_attention_norm: self.vector(&format!("{prefix}.post_attention_layernorm.weight"), hidden)?,
             feed_forward,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cache_that_the_device_lacks_is_refused_with_the_way_out() {
+        let dense = [DType::F32, DType::BF16];
+        assert!(check_cache("x", &dense, DType::BF16).is_ok());
+        assert_eq!(
+            check_cache("x", &dense, DType::F8E4M3).expect_err("refused").to_string(),
+            "a KV cache of F8_E4M3 (--kv-cache-dtype) is not supported: the device x has caches of F32 or BF16 only; use auto"
+        );
     }
 }

@@ -7,6 +7,7 @@ use r1_backend::{Batch, LatentCache, RopeTable};
 
 use crate::Reference;
 use crate::storage::{View, read, read_stored, read_u32, write};
+use crate::weights::{latent_codes, latent_values};
 
 /// Rotates `x` `[T, H, R]` by the angles of `positions` `[T]`; pairs are (2i, 2i + 1).
 fn rotate(x: &Tensor, rope: &RopeTable<Reference>, positions: &View) -> Result<Tensor> {
@@ -35,12 +36,20 @@ pub(crate) fn rope_cache(
     let latent = crate::normed(&latent, &read(norm)?, eps)?;
     let k_rope = kv_a.narrow(1, cache.latent_dim, cache.rope_dim())?.unsqueeze(1)?;
     let k_rope = rotate(&k_rope, rope, &batch.positions)?.squeeze(1)?;
-    let entries = Tensor::cat(&[latent, k_rope], 1)?;
+    let parts = match &cache.fp8 {
+        None => vec![(&cache.data, Tensor::cat(&[latent, k_rope], 1)?)],
+        Some(fp8) => {
+            let [codes, scales] = latent_codes(&latent)?;
+            vec![(&cache.data, codes), (&fp8.scales, scales), (&fp8.rope, k_rope)]
+        }
+    };
 
     for (token, slot) in read_u32(&batch.slots)?.into_iter().enumerate() {
         let (block, place) = (slot as usize / cache.block_size(), slot as usize % cache.block_size());
-        let entry = cache.data.narrow(0, block..block + 1).narrow(1, place..place + 1);
-        write(&entry, &entries.narrow(0, token, 1)?.unsqueeze(0)?)?;
+        for (part, values) in &parts {
+            let entry = part.narrow(0, block..block + 1).narrow(1, place..place + 1);
+            write(&entry, &values.narrow(0, token, 1)?.unsqueeze(0)?)?;
+        }
     }
     Ok(())
 }
@@ -75,13 +84,17 @@ fn sequences(batch: &Batch<Reference>, seqs: Range<usize>) -> Result<Vec<Sequenc
     Ok(seqs.map(sequence).collect())
 }
 
-/// A sequence's cached entries in order of position, `[context_len, C + R]` in the cache's dtype.
+/// A sequence's cached entries in order of position, `[context_len, C + R]` in the cache's dtype, F32 where that is FP8.
 fn cached(cache: &LatentCache<Reference>, seq: &Sequence) -> Result<Tensor> {
     let block_size = cache.block_size();
     let blocks = read_u32(&seq.blocks.narrow(1, 0..seq.context_len.div_ceil(block_size)))?;
     let slot = |p: usize| blocks[p / block_size] * block_size as u32 + (p % block_size) as u32;
     let slots = Tensor::from_iter((0..seq.context_len).map(slot), &Device::Cpu)?;
-    read_stored(&cache.data)?.flatten(0, 1)?.index_select(&slots, 0)
+    let rows = |part: &View| read_stored(part)?.flatten(0, 1)?.index_select(&slots, 0);
+    let data = rows(&cache.data)?;
+    let Some(fp8) = &cache.fp8 else { return Ok(data) };
+    let latent = latent_values(&data.to_dtype(DType::F32)?, &rows(&fp8.scales)?)?;
+    Tensor::cat(&[latent, rows(&fp8.rope)?.to_dtype(DType::F32)?], 1)
 }
 
 pub(crate) fn gather_latent(

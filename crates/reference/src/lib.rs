@@ -144,6 +144,7 @@ impl Backend for Reference {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             activation_dtypes: vec![r1_core::DType::F32, r1_core::DType::BF16],
+            cache_dtypes: vec![r1_core::DType::F32, r1_core::DType::BF16, r1_core::DType::F8E4M3],
             fp8_activations: true,
             asynchronous: false,
             // candle's matrix products choose their order of summation by shape.

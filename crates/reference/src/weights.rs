@@ -45,6 +45,17 @@ pub(crate) fn round_trip(x: &Tensor, power_of_two_scales: bool) -> Result<Tensor
     codes.to_dtype(candle_core::DType::F32)? * scales
 }
 
+/// Codes, to be rounded when they are written, and scales of `x` `[T, C]` F32 in an FP8 latent cache.
+pub(crate) fn latent_codes(x: &Tensor) -> Result<[Tensor; 2]> {
+    let scales = scales_of(x, false)?;
+    Ok([(x / expand(&scales, x.dim(1)?)?)?, scales])
+}
+
+/// What `codes` `[T, C]` F32 with `scales` `[T, ceil(C / 128)]` stand for.
+pub(crate) fn latent_values(codes: &Tensor, scales: &Tensor) -> Result<Tensor> {
+    codes * expand(scales, codes.dim(1)?)?
+}
+
 /// Writes the FP8 form of `dense`. Source: `act_quant` of DeepSeek-V3's published inference code.
 pub(crate) fn quantize(dense: &Tensor, out: &Fp8Activation<Reference>) -> Result<()> {
     let scales = scales_of(dense, out.power_of_two_scales)?;

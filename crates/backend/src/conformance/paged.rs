@@ -4,9 +4,11 @@ use std::ops::Range;
 
 use r1_core::DType;
 
+use super::naive;
 use super::random::Random;
+use super::rounding::round_to;
 use super::slab::{Layout, Slab};
-use crate::{Backend, Batch, LatentCache};
+use crate::{Backend, Batch, Fp8Latent, LatentCache};
 
 /// What one sequence brings to a step.
 #[derive(Clone, Copy, Debug)]
@@ -35,6 +37,9 @@ pub(super) const SIZES: [Sizes; 3] = [
 
 /// DeepSeek-V2 and V3's, with a few of their heads.
 pub(super) const PUBLISHED: Sizes = Sizes { heads: 4, latent: 512, rope: 64, nope: 128, value: 128 };
+
+/// More than one group of FP8 scales, the last one short.
+pub(super) const RAGGED_GROUPS: Sizes = Sizes { heads: 3, latent: 300, rope: 6, nope: 5, value: 9 };
 
 impl Sizes {
     pub(super) fn entry(self) -> usize {
@@ -167,12 +172,25 @@ impl<B: Backend> Step<B> {
 
 /// A latent cache that is poison wherever no token is.
 pub(super) struct CacheSlab<B: Backend> {
-    pub(super) slab: Slab<B>,
     pub(super) cache: LatentCache<B>,
+    sizes: Sizes,
+    /// Whole entries; in the FP8 form codes, scales and rotated keys.
+    slabs: Vec<Slab<B>>,
+    /// `[slots, C + R]`: the entries that were put in, as the cache holds them; NaN where there are none.
+    pub(super) host: Vec<f64>,
+}
+
+/// What an FP8 cache holds of an entry: codes, scales, rotated keys.
+fn fp8_parts(entry: &[f64], latent: usize) -> Vec<Vec<f64>> {
+    let (values, rope) = entry.split_at(latent);
+    let scales = naive::fp8_scales(values, latent, false);
+    let code = |(i, value): (usize, &f64)| round_to(DType::F8E4M3, value / scales[i / 128]);
+    let codes = values.iter().enumerate().map(code).collect();
+    vec![codes, scales, rope.to_vec()]
 }
 
 impl<B: Backend> CacheSlab<B> {
-    /// With random entries for the first `lens[s]` tokens of each sequence.
+    /// With random entries for the first `lens[s]` tokens of each sequence; F8E4M3 makes the FP8 form.
     pub(super) fn new(
         backend: &B,
         random: &mut Random,
@@ -181,23 +199,94 @@ impl<B: Backend> CacheSlab<B> {
         dtype: DType,
         lens: &[usize],
     ) -> Self {
-        let entry = sizes.entry();
-        let mut values = vec![f64::NAN; tables.num_blocks * tables.block_size * entry];
+        let Sizes { latent, rope, .. } = sizes;
+        let fp8 = dtype == DType::F8E4M3;
+        let parts = if fp8 {
+            vec![(latent, dtype), (latent.div_ceil(128), DType::F32), (rope, DType::BF16)]
+        } else {
+            vec![(sizes.entry(), dtype)]
+        };
+        let slots = tables.num_blocks * tables.block_size;
+        let mut images: Vec<_> = parts.iter().map(|(width, _)| vec![f64::NAN; slots * width]).collect();
         for (seq, &len) in lens.iter().enumerate() {
             for position in 0..len {
-                let at = tables.slot(seq, position) * entry;
-                values[at..at + entry].copy_from_slice(&random.normals(entry, 1.0));
+                let mut entry = random.normals(sizes.entry(), 1.0);
+                if fp8 {
+                    // Groups of unlike scales, so that another group's or another token's is found out.
+                    for group in entry[..latent].chunks_mut(128) {
+                        let factor = random.uniform(0.25, 1.5);
+                        for value in group {
+                            *value *= factor;
+                        }
+                    }
+                }
+                let held = if fp8 { fp8_parts(&entry, latent) } else { vec![entry] };
+                let slot = tables.slot(seq, position);
+                for (image, part) in images.iter_mut().zip(held) {
+                    image[slot * part.len()..][..part.len()].copy_from_slice(&part);
+                }
             }
         }
-        let shape = [tables.num_blocks, tables.block_size, entry];
-        let slab = Slab::floats(backend, &shape, dtype, Layout::Dense, &values);
-        let cache = LatentCache { data: slab.view.clone(), latent_dim: sizes.latent };
-        Self { slab, cache }
+        let slabs: Vec<_> = parts
+            .iter()
+            .zip(&images)
+            .map(|(&(width, dtype), image)| {
+                let shape = [tables.num_blocks, tables.block_size, width];
+                Slab::floats(backend, &shape, dtype, Layout::Dense, image)
+            })
+            .collect();
+        let view = |part: usize| slabs[part].view.clone();
+        let cache = LatentCache {
+            data: view(0),
+            latent_dim: latent,
+            fp8: fp8.then(|| Fp8Latent { scales: view(1), rope: view(2) }),
+        };
+        let host: Vec<_> = slabs.iter().map(|slab| slab.host.clone()).collect();
+        let host = entries_of(sizes, &host);
+        Self { cache, sizes, slabs, host }
     }
 
     /// The entries of a sequence's first `len` tokens, as they were put in.
     pub(super) fn entries(&self, tables: &Tables, seq: usize, len: usize) -> Vec<Vec<f64>> {
-        let entry = self.slab.view.dim(2);
-        (0..len).map(|p| self.slab.host[tables.slot(seq, p) * entry..][..entry].to_vec()).collect()
+        let entry = self.sizes.entry();
+        (0..len).map(|p| self.host[tables.slot(seq, p) * entry..][..entry].to_vec()).collect()
     }
+
+    /// What the cache holds at a slot now, by parts: the whole entry, or codes, scales and rotated keys.
+    pub(super) fn read(&self, backend: &B) -> impl Fn(usize) -> Vec<Vec<f64>> + use<B> {
+        let widths: Vec<_> = self.slabs.iter().map(|slab| slab.view.dim(2)).collect();
+        let parts: Vec<_> = self.slabs.iter().map(|slab| slab.read(backend)).collect();
+        move |slot| {
+            let of = |(part, &width): (&Vec<f64>, &usize)| part[slot * width..][..width].to_vec();
+            parts.iter().zip(&widths).map(of).collect()
+        }
+    }
+
+    /// Checks that nothing was written to a slot.
+    #[track_caller]
+    pub(super) fn assert_slot_unchanged(&self, what: &str, slot: usize, now: &[Vec<f64>]) {
+        for (slab, now) in self.slabs.iter().zip(now) {
+            let before = &slab.host[slot * now.len()..][..now.len()];
+            let same = |(a, b): (&f64, &f64)| a == b || a.is_nan() && b.is_nan();
+            assert!(now.iter().zip(before).all(same), "{what}: slot {slot} was {before:?}, is {now:?}");
+        }
+    }
+
+    #[track_caller]
+    pub(super) fn assert_unchanged(&self, backend: &B) {
+        self.slabs.iter().for_each(|slab| slab.assert_unchanged(backend));
+    }
+}
+
+/// `[slots, C + R]` of a cache's parts, each `[slots, width]`.
+fn entries_of(sizes: Sizes, parts: &[Vec<f64>]) -> Vec<f64> {
+    let [codes, scales, rope] = parts else { return parts[0].clone() };
+    let groups = sizes.latent.div_ceil(128);
+    (codes.chunks(sizes.latent))
+        .zip(scales.chunks(groups).zip(rope.chunks(sizes.rope)))
+        .flat_map(|(codes, (scales, rope))| {
+            let value = move |(i, code): (usize, &f64)| code * scales[i / 128];
+            codes.iter().enumerate().map(value).chain(rope.iter().copied())
+        })
+        .collect()
 }

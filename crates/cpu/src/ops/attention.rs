@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use r1_backend::{Batch, LatentCache, Tensor, shape};
 
+use super::latent::LatentIn;
 use super::rows::Pages;
 use super::softmax::State;
 use crate::Cpu;
@@ -36,7 +37,7 @@ pub(crate) fn mla_attention(
 ) {
     shape::mla_attention(q_latent, q_rope, cache, batch, seqs, out);
     let (q_latent, q_rope) = (In::new(OP, "q_latent", q_latent), In::new(OP, "q_rope", q_rope));
-    let data = In::new(OP, "cache", &cache.data);
+    let cache = LatentIn::new(OP, cache);
     let query_start = In::new(OP, "batch.query_start", &batch.query_start);
     let context_len = In::new(OP, "batch.context_len", &batch.context_len);
     let table = In::new(OP, "batch.block_table", &batch.block_table);
@@ -63,7 +64,7 @@ pub(crate) fn mla_attention(
             token,
             heads: head..(head + per_group).min(heads),
             seen: seen.unwrap_or_else(|| panic!("{OP}: sequence {seq} has more rows than context")),
-            pages: Pages { cache: data.cube(), table: table.u32_row(seq), op: OP },
+            pages: Pages { cache: cache.entries(), table: table.u32_row(seq), op: OP },
             q: [q_latent.cube(), q_rope.cube()],
             latent,
             scale,

@@ -4,6 +4,7 @@ pub(crate) mod attention;
 pub(crate) mod expanded;
 pub(crate) mod experts;
 pub(crate) mod host;
+pub(crate) mod latent;
 pub(crate) mod linear;
 pub(crate) mod logprobs;
 pub(crate) mod norm;
