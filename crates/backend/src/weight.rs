@@ -68,6 +68,14 @@ impl<B: Backend> Weight<B> {
         }
     }
 
+    /// The matrix as it is stored, scales aside: codes of an int4 weight.
+    pub fn data(&self) -> &Tensor<B> {
+        match self {
+            Self::Dense { data } | Self::Fp8Block { data, .. } => data,
+            Self::Int4Group(int4) => &int4.codes,
+        }
+    }
+
     /// Bytes that a pass over the weight reads, scales and zeros included.
     pub fn size_bytes(&self) -> usize {
         let of = |t: &Tensor<B>| t.num_elements() * t.dtype().size_bytes();
