@@ -73,8 +73,9 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_enum, default_value_t = Device::Auto)]
     pub(crate) device: Device,
 
-    /// Element type of activations. auto and float32: F32, weights as stored (FP8 is widened in registers). bfloat16: BF16,
-    /// FP8 weights widened to BF16 once, at load.
+    /// Element type of activations. auto: on a CPU F32, weights as stored (FP8 is widened in registers); on a GPU BF16, FP8
+    /// weights as stored, applied to FP8 activations where the GPU has FP8 arithmetic. float32: F32, weights as stored.
+    /// bfloat16: BF16, FP8 weights widened to BF16 once, at load.
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub(crate) dtype: Dtype,
 

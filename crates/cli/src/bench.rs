@@ -28,7 +28,8 @@ pub(crate) fn one_batch(args: &OneBatchArgs) -> Result<()> {
         bail!("--batch-size, --input-len and --output-len must be at least 1");
     }
     let tokens_per_step = args.model.max_num_batched_tokens.max(args.batch_size);
-    let mut launch = Launch::new(&args.model, &source, args.batch_size, tokens_per_step)?;
+    let device = AnyDevice::open(&args.model)?;
+    let mut launch = Launch::new(&args.model, &source, &device, args.batch_size, tokens_per_step)?;
     let max_model_len = launch.engine.max_model_len;
     if args.input_len.saturating_add(args.output_len) > max_model_len {
         bail!(
@@ -39,7 +40,6 @@ pub(crate) fn one_batch(args: &OneBatchArgs) -> Result<()> {
     }
     // The KV cache need not be larger than this batch.
     launch.engine.max_model_len = args.input_len + args.output_len;
-    let device = AnyDevice::open(&args.model)?;
     writeln!(io::stdout(), "{} on {}; {}", source.name, device.describe(), launch.precision(&source))?;
     let batch = OneBatch {
         batch_size: args.batch_size,

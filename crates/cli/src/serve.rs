@@ -42,9 +42,9 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         bail!("--api-key is empty; no client can send an empty key");
     }
     let source = Source::open(&args.model)?;
-    let launch =
-        Launch::new(&args.model, &source, args.model.max_num_seqs, args.model.max_num_batched_tokens)?;
     let device = AnyDevice::open(&args.model)?;
+    let (seqs, tokens) = (args.model.max_num_seqs, args.model.max_num_batched_tokens);
+    let launch = Launch::new(&args.model, &source, &device, seqs, tokens)?;
     let model = served_model(args, &source)?;
     let (engine, inbox) = Handle::channel(EngineInfo {
         max_model_len: launch.engine.max_model_len,

@@ -42,6 +42,21 @@ impl Gpu {
     }
 }
 
+/// What connects devices in messages.
+const TRANSPORT: &str = "GPU collectives";
+
+impl Gpu {
+    /// [`group`](Gpu::group) as communicators, for who starts ranks.
+    pub fn connect(
+        devices: &[Arc<Self>],
+        max_elements: usize,
+    ) -> Result<Vec<Arc<dyn Communicator<Self>>>, CommError> {
+        let group = Self::group(devices, max_elements);
+        let group = group.map_err(|error| CommError::Connect { transport: TRANSPORT, why: error.to_string() })?;
+        Ok(group.into_iter().map(|rank| Arc::new(rank) as Arc<dyn Communicator<Self>>).collect())
+    }
+}
+
 impl Ranks {
     fn enqueue(&self, gpu: &Gpu, op: &'static str, args: CollectiveArgs) {
         gpu.note(op, self.collectives.enqueue(&*gpu.driver, args));

@@ -138,6 +138,7 @@ pub(crate) fn download(
         HostSliceMut::U32(values) => check("download", "src", src, values.len(), true),
         HostSliceMut::F32(values) => check("download", "src", src, values.len(), false),
     }
+    gpu.settle_weights();
     let mut bytes = vec![0; src.num_elements() * src.dtype().size_bytes()];
     let mut result = Ok(());
     rows_of(src, |rows, from| {

@@ -76,6 +76,7 @@ impl Gpu {
         };
         let launch =
             Launch { kernel, grid, warps: geometry.warps, shared_bytes: geometry.shared_bytes, args };
+        self.settle_weights();
         self.note(kernel, self.driver.launch(&launch));
     }
 

@@ -10,6 +10,7 @@ mod host;
 mod kernels;
 mod launch;
 mod ops;
+mod staging;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -26,16 +27,24 @@ pub use driver::DriverError;
 
 use arena::Arena;
 use driver::emu::{Emu, EmuOptions};
-use driver::{DevicePtr, Driver, ReadOrder, RecordedGraph, Rows};
+use driver::{DevicePtr, Driver, ReadOrder, RecordedGraph};
+use staging::Staging;
 
 /// Of an emulated device: scratch is lent untouched, so it costs what is used.
 const EMU_SCRATCH_BYTES: usize = 64 << 20;
 /// Counters of [`Gpu::counters`].
 const COUNTERS: usize = 16_384;
 
+/// The host's memory.
+fn host_memory_bytes() -> usize {
+    // SAFETY: reads two numbers of the system.
+    let (pages, page_bytes) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+    usize::try_from(pages).unwrap_or(0).saturating_mul(usize::try_from(page_bytes).unwrap_or(0))
+}
+
 /// Device memory of a tensor.
 pub struct Buffer {
-    range: arena::Range,
+    range: Arc<arena::Range>,
 }
 
 impl Buffer {
@@ -54,6 +63,7 @@ pub struct Gpu {
     scratch: arena::Range,
     scratch_bytes: usize,
     counters: arena::Range,
+    staging: Staging,
     /// The first failure since the last flush that was known when its work was enqueued.
     failure: Mutex<Option<BackendError>>,
 }
@@ -63,6 +73,14 @@ impl Gpu {
     pub fn emulated(threads: usize, memory_bytes: usize) -> Result<Self, DriverError> {
         let driver = Emu::new(EmuOptions { threads, memory_bytes })?;
         Self::new(Arc::new(driver), memory_bytes, EMU_SCRATCH_BYTES)
+    }
+
+    /// `devices` emulated devices that share the host: its cores, and half of its memory, which they only take as they use it.
+    pub fn emulated_on_host(threads: Option<usize>, devices: usize) -> Result<Vec<Self>, DriverError> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = (threads.unwrap_or(cores) / devices).max(1);
+        let memory_bytes = host_memory_bytes() / 2 / devices;
+        (0..devices).map(|_| Self::emulated(threads, memory_bytes)).collect()
     }
 
     fn new(driver: Arc<dyn Driver>, memory_bytes: usize, scratch_bytes: usize) -> Result<Self, DriverError> {
@@ -76,7 +94,8 @@ impl Gpu {
         let scratch = arena.take(scratch_bytes).ok_or_else(short)?;
         let counters = arena.take(counter_bytes).ok_or_else(short)?;
         driver.fill(counters.at(), counter_bytes, 0)?;
-        Ok(Self { driver, arena, scratch, scratch_bytes, counters, failure: Mutex::new(None) })
+        let staging = Staging::new(driver.clone());
+        Ok(Self { driver, arena, scratch, scratch_bytes, counters, staging, failure: Mutex::new(None) })
     }
 
     /// Most scratch memory that an operation may use.
@@ -96,6 +115,11 @@ impl Gpu {
         }
     }
 
+    /// Weights that are on their way come before what is enqueued next.
+    fn settle_weights(&self) {
+        self.note("import", self.staging.settle());
+    }
+
     /// Memory that holds anything.
     fn buffer(&self, shape: &[usize], dtype: DType) -> Result<(Buffer, usize), BackendError> {
         let size = shape.iter().try_fold(dtype.size_bytes(), |size, &dim| size.checked_mul(dim));
@@ -113,7 +137,7 @@ impl Gpu {
                 ),
             }
         })?;
-        Ok((Buffer { range }, size_bytes))
+        Ok((Buffer { range: Arc::new(range) }, size_bytes))
     }
 }
 
@@ -159,10 +183,8 @@ impl Backend for Gpu {
     }
 
     fn import(&self, host: &HostTensor) -> Result<Tensor<Self>, BackendError> {
-        let (buffer, size_bytes) = self.buffer(host.shape(), host.dtype())?;
-        let written = self.driver.write(host.bytes(), Rows::dense(buffer.at(), size_bytes));
-        written.map_err(|error| self.failed("import", &error))?;
-        host.discard();
+        let (buffer, _) = self.buffer(host.shape(), host.dtype())?;
+        self.staging.load(host, &buffer.range).map_err(|error| self.failed("import", &error))?;
         Ok(Tensor::from_buffer(buffer, host.shape(), host.dtype()))
     }
 
@@ -179,6 +201,7 @@ impl Backend for Gpu {
     }
 
     fn flush(&self) -> Ticket {
+        self.settle_weights();
         let known = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
         let device = self.driver.info().name.clone();
         let mark = self.driver.mark();
@@ -341,6 +364,7 @@ impl Backend for Gpu {
     }
 
     fn replay(&self, graph: &Graph) {
+        self.settle_weights();
         self.note("replay", self.driver.replay(&graph.0));
     }
 }
