@@ -15,7 +15,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use r1_backend::{
     Activation, Backend, BackendError, Batch, Capabilities, HeadWeight, HostSlice, HostSliceMut, HostTensor,
-    Experts, LatentCache, LogprobsOut, RopeTable, Routing, SamplingBatch, Tensor, Ticket, Weight,
+    Experts, LatentCache, LogprobsOut, MlpScratch, MlpWeights, QkvScratch, QkvWeights, RopeTable, Routing, SamplingBatch, Tensor,
+    Ticket, Weight,
 };
 use r1_core::DType;
 
@@ -279,12 +280,33 @@ impl Backend for Gpu {
         ops::experts::experts(self, x, ids, weights, experts, out);
     }
 
-    fn expert_table(&self, local: &[r1_backend::MlpWeights<Self>]) -> Result<Option<Tensor<Self>>, BackendError> {
+    fn expert_table(&self, local: &[MlpWeights<Self>]) -> Result<Option<Tensor<Self>>, BackendError> {
         ops::experts::expert_table(self, local).map(Some)
     }
 
     fn silu_mul(&self, gate_up: &Tensor<Self>, out: &Activation<Self>) {
         ops::norm::silu_mul(self, gate_up, out);
+    }
+
+    fn mla_qkv(
+        &self,
+        x: &Activation<Self>,
+        w: &QkvWeights<Self>,
+        scratch: &QkvScratch<Self>,
+        q: &Tensor<Self>,
+        kv_a: &Tensor<Self>,
+    ) {
+        ops::fused::mla_qkv(self, x, w, scratch, q, kv_a);
+    }
+
+    fn mlp(
+        &self,
+        x: &Activation<Self>,
+        w: &MlpWeights<Self>,
+        scratch: &MlpScratch<Self>,
+        out: &Tensor<Self>,
+    ) {
+        ops::fused::mlp(self, x, w, scratch, out);
     }
 
     fn add(&self, residual: &Tensor<Self>, x: &Tensor<Self>) {
