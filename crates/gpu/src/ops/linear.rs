@@ -285,3 +285,52 @@ pub(crate) fn linear_pair(gpu: &Gpu, x: &Activation<Gpu>, pair: [(&Weight<Gpu>, 
     let pair = pair.map(|(w, out)| (w, out.split_last(&[1, out.dim(1)])));
     gemm(gpu, &Operand::of_linear(x, first.0), &pair);
 }
+
+/// Most rows of a short tile.
+pub(super) const SHORT_ROWS: usize = SHORT.rows;
+/// Columns of each of two weights that share a short tile.
+const PAIR_COLS: usize = SHORT.cols / 2;
+
+/// What a kernel of `kernels/mlp.cu` shares with the linears.
+pub(super) struct PairLaunch {
+    pub(super) kernel: &'static str,
+    pub(super) geometry: Geometry,
+    pub(super) args: GemmArgs,
+}
+
+/// A short tile of two weights of the same `x`, side by side; `None` where their formats or this device want two linears. `out` `[T, N]`: what
+/// each gives, for its shape.
+pub(super) fn pair_launch(
+    gpu: &Gpu,
+    x: &Activation<Gpu>,
+    [left, right]: [&Weight<Gpu>; 2],
+    out: &Tensor<Gpu>,
+) -> Option<PairLaunch> {
+    let is_alike = match (left, right) {
+        (Weight::Dense { data: left }, Weight::Dense { data: right }) => left.dtype() == right.dtype(),
+        (
+            Weight::Fp8Block { block: left, offset: left_offset, .. },
+            Weight::Fp8Block { block: right, offset: right_offset, .. },
+        ) => left[1] == right[1] && left_offset[1] == right_offset[1],
+        _ => false,
+    };
+    let operand = Operand::of_linear(x, left);
+    let kernel = match Kind::of(operand.x.dtype(), left.data().dtype()) {
+        Kind::Fp8 => "gate_up_fp8",
+        Kind::W8 => "gate_up_w8",
+        Kind::Bf16 => "gate_up_bf16",
+        Kind::Simt => return None,
+    };
+    let blocks = out.dim(1).div_ceil(PAIR_COLS);
+    if !is_alike || x.dense.dim(0) > SHORT_ROWS || 2 * blocks > crate::COUNTERS {
+        return None;
+    }
+    let out = out.split_last(&[1, out.dim(1)]);
+    let mut args = gemm_args(&operand, &[(left, out.clone()), (right, out)]);
+    spread_ranges(gpu, &mut args, 2, blocks);
+    args.counters = gpu.counters();
+    let [x_bytes, w_bytes] = [operand.x.dtype(), left.data().dtype()].map(DType::size_bytes);
+    let shared_bytes = SHORT.shared_bytes(x_bytes, w_bytes, false) + SHORT.rows * SHORT.cols * size_of::<f32>();
+    let geometry = Geometry { grid: [blocks, 1, args.ranges as usize], warps: SHORT.warps, shared_bytes };
+    Some(PairLaunch { kernel, geometry, args })
+}
