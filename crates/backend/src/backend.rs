@@ -156,6 +156,18 @@ pub trait Backend: Sized + Send + Sync + 'static {
         self.import(host)
     }
 
+    /// An FP8 block weight as dense BF16 `[N, K]`, each value `code * scale` rounded once: `data` `[N, K]` F8E4M3, `scales`, `block`
+    /// and `offset` as [`Weight::Fp8Block`] has them. `None`: this backend leaves the arithmetic to the host.
+    fn import_widened(
+        &self,
+        _data: &HostTensor,
+        _scales: &HostTensor,
+        _block: [usize; 2],
+        _offset: [usize; 2],
+    ) -> Result<Option<Tensor<Self>>, BackendError> {
+        Ok(None)
+    }
+
     /// What this backend's `experts` needs to find the weights of a layer's experts, which stay where they are; nothing by
     /// default. Made once per layer, by [`Experts::new`].
     fn expert_table(&self, _local: &[MlpWeights<Self>]) -> Result<Option<Tensor<Self>>, BackendError> {

@@ -52,7 +52,8 @@ impl Gpu {
         max_elements: usize,
     ) -> Result<Vec<Arc<dyn Communicator<Self>>>, CommError> {
         let group = Self::group(devices, max_elements);
-        let group = group.map_err(|error| CommError::Connect { transport: TRANSPORT, why: error.to_string() })?;
+        let group =
+            group.map_err(|error| CommError::Connect { transport: TRANSPORT, why: error.to_string() })?;
         Ok(group.into_iter().map(|rank| Arc::new(rank) as Arc<dyn Communicator<Self>>).collect())
     }
 }

@@ -17,8 +17,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use r1_backend::{
     Activation, AttentionKind, Backend, BackendError, Batch, Capabilities, Experts, HeadWeight, HostSlice,
-    HostSliceMut, HostTensor, LatentCache, LogprobsOut, MemoryUse, RopeTable, Routing, SamplingBatch, Tensor,
-    Ticket, Weight, WeightFormat,
+    HostSliceMut, HostTensor, LatentCache, LogprobsOut, MemoryUse, MlpScratch, MlpWeights, QkvScratch,
+    QkvWeights, RopeTable, Routing, SamplingBatch, Tensor, Ticket, Weight, WeightFormat,
 };
 use r1_core::DType;
 
@@ -38,7 +38,8 @@ const COUNTERS: usize = 16_384;
 /// The host's memory.
 fn host_memory_bytes() -> usize {
     // SAFETY: reads two numbers of the system.
-    let (pages, page_bytes) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+    let (pages, page_bytes) =
+        unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
     usize::try_from(pages).unwrap_or(0).saturating_mul(usize::try_from(page_bytes).unwrap_or(0))
 }
 
@@ -188,6 +189,16 @@ impl Backend for Gpu {
         Ok(Tensor::from_buffer(buffer, host.shape(), host.dtype()))
     }
 
+    fn import_widened(
+        &self,
+        data: &HostTensor,
+        scales: &HostTensor,
+        block: [usize; 2],
+        offset: [usize; 2],
+    ) -> Result<Option<Tensor<Self>>, BackendError> {
+        ops::widen::import_widened(self, data, scales, block, offset).map(Some)
+    }
+
     fn upload(&self, src: HostSlice<'_>, dst: &Tensor<Self>) {
         host::upload(self, src, dst);
     }
@@ -314,15 +325,33 @@ impl Backend for Gpu {
         ops::experts::experts(self, x, ids, weights, experts, out);
     }
 
-    fn expert_table(
-        &self,
-        local: &[r1_backend::MlpWeights<Self>],
-    ) -> Result<Option<Tensor<Self>>, BackendError> {
+    fn expert_table(&self, local: &[MlpWeights<Self>]) -> Result<Option<Tensor<Self>>, BackendError> {
         ops::experts::expert_table(self, local).map(Some)
     }
 
     fn silu_mul(&self, gate_up: &Tensor<Self>, out: &Activation<Self>) {
         ops::norm::silu_mul(self, gate_up, out);
+    }
+
+    fn mla_qkv(
+        &self,
+        x: &Activation<Self>,
+        w: &QkvWeights<Self>,
+        scratch: &QkvScratch<Self>,
+        q: &Tensor<Self>,
+        kv_a: &Tensor<Self>,
+    ) {
+        ops::fused::mla_qkv(self, x, w, scratch, q, kv_a);
+    }
+
+    fn mlp(
+        &self,
+        x: &Activation<Self>,
+        w: &MlpWeights<Self>,
+        scratch: &MlpScratch<Self>,
+        out: &Tensor<Self>,
+    ) {
+        ops::fused::mlp(self, x, w, scratch, out);
     }
 
     fn add(&self, residual: &Tensor<Self>, x: &Tensor<Self>) {

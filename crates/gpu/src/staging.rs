@@ -88,8 +88,11 @@ impl Staging {
         }
         self.start()?;
         let num_pieces = bytes.len().div_ceil(PIECE_BYTES);
-        let load =
-            Arc::new(Load { host: host.clone(), range: range.clone(), pieces_left: AtomicUsize::new(num_pieces) });
+        let load = Arc::new(Load {
+            host: host.clone(),
+            range: range.clone(),
+            pieces_left: AtomicUsize::new(num_pieces),
+        });
         for start in (0..bytes.len()).step_by(PIECE_BYTES) {
             let end = bytes.len().min(start + PIECE_BYTES);
             let mut state = self.shared.state();
@@ -125,10 +128,10 @@ impl Staging {
         while threads.len() < THREADS {
             let shared = self.shared.clone();
             let thread = thread::Builder::new().name("weights".into()).spawn(move || work(&shared));
-            threads.push(thread.map_err(|error| DriverError::Call {
-                call: "start a thread",
-                why: error.to_string(),
-            })?);
+            threads.push(
+                thread
+                    .map_err(|error| DriverError::Call { call: "start a thread", why: error.to_string() })?,
+            );
         }
         Ok(())
     }
@@ -171,8 +174,11 @@ fn work(shared: &Shared) {
             shared.changed.notify_all();
             let has_failed = state.failure.is_some();
             drop(state);
-            let written =
-                if has_failed { Ok(()) } else { write(&*shared.driver, &load.host, start..end, &load.range, &mut room) };
+            let written = if has_failed {
+                Ok(())
+            } else {
+                write(&*shared.driver, &load.host, start..end, &load.range, &mut room)
+            };
             if load.pieces_left.fetch_sub(1, Ordering::AcqRel) == 1 {
                 load.host.discard();
             }

@@ -7,6 +7,7 @@
 //! outputs all heads share.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use r1_backend::{
     Backend, Communicator, Experts, GroupScore, Groups, HostTensor, MlpWeights, MoeWeights, QkvWeights,
@@ -43,6 +44,7 @@ impl<B: Backend> DeepSeek<B> {
         }
         let stage = options.layers.clone().unwrap_or(0..config.num_hidden_layers);
         check_room(&*backend, checkpoint, config, &options, stage.len())?;
+        let started = Instant::now();
         let mut loader = Loader { backend: &*backend, checkpoint, config, options: &options, size_bytes: 0 };
         let embedding = match stage.start {
             0 => Some(loader.embedding()?),
@@ -62,6 +64,17 @@ impl<B: Backend> DeepSeek<B> {
             None
         };
         let weight_bytes = loader.size_bytes;
+        // What is copied behind the caller's back has arrived here, or failed.
+        backend.flush().wait()?;
+        let seconds = started.elapsed().as_secs_f64();
+        tracing::info!(
+            weight_bytes,
+            seconds,
+            "rank {} has its weights: {:.2} GiB in {seconds:.1} s, {:.2} GB/s",
+            options.rank.0,
+            weight_bytes as f64 / f64::from(1 << 30),
+            weight_bytes as f64 / 1e9 / seconds.max(1e-9),
+        );
         let rope = rope_table(&*backend, config, options.max_model_len)?;
         let workspace = Workspace::alloc(&*backend, config, &options, &layers, head.as_ref())?;
         let config = config.clone();
@@ -236,6 +249,9 @@ impl<B: Backend> Loader<'_, B> {
         let host = self.checkpoint.linear(prefix, n, k, self.config.quantization.as_ref(), partition)?;
         let host = match (self.options.weights, host) {
             (WeightFormat::WidenToBf16, fp8 @ HostLinear::Fp8Block { .. }) => {
+                if let Some(data) = self.widened(&fp8)? {
+                    return Ok(Weight::Dense { data });
+                }
                 let bytes =
                     fp8.to_f32().into_iter().flat_map(|x| half::bf16::from_f32(x).to_le_bytes()).collect();
                 let dense = HostTensor::from_vec(bytes, &fp8.shape(), DType::BF16);
@@ -254,6 +270,16 @@ impl<B: Backend> Loader<'_, B> {
                 offset,
             },
         })
+    }
+
+    /// FP8 blocks widened on the device, where it does that.
+    fn widened(&mut self, fp8: &HostLinear) -> Result<Option<Tensor<B>>, ModelError> {
+        let HostLinear::Fp8Block { data, scales, block, offset } = fp8 else { return Ok(None) };
+        let dense = self.backend.import_widened(data, scales, *block, *offset)?;
+        if let Some(dense) = &dense {
+            self.size_bytes += dense.num_elements() * DType::BF16.size_bytes();
+        }
+        Ok(dense)
     }
 
     fn lm_head(&mut self, embedding: Option<&Embedding<B>>) -> Result<Weight<B>, ModelError> {

@@ -26,7 +26,7 @@ pub(super) struct Fp8Out {
 }
 
 impl Fp8Out {
-    fn of(fp8: Option<&Fp8Activation<Gpu>>) -> Self {
+    pub(super) fn of(fp8: Option<&Fp8Activation<Gpu>>) -> Self {
         fp8.map_or_else(Self::default, |fp8| Self {
             codes: ptr(&fp8.data),
             scales: ptr(&fp8.scales),
