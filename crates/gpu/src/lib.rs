@@ -64,7 +64,8 @@ pub struct Gpu {
     scratch: arena::Range,
     scratch_bytes: usize,
     counters: arena::Range,
-    staging: Staging,
+    /// Parameters of the rows that are drawn from.
+    sampling: Mutex<ops::sample::Room>,
     /// The first failure since the last flush that was known when its work was enqueued.
     failure: Mutex<Option<BackendError>>,
 }
@@ -87,16 +88,17 @@ impl Gpu {
     fn new(driver: Arc<dyn Driver>, memory_bytes: usize, scratch_bytes: usize) -> Result<Self, DriverError> {
         let arena = Arena::new(driver.reserve(memory_bytes)?, memory_bytes);
         let counter_bytes = COUNTERS * size_of::<u32>();
+        let sampling_bytes = ops::sample::Room::USUAL_BYTES;
         let short = || DriverError::OutOfMemory {
-            requested_bytes: scratch_bytes + counter_bytes,
+            requested_bytes: scratch_bytes + counter_bytes + sampling_bytes,
             free_bytes: memory_bytes,
             total_bytes: driver.info().total_bytes,
         };
         let scratch = arena.take(scratch_bytes).ok_or_else(short)?;
         let counters = arena.take(counter_bytes).ok_or_else(short)?;
         driver.fill(counters.at(), counter_bytes, 0)?;
-        let staging = Staging::new(driver.clone());
-        Ok(Self { driver, arena, scratch, scratch_bytes, counters, staging, failure: Mutex::new(None) })
+        let sampling = Mutex::new(ops::sample::Room::new(arena.take(sampling_bytes).ok_or_else(short)?));
+        Ok(Self { driver, arena, scratch, scratch_bytes, counters, sampling, failure: Mutex::new(None) })
     }
 
     /// Most scratch memory that an operation may use.
