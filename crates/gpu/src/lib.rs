@@ -64,6 +64,7 @@ pub struct Gpu {
     scratch: arena::Range,
     scratch_bytes: usize,
     counters: arena::Range,
+    staging: Staging,
     /// Parameters of the rows that are drawn from.
     sampling: Mutex<ops::sample::Room>,
     /// The first failure since the last flush that was known when its work was enqueued.
@@ -98,7 +99,9 @@ impl Gpu {
         let counters = arena.take(counter_bytes).ok_or_else(short)?;
         driver.fill(counters.at(), counter_bytes, 0)?;
         let sampling = Mutex::new(ops::sample::Room::new(arena.take(sampling_bytes).ok_or_else(short)?));
-        Ok(Self { driver, arena, scratch, scratch_bytes, counters, sampling, failure: Mutex::new(None) })
+        let staging = Staging::new(driver.clone());
+        let failure = Mutex::new(None);
+        Ok(Self { driver, arena, scratch, scratch_bytes, counters, staging, sampling, failure })
     }
 
     /// Most scratch memory that an operation may use.

@@ -54,7 +54,8 @@ pub(super) fn norm_warps(
     let eights = dim.div_ceil(EIGHT).max(1);
     let warps = eights.div_ceil(HELD * warp).max(eights.div_ceil(warp).min(USUAL_THREADS / warp));
     if warps * warp > max_threads {
-        let why = format!("rows of {dim} values are too long, it takes {} at most", max_threads * HELD * EIGHT);
+        let why =
+            format!("rows of {dim} values are too long, it takes {} at most", max_threads * HELD * EIGHT);
         return Err(DriverError::Kernel { kernel: kernel.to_owned(), why });
     }
     Ok(warps as u32)

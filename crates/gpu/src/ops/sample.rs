@@ -77,7 +77,8 @@ fn pack(host: &mut Vec<u8>, sampling: &SamplingBatch, copies: &[u32], vocab: usi
     };
     for (row, &copy) in sampling.rows.iter().zip(copies) {
         let floats = [row.temperature, row.top_p, row.min_p].map(f32::to_bits);
-        let penalties = [row.repetition_penalty, row.presence_penalty, row.frequency_penalty].map(f32::to_bits);
+        let penalties =
+            [row.repetition_penalty, row.presence_penalty, row.frequency_penalty].map(f32::to_bits);
         let halves = |x: u64| [x as u32, (x >> 32) as u32];
         let (num_bias, num_seen) = (row.bias.len(), row.seen.len());
         let lists = [take(2 * num_bias), num_bias as u32, take(2 * num_seen), num_seen as u32];
@@ -102,7 +103,11 @@ fn pack(host: &mut Vec<u8>, sampling: &SamplingBatch, copies: &[u32], vocab: usi
         }
         if let Some(words) = &row.mask {
             let words = &sampling.mask[words.clone()];
-            assert!(words.len() == vocab.div_ceil(32), "{OP}: a mask of {} words for {vocab} tokens", words.len());
+            assert!(
+                words.len() == vocab.div_ceil(32),
+                "{OP}: a mask of {} words for {vocab} tokens",
+                words.len()
+            );
             put(host, words.iter().copied());
         }
     }
@@ -151,7 +156,11 @@ pub(crate) fn sample(gpu: &Gpu, logits: &Tensor<Gpu>, sampling: &SamplingBatch, 
     // Copies begin at the addresses of vectors.
     let copy_stride = vocab.next_multiple_of(4);
     let copies_at_once = gpu.scratch_bytes() / (copy_stride * size_of::<f32>());
-    assert!(copies_at_once > 0, "{OP}: {vocab} logits are more than {} bytes of scratch", gpu.scratch_bytes());
+    assert!(
+        copies_at_once > 0,
+        "{OP}: {vocab} logits are more than {} bytes of scratch",
+        gpu.scratch_bytes()
+    );
 
     // Where each launch begins, and the copies of its rows.
     let (mut starts, mut copies, mut used) = (vec![0], Vec::with_capacity(sampling.rows.len()), 0);
