@@ -68,7 +68,9 @@ impl Form {
         let dtype = if all_bf16 { DType::BF16 } else { DType::F32 };
         let fits = |form: &&Self| form.dtype == dtype && key <= form.key && value <= form.value;
         FORMS.iter().find(fits).unwrap_or_else(|| {
-            panic!("mla_attention_expanded: heads of {key} and {value} are wider than the kernels' 192 and 128")
+            panic!(
+                "mla_attention_expanded: heads of {key} and {value} are wider than the kernels' 192 and 128"
+            )
         })
     }
 
@@ -76,9 +78,8 @@ impl Form {
     fn shared_bytes(&self) -> usize {
         let size = self.dtype.size_bytes();
         let (pad, rows) = (16 / size, self.warps * 16);
-        let elements = (rows + self.tile) * (self.key + pad)
-            + self.tile * (self.value + pad)
-            + rows * (self.tile + pad);
+        let elements =
+            (rows + self.tile) * (self.key + pad) + self.tile * (self.value + pad) + rows * (self.tile + pad);
         elements * size + rows * (self.tile + 4 + 2) * size_of::<f32>()
     }
 }
