@@ -76,7 +76,8 @@ struct SplitShared {
 /// One warp brings an entry to row `key` of the tile: [c, zeros up to CP, k, zeros up to CP + RP].
 template <class E, int CP, int RP, int TILE, bool CODES>
 DEVICE void stage_entry(const SplitArgs& a, SplitShared<E, CP, RP, TILE, CODES>& s, u32 key, u32 seq, u32 position, bool valid) {
-    E* to = s.kv + key * s.LD;
+    using Shared = SplitShared<E, CP, RP, TILE, CODES>;
+    E* to = s.kv + key * Shared::LD;
     u32 block = 0, offset = 0;
     if (valid) a.pages.find(seq, position, block, offset);
     i64 at = block * a.cache_block + offset * a.cache_token;
@@ -88,7 +89,9 @@ DEVICE void stage_entry(const SplitArgs& a, SplitShared<E, CP, RP, TILE, CODES>&
     const e4m3* codes = static_cast<const e4m3*>(a.cache) + at;
     const float* scales = a.scales + block * a.scales_block + offset * a.scales_token;
     const u32 groups = ceil_div(a.latent_dim, FP8_GROUP);
-    if (CODES && lane_id() < s.GROUPS) s.scales[key * s.GROUPS + lane_id()] = valid && lane_id() < groups ? scales[lane_id()] : 0.0f;
+    if (CODES && lane_id() < Shared::GROUPS) {
+        s.scales[key * Shared::GROUPS + lane_id()] = valid && lane_id() < groups ? scales[lane_id()] : 0.0f;
+    }
     if (a.cache_vectors) {
         for (u32 c = lane_id() * 16; c < a.latent_dim; c += WARP * 16) {
             Bytes16 chunk = {{0, 0, 0, 0}};
@@ -113,24 +116,25 @@ DEVICE void stage_entry(const SplitArgs& a, SplitShared<E, CP, RP, TILE, CODES>&
 /// One warp's part of the scores against 16 keys.
 template <class E, int CP, int RP, int TILE, bool CODES>
 DEVICE void score(SplitShared<E, CP, RP, TILE, CODES>& s, u32 queries) {
-    constexpr int LD = s.LD, PARTS = s.K_PARTS;
-    const u32 keys = warp_id() % s.KEY_GROUPS * 16, part = warp_id() / s.KEY_GROUPS;
+    using Shared = SplitShared<E, CP, RP, TILE, CODES>;
+    constexpr int LD = Shared::LD, PARTS = Shared::K_PARTS, GROUPS = Shared::GROUPS;
+    const u32 keys = warp_id() % Shared::KEY_GROUPS * 16, part = warp_id() / Shared::KEY_GROUPS;
     const E* kv = s.kv + keys * LD;
     WarpAcc<QUERIES, 16> dots;
     dots.clear();
     if (CODES) {
         if (part == 0) product<RP>(dots, s.q + CP, LD, kv + CP, LD, queries);
-        for (u32 g = part * (s.GROUPS / PARTS); g < (part + 1) * (s.GROUPS / PARTS); ++g) {
+        for (u32 g = part * (GROUPS / PARTS); g < (part + 1) * (GROUPS / PARTS); ++g) {
             WarpAcc<QUERIES, 16> codes;
             codes.clear();
             product<FP8_GROUP>(codes, s.q + g * FP8_GROUP, LD, kv + g * FP8_GROUP, LD, queries);
-            UNROLL for (int i = 0; i < dots.SIZE; ++i) dots.v[i] += codes.v[i] * s.scales[(keys + dots.col(i)) * s.GROUPS + g];
+            UNROLL for (int i = 0; i < dots.SIZE; ++i) dots.v[i] += codes.v[i] * s.scales[(keys + dots.col(i)) * GROUPS + g];
         }
     } else {
         constexpr int K = (CP + RP) / PARTS;
         product<K>(dots, s.q + part * K, LD, kv + part * K, LD, queries);
     }
-    UNROLL for (int i = 0; i < dots.SIZE; ++i) s.scores[part][dots.row(i) * s.LDS + keys + dots.col(i)] = dots.v[i];
+    UNROLL for (int i = 0; i < dots.SIZE; ++i) s.scores[part][dots.row(i) * Shared::LDS + keys + dots.col(i)] = dots.v[i];
 }
 
 /// Grid: groups of 16 heads, splits, packs. CP and RP: C and R padded; E: what is multiplied.
@@ -148,7 +152,7 @@ DEVICE void split(const SplitArgs& a) {
     const u32 end = min_of(first + len, last_visible);
     const u32 heads = min_of(a.heads - group * QUERIES, QUERIES), queries = pack.rows * heads;
 
-    for (u32 q = warp; q < QUERIES; q += WARPS) {
+    for (u32 q = warp; q < QUERIES; q += num_warps()) {
         bool valid = q < queries;
         i64 row = pack.row + q / heads, head = group * QUERIES + q % heads;
         i64 latent_at = row * a.q_latent_row + head * a.q_latent_head, rope_at = row * a.q_rope_row + head * a.q_rope_head;
@@ -163,7 +167,7 @@ DEVICE void split(const SplitArgs& a) {
     WarpAcc<QUERIES, CP / WARPS> acc;
     acc.clear();
     for (u32 tile = first; tile < end; tile += TILE) {
-        for (u32 key = warp; key < TILE; key += WARPS) {
+        for (u32 key = warp; key < TILE; key += num_warps()) {
             stage_entry(a, s, key, pack.seq, tile + key, tile + key < end);
         }
         async_commit();

@@ -67,7 +67,7 @@ DEVICE void attend(const ExpandedArgs& a) {
     WarpAcc<16, DV> acc;
     acc.clear();
     for (u32 tile = 0; tile < end; tile += TILE) {
-        for (u32 key = warp; key < TILE; key += WARPS) {
+        for (u32 key = warp; key < TILE; key += num_warps()) {
             bool valid = tile + key < end;
             i64 row = first_key + tile + key, at = row * a.kv_row + head * a.kv_head;
             stage_row(s.k + key * LDK, a.kv, a.kv_dtype, at, a.nope_dim, a.nope_dim, valid, a.kv_vectors);
