@@ -139,6 +139,7 @@ fn weight_args(operand: &Operand<'_>, w: &Weight<Gpu>, out: &Tensor<Gpu>) -> Wei
         Weight::Fp8Block { scales, block, offset, .. } => {
             (ptr(scales), stride(scales, 0), block.map(|size| size as u32), offset.map(|size| size as u32))
         }
+        Weight::Int4Group(_) => unreachable!("int4 weights have a kernel of their own"),
     };
     WeightArgs {
         data: ptr(data),
