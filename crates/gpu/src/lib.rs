@@ -14,8 +14,9 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use r1_backend::{
-    Activation, Backend, BackendError, Batch, Capabilities, HeadWeight, HostSlice, HostSliceMut, HostTensor,
-    Experts, LatentCache, LogprobsOut, RopeTable, Routing, SamplingBatch, Tensor, Ticket, Weight,
+    Activation, Backend, BackendError, Batch, Capabilities, Experts, HeadWeight, HostSlice, HostSliceMut,
+    HostTensor, LatentCache, LogprobsOut, MoeScratch, MoeWeights, RopeTable, Routing, SamplingBatch, Tensor,
+    Ticket, Weight,
 };
 use r1_core::DType;
 
@@ -171,7 +172,8 @@ impl Backend for Gpu {
         let known = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
         let device = self.driver.info().name.clone();
         let mark = self.driver.mark();
-        let failed = move |error: DriverError| BackendError::Failed { device, op: "step", why: error.to_string() };
+        let failed =
+            move |error: DriverError| BackendError::Failed { device, op: "step", why: error.to_string() };
         match (known, mark) {
             (Some(failure), Ok(mark)) => Ticket::waiting(move || {
                 // Waited for all the same: what follows starts from a stream that is done.
@@ -279,8 +281,21 @@ impl Backend for Gpu {
         ops::experts::experts(self, x, ids, weights, experts, out);
     }
 
-    fn expert_table(&self, local: &[r1_backend::MlpWeights<Self>]) -> Result<Option<Tensor<Self>>, BackendError> {
+    fn expert_table(
+        &self,
+        local: &[r1_backend::MlpWeights<Self>],
+    ) -> Result<Option<Tensor<Self>>, BackendError> {
         ops::experts::expert_table(self, local).map(Some)
+    }
+
+    fn moe_layer(
+        &self,
+        x: &Activation<Self>,
+        w: &MoeWeights<Self>,
+        scratch: &MoeScratch<Self>,
+        out: &Tensor<Self>,
+    ) {
+        ops::experts::moe_layer(self, x, w, scratch, out);
     }
 
     fn silu_mul(&self, gate_up: &Tensor<Self>, out: &Activation<Self>) {

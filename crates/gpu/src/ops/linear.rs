@@ -76,7 +76,7 @@ impl Tile {
 
 /// Which kernels take a pair of operands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     /// E4M3 × E4M3.
     Fp8,
     /// BF16 × E4M3.
@@ -88,7 +88,7 @@ enum Kind {
 }
 
 impl Kind {
-    fn of(x: DType, w: DType) -> Self {
+    pub(super) fn of(x: DType, w: DType) -> Self {
         match (x, w) {
             (DType::F8E4M3, DType::F8E4M3) => Self::Fp8,
             (DType::BF16, DType::F8E4M3) => Self::W8,
@@ -155,7 +155,9 @@ fn steps_are_aligned(operand: &Operand<'_>, w: &Weight<Gpu>) -> bool {
     const LANES: usize = 16;
     let Weight::Fp8Block { block, offset, .. } = w else { return true };
     if operand.transposed {
-        [block[0], offset[0] + operand.first_row, operand.rows_per_head].iter().all(|x| x.is_multiple_of(LANES))
+        [block[0], offset[0] + operand.first_row, operand.rows_per_head]
+            .iter()
+            .all(|x| x.is_multiple_of(LANES))
     } else {
         [block[1], offset[1]].iter().all(|x| x.is_multiple_of(LANES))
     }

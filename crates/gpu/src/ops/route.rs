@@ -65,7 +65,10 @@ pub(super) fn route_and_sort(
 ) {
     shape::route(logits, bias, routing, ids, weights);
     let num_experts = logits.dim(1);
-    assert!(num_experts <= MAX_EXPERTS, "route: {num_experts} experts, the kernel chooses among {MAX_EXPERTS}");
+    assert!(
+        num_experts <= MAX_EXPERTS,
+        "route: {num_experts} experts, the kernel chooses among {MAX_EXPERTS}"
+    );
     // Where every group may be used there is nothing to mask.
     let groups = routing.groups.filter(|groups| groups.topk_group < groups.n_group);
     let args = RouteArgs {
