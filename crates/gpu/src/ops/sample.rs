@@ -189,7 +189,7 @@ pub(crate) fn sample(gpu: &Gpu, logits: &Tensor<Gpu>, sampling: &SamplingBatch, 
             vectors: row_vectors(logits),
         };
         let warps = row_warps(gpu, vocab);
-        gpu.launch(OP, Geometry { grid: [end - start, 1, 1], warps, shared_bytes: SHARED_BYTES }, &args);
+        gpu.launch("sample_rows", Geometry { grid: [end - start, 1, 1], warps, shared_bytes: SHARED_BYTES }, &args);
     }
 }
 
