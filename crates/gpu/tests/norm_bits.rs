@@ -1,5 +1,8 @@
 //! Operations on rows of activations: a row alone is, bit for bit, what it is in a batch; padding rows write to no cache.
 
+use std::iter::once;
+use std::ops::Range;
+
 use r1_backend::{Activation, Backend, Batch, HostSlice, HostSliceMut, LatentCache, RopeTable, Tensor};
 use r1_core::DType;
 use r1_gpu::Gpu;
@@ -50,7 +53,7 @@ fn all_bits(gpu: &Gpu, x: &Activation<Gpu>) -> Vec<Vec<u32>> {
 }
 
 /// Runs `op` on all rows at once and row by row, and compares.
-fn check(gpu: &Gpu, what: &str, cols: usize, dtype: DType, op: impl Fn(std::ops::Range<usize>, &Activation<Gpu>)) {
+fn check(gpu: &Gpu, what: &str, cols: usize, dtype: DType, op: impl Fn(Range<usize>, &Activation<Gpu>)) {
     let (together, apart) = (activation(gpu, cols, dtype), activation(gpu, cols, dtype));
     op(0..ROWS, &together);
     // In another order, too.
@@ -72,7 +75,9 @@ fn a_row_alone_is_what_it_is_in_a_batch() {
             let x = floats(&gpu, &[ROWS, 2 * cols], dtype, &noise(1, 2 * ROWS * cols));
             let half = x.narrow(1, 0..cols);
             let weight = floats(&gpu, &[cols], dtype, &noise(2, cols));
-            check(&gpu, "rms_norm", cols, dtype, |rows, out| gpu.rms_norm(&half.rows(rows), &weight, 1e-6, out));
+            check(&gpu, "rms_norm", cols, dtype, |rows, out| {
+                gpu.rms_norm(&half.rows(rows), &weight, 1e-6, out);
+            });
             check(&gpu, "silu_mul", cols, dtype, |rows, out| gpu.silu_mul(&x.rows(rows), out));
             check(&gpu, "add_rms_norm", cols, dtype, |rows, out| {
                 let residual = floats(&gpu, &[ROWS, cols], dtype, &noise(3, ROWS * cols)).rows(rows.clone());
@@ -88,7 +93,12 @@ fn a_row_alone_is_what_it_is_in_a_batch() {
 }
 
 /// What [`Backend::rope_cache`] makes of queries and of the cache, of the tokens `rows` in one step; `slots` as given.
-fn rope_cache(gpu: &Gpu, cache_dtype: DType, steps: &[std::ops::Range<usize>], slots: [u32; ROWS]) -> Vec<Vec<u32>> {
+fn rope_cache(
+    gpu: &Gpu,
+    cache_dtype: DType,
+    steps: impl IntoIterator<Item = Range<usize>>,
+    slots: [u32; ROWS],
+) -> Vec<Vec<u32>> {
     const HEADS: usize = 3;
     const LATENT: usize = 200;
     const ROPE: usize = 16;
@@ -125,9 +135,9 @@ fn a_cached_token_alone_is_what_it_is_in_a_batch() {
     let gpu = emu();
     let slots = [7, 0, 11, 3, 5];
     for cache_dtype in [DType::F32, DType::BF16, DType::F8E4M3] {
-        let together = rope_cache(&gpu, cache_dtype, &[0..ROWS], slots);
-        let apart: Vec<_> = (0..ROWS).rev().map(|row| row..row + 1).collect();
-        assert!(together == rope_cache(&gpu, cache_dtype, &apart, slots), "into {cache_dtype}");
+        let together = rope_cache(&gpu, cache_dtype, once(0..ROWS), slots);
+        let apart = (0..ROWS).rev().map(|row| row..row + 1);
+        assert!(together == rope_cache(&gpu, cache_dtype, apart, slots), "into {cache_dtype}");
     }
 }
 
@@ -135,8 +145,8 @@ fn a_cached_token_alone_is_what_it_is_in_a_batch() {
 fn padding_rows_write_to_no_slot() {
     let gpu = emu();
     for cache_dtype in [DType::F32, DType::BF16, DType::F8E4M3] {
-        let padded = rope_cache(&gpu, cache_dtype, &[0..ROWS], [7, 0, 11, u32::MAX, u32::MAX]);
-        let shorter = rope_cache(&gpu, cache_dtype, &[0..3], [7, 0, 11, 0, 0]);
+        let padded = rope_cache(&gpu, cache_dtype, once(0..ROWS), [7, 0, 11, u32::MAX, u32::MAX]);
+        let shorter = rope_cache(&gpu, cache_dtype, once(0..3), [7, 0, 11, 0, 0]);
         assert!(padded[1..] == shorter[1..], "into {cache_dtype}");
     }
 }
@@ -145,7 +155,10 @@ fn padding_rows_write_to_no_slot() {
 fn a_row_too_long_for_a_block_is_refused() {
     let gpu = emu();
     let cols = 40_000;
-    let (x, out) = (gpu.alloc(&[1, cols], DType::BF16).expect("room"), gpu.alloc(&[1, cols], DType::BF16).expect("room"));
+    let (x, out) = (
+        gpu.alloc(&[1, cols], DType::BF16).expect("room"),
+        gpu.alloc(&[1, cols], DType::BF16).expect("room"),
+    );
     let weight = gpu.alloc(&[cols], DType::BF16).expect("room");
     gpu.rms_norm(&x, &weight, 1e-6, &Activation::dense(out));
     let error = gpu.flush().wait().expect_err("a row of 40,000").to_string();

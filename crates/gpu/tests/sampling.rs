@@ -1,7 +1,9 @@
 //! Draws and log-probabilities where the conformance suite does not go: a published vocabulary, ties everywhere, more rows and
 //! parameters than are kept room for. The reference says what is right.
 
-use r1_backend::{Backend, HostSlice, HostSliceMut, LogprobsOut, RowSampling, SamplingBatch, SeenToken, Tensor};
+use r1_backend::{
+    Backend, HostSlice, HostSliceMut, LogprobsOut, RowSampling, SamplingBatch, SeenToken, Tensor,
+};
 use r1_core::DType;
 use r1_gpu::Gpu;
 use r1_reference::Reference;
@@ -90,7 +92,9 @@ fn cut_offs_among_equals() {
             batch.rows.extend(cut_offs().into_iter().map(|row| RowSampling { seed, position: 9, ..row }));
         }
         let mut logits = noise.logits(batch.rows.len() * vocab, 1.0);
-        logits.iter_mut().for_each(|logit| *logit = (*logit * steps).round() / 4.0);
+        for logit in &mut logits {
+            *logit = (*logit * steps).round() / 4.0;
+        }
         assert_eq!(draw(&gpu, &logits, &batch), draw(&reference, &logits, &batch), "{steps}");
     }
 }
@@ -137,11 +141,19 @@ fn more_rows_than_there_is_room_for() {
     }
 }
 
-fn logprobs<B: Backend>(backend: &B, logits: &[f32], rows: usize, count: usize) -> (Vec<f32>, Vec<u32>, Vec<f32>) {
+fn logprobs<B: Backend>(
+    backend: &B,
+    logits: &[f32],
+    rows: usize,
+    count: usize,
+) -> (Vec<f32>, Vec<u32>, Vec<f32>) {
     let vocab = logits.len() / rows;
     let logits = floats(backend, &[rows, vocab], logits);
     let tokens = backend.alloc(&[rows], DType::U32).expect("room");
-    backend.upload(HostSlice::U32(&(0..rows as u32).map(|row| 7 * row % vocab as u32).collect::<Vec<_>>()), &tokens);
+    backend.upload(
+        HostSlice::U32(&(0..rows as u32).map(|row| 7 * row % vocab as u32).collect::<Vec<_>>()),
+        &tokens,
+    );
     let alloc = |shape: &[usize], dtype| backend.alloc(shape, dtype).expect("room");
     let out = LogprobsOut {
         chosen: alloc(&[rows], DType::F32),
@@ -160,10 +172,14 @@ fn logprobs<B: Backend>(backend: &B, logits: &[f32], rows: usize, count: usize) 
 #[test]
 fn log_probabilities_of_ties_and_of_a_published_vocabulary() {
     let (gpu, reference, mut noise) = (emu(), Reference::new(), Noise(3));
-    for (vocab, rows, count, rounded) in [(PUBLISHED_VOCAB, 3, 20, false), (3000, 5, 700, true), (3000, 2, 3000, true)] {
+    for (vocab, rows, count, rounded) in
+        [(PUBLISHED_VOCAB, 3, 20, false), (3000, 5, 700, true), (3000, 2, 3000, true)]
+    {
         let mut logits = noise.logits(rows * vocab, 2.5);
         if rounded {
-            logits.iter_mut().for_each(|logit| *logit = logit.round());
+            for logit in &mut logits {
+                *logit = logit.round();
+            }
             // A broken model's.
             (logits[1], logits[2], logits[3]) = (f32::NEG_INFINITY, f32::NAN, f32::NEG_INFINITY);
         }
@@ -190,7 +206,7 @@ fn a_row_alone_is_what_it_is_in_a_batch() {
     let (drawn, together) = (draw(&gpu, &logits, &batch), logprobs(&gpu, &logits, rows, 5));
     for (row, logits) in logits.chunks(vocab).enumerate() {
         let alone = SamplingBatch { rows: vec![batch.rows[row].clone()], ..SamplingBatch::default() };
-        assert_eq!(draw(&gpu, logits, &alone), drawn[row..row + 1]);
+        assert_eq!(draw(&gpu, logits, &alone), [drawn[row]]);
         let alone = logprobs(&gpu, logits, 1, 5);
         assert_eq!(alone.1, together.1[5 * row..][..5]);
         let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();

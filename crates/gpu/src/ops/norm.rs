@@ -55,7 +55,8 @@ pub(super) fn norm_warps(
     let usual_warps = USUAL_THREADS.min(max_threads) / warp;
     let warps = eights.div_ceil(HELD * warp).max(eights.div_ceil(warp).min(usual_warps));
     if warps * warp > max_threads {
-        let why = format!("rows of {dim} values are too long, it takes {} at most", max_threads * HELD * EIGHT);
+        let why =
+            format!("rows of {dim} values are too long, it takes {} at most", max_threads * HELD * EIGHT);
         return Err(DriverError::Kernel { kernel: kernel.to_owned(), why });
     }
     Ok(warps as u32)

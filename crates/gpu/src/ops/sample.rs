@@ -55,8 +55,8 @@ impl Room {
     }
 }
 
-/// The twin of `sample::Row`, in words.
-const ROW_WORDS: usize = 20;
+/// `sizeof(sample::Row)`.
+const ROW_BYTES: usize = 20 * size_of::<u32>();
 
 fn put(host: &mut Vec<u8>, words: impl IntoIterator<Item = u32>) {
     words.into_iter().for_each(|word| host.extend_from_slice(&word.to_le_bytes()));
@@ -77,7 +77,8 @@ fn pack(host: &mut Vec<u8>, sampling: &SamplingBatch, copies: &[u32], vocab: usi
     };
     for (row, &copy) in sampling.rows.iter().zip(copies) {
         let floats = [row.temperature, row.top_p, row.min_p].map(f32::to_bits);
-        let penalties = [row.repetition_penalty, row.presence_penalty, row.frequency_penalty].map(f32::to_bits);
+        let penalties =
+            [row.repetition_penalty, row.presence_penalty, row.frequency_penalty].map(f32::to_bits);
         let halves = |x: u64| [x as u32, (x >> 32) as u32];
         let (num_bias, num_seen) = (row.bias.len(), row.seen.len());
         let lists = [take(2 * num_bias), num_bias as u32, take(2 * num_seen), num_seen as u32];
@@ -86,7 +87,7 @@ fn pack(host: &mut Vec<u8>, sampling: &SamplingBatch, copies: &[u32], vocab: usi
         put(host, floats.into_iter().chain([row.top_k]).chain(penalties).chain([copy]));
         put(host, halves(row.seed).into_iter().chain(halves(row.position)).chain(lists));
         put(host, [mask, 0, 0, 0]);
-        debug_assert_eq!(host.len() - before, ROW_WORDS * size_of::<u32>());
+        assert_eq!(host.len() - before, ROW_BYTES);
     }
     for row in &sampling.rows {
         let mut bias = sampling.bias[row.bias.clone()].to_vec();
@@ -102,7 +103,11 @@ fn pack(host: &mut Vec<u8>, sampling: &SamplingBatch, copies: &[u32], vocab: usi
         }
         if let Some(words) = &row.mask {
             let words = &sampling.mask[words.clone()];
-            assert!(words.len() == vocab.div_ceil(32), "{OP}: a mask of {} words for {vocab} tokens", words.len());
+            assert!(
+                words.len() == vocab.div_ceil(32),
+                "{OP}: a mask of {} words for {vocab} tokens",
+                words.len()
+            );
             put(host, words.iter().copied());
         }
     }
@@ -151,7 +156,11 @@ pub(crate) fn sample(gpu: &Gpu, logits: &Tensor<Gpu>, sampling: &SamplingBatch, 
     // Copies begin at the addresses of vectors.
     let copy_stride = vocab.next_multiple_of(4);
     let copies_at_once = gpu.scratch_bytes() / (copy_stride * size_of::<f32>());
-    assert!(copies_at_once > 0, "{OP}: {vocab} logits are more than {} bytes of scratch", gpu.scratch_bytes());
+    assert!(
+        copies_at_once > 0,
+        "{OP}: {vocab} logits are more than {} bytes of scratch",
+        gpu.scratch_bytes()
+    );
 
     // Where each launch begins, and the copies of its rows.
     let (mut starts, mut copies, mut used) = (vec![0], Vec::with_capacity(sampling.rows.len()), 0);
@@ -173,7 +182,6 @@ pub(crate) fn sample(gpu: &Gpu, logits: &Tensor<Gpu>, sampling: &SamplingBatch, 
         Ok(at) => at,
         Err(error) => return gpu.note(OP, Err(error)),
     };
-    const ROW_BYTES: usize = ROW_WORDS * size_of::<u32>();
     let adjusted = gpu.scratch(copies_at_once.min(sampling.rows.len()) * copy_stride * size_of::<f32>());
     let ends = starts[1..].iter().copied().chain([sampling.rows.len()]);
     for (start, end) in starts.iter().copied().zip(ends) {
@@ -189,7 +197,11 @@ pub(crate) fn sample(gpu: &Gpu, logits: &Tensor<Gpu>, sampling: &SamplingBatch, 
             vectors: row_vectors(logits),
         };
         let warps = row_warps(gpu, vocab);
-        gpu.launch("sample_rows", Geometry { grid: [end - start, 1, 1], warps, shared_bytes: SHARED_BYTES }, &args);
+        gpu.launch(
+            "sample_rows",
+            Geometry { grid: [end - start, 1, 1], warps, shared_bytes: SHARED_BYTES },
+            &args,
+        );
     }
 }
 
