@@ -14,9 +14,8 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use r1_backend::{
-    Activation, Backend, BackendError, Batch, Capabilities, Experts, HeadWeight, HostSlice, HostSliceMut,
-    HostTensor, LatentCache, LogprobsOut, MoeScratch, MoeWeights, RopeTable, Routing, SamplingBatch, Tensor,
-    Ticket, Weight,
+    Activation, Backend, BackendError, Batch, Capabilities, HeadWeight, HostSlice, HostSliceMut, HostTensor,
+    Experts, LatentCache, LogprobsOut, MoeScratch, MoeWeights, RopeTable, Routing, SamplingBatch, Tensor, Ticket, Weight,
 };
 use r1_core::DType;
 
@@ -172,8 +171,7 @@ impl Backend for Gpu {
         let known = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
         let device = self.driver.info().name.clone();
         let mark = self.driver.mark();
-        let failed =
-            move |error: DriverError| BackendError::Failed { device, op: "step", why: error.to_string() };
+        let failed = move |error: DriverError| BackendError::Failed { device, op: "step", why: error.to_string() };
         match (known, mark) {
             (Some(failure), Ok(mark)) => Ticket::waiting(move || {
                 // Waited for all the same: what follows starts from a stream that is done.
@@ -281,10 +279,7 @@ impl Backend for Gpu {
         ops::experts::experts(self, x, ids, weights, experts, out);
     }
 
-    fn expert_table(
-        &self,
-        local: &[r1_backend::MlpWeights<Self>],
-    ) -> Result<Option<Tensor<Self>>, BackendError> {
+    fn expert_table(&self, local: &[r1_backend::MlpWeights<Self>]) -> Result<Option<Tensor<Self>>, BackendError> {
         ops::experts::expert_table(self, local).map(Some)
     }
 

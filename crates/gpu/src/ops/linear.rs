@@ -155,9 +155,7 @@ fn steps_are_aligned(operand: &Operand<'_>, w: &Weight<Gpu>) -> bool {
     const LANES: usize = 16;
     let Weight::Fp8Block { block, offset, .. } = w else { return true };
     if operand.transposed {
-        [block[0], offset[0] + operand.first_row, operand.rows_per_head]
-            .iter()
-            .all(|x| x.is_multiple_of(LANES))
+        [block[0], offset[0] + operand.first_row, operand.rows_per_head].iter().all(|x| x.is_multiple_of(LANES))
     } else {
         [block[1], offset[1]].iter().all(|x| x.is_multiple_of(LANES))
     }

@@ -86,8 +86,7 @@ pub(crate) fn feed_tokens(gpu: &Gpu, drawn: &Tensor<Gpu>, from: &Tensor<Gpu>, id
     shape::feed_tokens(drawn, from, ids);
     const WARPS: u32 = 4;
     let tokens = ids.dim(0);
-    let args =
-        FeedTokensArgs { drawn: ptr(drawn), from: ptr(from), ids: ptr(ids), num_tokens: tokens as u32 };
+    let args = FeedTokensArgs { drawn: ptr(drawn), from: ptr(from), ids: ptr(ids), num_tokens: tokens as u32 };
     let threads = (WARPS * gpu.warp_size()) as usize;
     gpu.launch("feed_tokens", Geometry::blocks(tokens.div_ceil(threads), WARPS), &args);
 }

@@ -52,8 +52,7 @@ pub(crate) struct Emu {
 
 impl Emu {
     pub(crate) fn new(options: EmuOptions) -> Result<Self, DriverError> {
-        let spawn =
-            |error: std::io::Error| DriverError::Call { call: "start a thread", why: error.to_string() };
+        let spawn = |error: std::io::Error| DriverError::Call { call: "start a thread", why: error.to_string() };
         let blocks = Blocks::new(options.threads).map_err(spawn)?;
         let stream = Stream::new(blocks).map_err(spawn)?;
         Ok(Self {
@@ -190,8 +189,7 @@ impl Driver for Emu {
 
     fn end_capture(&self) -> Result<RecordedGraph, DriverError> {
         let list = self.recording.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let list =
-            list.ok_or(DriverError::Call { call: "end_capture", why: "nothing is captured".into() })?;
+        let list = list.ok_or(DriverError::Call { call: "end_capture", why: "nothing is captured".into() })?;
         Ok(Box::new(Arc::new(list)))
     }
 
