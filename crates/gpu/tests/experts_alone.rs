@@ -2,8 +2,8 @@
 //! and with the shared expert or without.
 
 use r1_backend::{
-    Activation, Backend, Experts, GroupScore, Groups, HostSlice, HostSliceMut, HostTensor, MlpScratch, MlpWeights,
-    MoeScratch, MoeWeights, Routing, ScoreFunction, Tensor, Weight,
+    Activation, Backend, Experts, GroupScore, Groups, HostSlice, HostSliceMut, HostTensor, MlpScratch,
+    MlpWeights, MoeScratch, MoeWeights, Routing, ScoreFunction, Tensor, Weight,
 };
 use r1_core::DType;
 use r1_gpu::Gpu;
@@ -43,7 +43,13 @@ fn bits(gpu: &Gpu, tensor: &Tensor<Gpu>) -> Vec<u32> {
 }
 
 /// E4M3 weights begin inside a block where `offset` says so.
-fn weight(gpu: &Gpu, random: &mut Random, [n, k]: [usize; 2], dtype: DType, offset: [usize; 2]) -> Weight<Gpu> {
+fn weight(
+    gpu: &Gpu,
+    random: &mut Random,
+    [n, k]: [usize; 2],
+    dtype: DType,
+    offset: [usize; 2],
+) -> Weight<Gpu> {
     let spread = 1.0 / (k as f32).sqrt();
     if dtype != DType::F8E4M3 {
         let values: Vec<f32> = random.floats(n * k).into_iter().map(|value| 2.0 * spread * value).collect();
@@ -61,7 +67,13 @@ fn weight(gpu: &Gpu, random: &mut Random, [n, k]: [usize; 2], dtype: DType, offs
     }
 }
 
-fn mlp(gpu: &Gpu, random: &mut Random, [dim, width]: [usize; 2], dtype: DType, offset: [usize; 2]) -> MlpWeights<Gpu> {
+fn mlp(
+    gpu: &Gpu,
+    random: &mut Random,
+    [dim, width]: [usize; 2],
+    dtype: DType,
+    offset: [usize; 2],
+) -> MlpWeights<Gpu> {
     MlpWeights {
         gate: weight(gpu, random, [width, dim], dtype, offset),
         up: weight(gpu, random, [width, dim], dtype, offset),
