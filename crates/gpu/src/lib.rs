@@ -4,6 +4,7 @@
 //! structs. Knows no models.
 
 mod arena;
+mod devices;
 mod driver;
 mod host;
 mod kernels;
@@ -19,6 +20,7 @@ use r1_backend::{
 };
 use r1_core::DType;
 
+pub use devices::{Found, devices};
 pub use driver::DriverError;
 
 use arena::Arena;
@@ -119,7 +121,7 @@ impl Backend for Gpu {
     type Graph = Graph;
 
     fn name(&self) -> &'static str {
-        "emu"
+        self.driver.info().driver
     }
 
     fn describe(&self) -> String {
