@@ -87,10 +87,6 @@ fn attention(c: &mut Criterion) {
     let (cpu, mut random) = (&machine.cpu, Random::new(3));
     let (heads, latent, rope, block_size, context) = (128, 512, 64, 64, 4096);
     let num_blocks = context / block_size;
-    let cache = LatentCache {
-        data: filled(cpu, &mut random, &[num_blocks, block_size, latent + rope]),
-        latent_dim: latent,
-    };
     let u32s = |values: &[u32]| {
         let tensor = cpu.alloc(&[values.len()], DType::U32).expect("memory");
         cpu.upload(HostSlice::U32(values), &tensor);
@@ -113,13 +109,21 @@ fn attention(c: &mut Criterion) {
     let q_latent = filled(cpu, &mut random, &[1, heads, latent]);
     let q_rope = filled(cpu, &mut random, &[1, heads, rope]);
     let out = cpu.alloc(&[1, heads, latent], DType::F32).expect("memory");
-    let name = format!("absorbed decode, {heads} heads, {context} tokens");
-    let bytes = context * (latent + rope) * 4;
-    let took = machine.bench(c, "mla_attention", &name, bytes, || {
-        cpu.mla_attention(&q_latent, &q_rope, &cache, &batch, 0..1, 0.1, &out);
-    });
-    let flops = 2 * context * heads * (2 * latent + rope);
-    println!("{name}: {:.1} GFLOP/s\n", flops as f64 / took.as_secs_f64() / 1e9);
+    for dtype in [DType::F32, DType::BF16, DType::F8E4M3] {
+        let cache = LatentCache::alloc(cpu, dtype, [num_blocks, block_size], latent, rope).expect("memory");
+        let mut fill = |part: &Tensor<Cpu>| {
+            cpu.upload(HostSlice::F32(&random.f32s(part.num_elements())), part);
+        };
+        fill(&cache.data);
+        cache.fp8.iter().for_each(|fp8| [&fp8.scales, &fp8.rope].into_iter().for_each(&mut fill));
+        let name = format!("absorbed decode, {heads} heads, {context} tokens, {dtype} cache");
+        let bytes = context * LatentCache::<Cpu>::bytes_per_token(dtype, latent, rope);
+        let took = machine.bench(c, "mla_attention", &name, bytes, || {
+            cpu.mla_attention(&q_latent, &q_rope, &cache, &batch, 0..1, 0.1, &out);
+        });
+        let flops = 2 * context * heads * (2 * latent + rope);
+        println!("{name}: {:.1} GFLOP/s\n", flops as f64 / took.as_secs_f64() / 1e9);
+    }
 }
 
 fn small(c: &mut Criterion) {

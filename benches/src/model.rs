@@ -6,7 +6,7 @@ use std::sync::Arc;
 use r1_core::{DType, Rank};
 use r1_cpu::{Cpu, CpuOptions};
 use r1_engine::{EngineConfig, LocalRanks, OneBatchBench};
-use r1_model::{Fp8Compute, MlaForm, ModelOptions, WeightFormat};
+use r1_model::{Fp8Compute, KvCacheFormat, MlaForm, ModelOptions, WeightFormat};
 use r1_weights::{Checkpoint, ModelConfig};
 
 /// Largest batch of a bench.
@@ -31,6 +31,7 @@ pub fn bundled() -> (ModelConfig, Arc<Checkpoint>) {
 pub fn options(mla_form: MlaForm, max_num_seqs: usize, max_model_len: usize) -> ModelOptions {
     ModelOptions {
         activation_dtype: DType::F32,
+        kv_cache: KvCacheFormat::Activations,
         weights: WeightFormat::AsStored,
         fp8: Fp8Compute::WeightOnly,
         mla_form,
@@ -60,14 +61,12 @@ pub fn load(config: &ModelConfig, checkpoint: &Arc<Checkpoint>, mla_form: MlaFor
         num_blocks: None,
         prefix_cache: false,
         depth: None,
+        max_captured_seqs: MAX_NUM_SEQS,
+        pad_decodes: false,
         log_every_steps: u64::MAX,
     };
     let cpu = Cpu::new(CpuOptions::default()).expect("a CPU backend");
-    let ranks = LocalRanks {
-        devices: vec![Arc::new(cpu)],
-        checkpoint: checkpoint.clone(),
-        config: config.clone(),
-        options,
-    };
+    let (checkpoint, config) = (checkpoint.clone(), config.clone());
+    let ranks = LocalRanks::in_host_memory(vec![Arc::new(cpu)], checkpoint, config, options);
     OneBatchBench::new(Arc::new(ranks), &engine, &mut |_| {}).expect("it loads and has room for a cache")
 }

@@ -142,7 +142,7 @@ struct f16 {
     u16 bits;
 };
 /// OCP E4M3. On gfx942, whose units read FNUZ, the same bits stand for half the value: the matrix wrapper multiplies by what is missing, and
-/// -0, which is NaN there, is mapped away at upload.
+/// -0, which is NaN there, is written by neither the host nor a kernel.
 struct e4m3 {
     u8 bits;
 };
@@ -202,8 +202,11 @@ DEVICE e4m3 from_float<e4m3>(float x) {
         code = u8((rounded >> 20) - (120u << 3));
         if (code > 0x7e) code = 0x7e;
     }
+#if R1_HIP
     // No -0: see e4m3.
-    return e4m3{u8(code == 0 ? 0 : sign | code)};
+    if (code == 0) sign = 0;
+#endif
+    return e4m3{u8(sign | code)};
 }
 
 /// Element types as the host names them, for kernels that are not worth an instantiation for each.
@@ -325,6 +328,15 @@ DEVICE u32 atomic_add(u32* at, u32 value) {
     return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
 #endif
 }
+DEVICE u64 atomic_add(u64* at, u64 value) {
+#if R1_CUDA
+    return atomicAdd(at, value);
+#elif R1_HIP
+    return __hip_atomic_fetch_add(at, value, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+#else
+    return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
+#endif
+}
 
 /// Copies 16 bytes of device memory (both addresses aligned) to shared memory behind the thread's back; zeros where `valid` is false, and
 /// then `from` is not read. Complete after `async_wait` and a `sync_block`.
@@ -335,6 +347,16 @@ DEVICE void async_copy16(void* to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes));
 #else
     *static_cast<Bytes16*>(to) = valid ? *static_cast<const Bytes16*>(from) : Bytes16{{0, 0, 0, 0}};
+#endif
+}
+/// As `async_copy16`, 4 bytes.
+DEVICE void async_copy4(void* to, const void* from, bool valid) {
+#if R1_CUDA
+    u32 address = u32(__cvta_generic_to_shared(to));
+    int bytes = valid ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from), "r"(bytes));
+#else
+    *static_cast<u32*>(to) = valid ? *static_cast<const u32*>(from) : 0;
 #endif
 }
 /// Closes a group of copies.

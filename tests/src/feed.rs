@@ -7,7 +7,8 @@ use r1_backend::{Backend, Batch, Communicator, HostSlice, HostSliceMut, LatentCa
 use r1_comm::Local;
 use r1_core::{DType, Rank};
 use r1_model::{
-    DeepSeek, Fp8Compute, MlaForm, ModelOptions, StageInput, StageOutput, StepError, WeightFormat,
+    DeepSeek, Fp8Compute, KvCacheFormat, MlaForm, ModelOptions, StageInput, StageOutput, StepError,
+    WeightFormat,
 };
 use r1_weights::{Checkpoint, ModelConfig};
 
@@ -19,6 +20,8 @@ const MAX_TOKENS: usize = 1024;
 pub struct Load {
     /// F32 or BF16.
     pub dtype: DType,
+    /// What the KV cache holds.
+    pub kv_cache: KvCacheFormat,
     /// As stored, or widened.
     pub weights: WeightFormat,
     /// W8 or W8A8.
@@ -36,6 +39,7 @@ impl Load {
     pub fn f32(form: MlaForm) -> Self {
         Self {
             dtype: DType::F32,
+            kv_cache: KvCacheFormat::Activations,
             weights: WeightFormat::AsStored,
             fp8: Fp8Compute::WeightOnly,
             form,
@@ -48,6 +52,7 @@ impl Load {
     pub fn options(self, rank: usize, world_size: usize) -> ModelOptions {
         ModelOptions {
             activation_dtype: self.dtype,
+            kv_cache: self.kv_cache,
             weights: self.weights,
             fp8: self.fp8,
             mla_form: self.form,

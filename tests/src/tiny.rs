@@ -9,7 +9,7 @@ use r1_backend::Backend;
 use r1_core::{DType, Rank};
 use r1_cpu::{Cpu, CpuOptions};
 use r1_engine::{EngineConfig, EngineInfo, Handle, Inbox, LocalRanks, RankLoader, Status};
-use r1_model::{Fp8Compute, MlaForm, ModelOptions, WeightFormat};
+use r1_model::{Fp8Compute, KvCacheFormat, MlaForm, ModelOptions, WeightFormat};
 use r1_weights::{Checkpoint, ModelConfig};
 
 /// Where the bundled model lies.
@@ -33,10 +33,16 @@ pub struct Tiny {
     pub num_blocks: Option<usize>,
     /// Whether prompts share what they have in common.
     pub prefix_cache: bool,
+    /// What the KV cache holds.
+    pub kv_cache: KvCacheFormat,
     /// Whether tokens may depend on nothing but the request.
     pub deterministic: bool,
     /// Steps in flight.
     pub depth: usize,
+    /// Most sequences of a captured decode step.
+    pub max_captured_seqs: usize,
+    /// Whether decode steps are padded to the sizes that would be captured.
+    pub pad_decodes: bool,
     /// Places in the queue.
     pub max_queued: usize,
     /// Tokens that may wait to be read.
@@ -52,8 +58,11 @@ impl Default for Tiny {
             max_model_len: 512,
             num_blocks: None,
             prefix_cache: true,
+            kv_cache: KvCacheFormat::Activations,
             deterministic: false,
             depth: 1,
+            max_captured_seqs: usize::MAX,
+            pad_decodes: false,
             max_queued: 64,
             max_unread_tokens: 4096,
         }
@@ -64,6 +73,7 @@ impl Tiny {
     fn options(&self) -> ModelOptions {
         ModelOptions {
             activation_dtype: DType::F32,
+            kv_cache: self.kv_cache,
             weights: WeightFormat::AsStored,
             fp8: Fp8Compute::WeightOnly,
             mla_form: if self.deterministic { MlaForm::Absorbed } else { MlaForm::Auto },
@@ -101,12 +111,12 @@ impl Tiny {
     /// # Panics
     /// When the bundled model cannot be read.
     pub fn ranks_on<B: Backend>(&self, devices: Vec<Arc<B>>) -> LocalRanks<B> {
-        LocalRanks {
+        LocalRanks::in_host_memory(
             devices,
-            checkpoint: Arc::new(Checkpoint::open(&tiny_dir()).expect("the bundled weights")),
-            config: ModelConfig::open(&tiny_dir()).expect("config.json"),
-            options: self.options(),
-        }
+            Arc::new(Checkpoint::open(&tiny_dir()).expect("the bundled weights")),
+            ModelConfig::open(&tiny_dir()).expect("config.json"),
+            self.options(),
+        )
     }
 
     /// Both ends of an engine that runs like this.
@@ -135,6 +145,8 @@ impl Tiny {
             num_blocks: self.num_blocks,
             prefix_cache: self.prefix_cache,
             depth: Some(self.depth),
+            max_captured_seqs: self.max_captured_seqs,
+            pad_decodes: self.pad_decodes,
             log_every_steps: 1000,
         }
     }

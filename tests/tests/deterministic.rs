@@ -4,6 +4,7 @@
 
 use r1_core::{SamplingParams, TokenId};
 use r1_engine::{Event, Generation, Handle, Request};
+use r1_model::KvCacheFormat;
 use r1_tests::Tiny;
 
 const BLOCK_SIZE: usize = 16;
@@ -122,6 +123,37 @@ fn after_a_prefix_hit() {
     let hit = run(&engine, request(turn.clone(), 40));
     assert_eq!(hit.cached_tokens as usize, (turn.len() - 1) / BLOCK_SIZE * BLOCK_SIZE);
     same("after a hit on decoded tokens", &hit.trace, &fresh.trace);
+}
+
+/// With an FP8 cache, which holds what it holds whoever wrote it: in a batch, in chunks, after a hit, and preempted.
+#[test]
+fn over_an_fp8_cache() {
+    let fp8 = || Tiny { kv_cache: KvCacheFormat::Fp8, ..tiny() };
+    let prompt_ = prompt(1, 150);
+    let expected = run(&fp8().start(), request(prompt_.clone(), 60)).trace;
+    assert_eq!(expected.len(), 60);
+    assert_ne!(expected, alone(1).1, "the cache's format changes log-probabilities");
+
+    let engine = fp8().start();
+    let mut generations: Vec<_> = (2..9)
+        .map(|seed| engine.submit(request(prompt(seed, 30 * seed as usize), 80)).expect("accepted"))
+        .collect();
+    generations.insert(4, engine.submit(request(prompt_.clone(), 60)).expect("accepted"));
+    let traces: Vec<_> = generations.into_iter().map(|generation| read(generation).trace).collect();
+    same("in a batch", &traces[4], &expected);
+
+    let engine = Tiny { max_num_batched_tokens: 7, max_num_seqs: 4, prefix_cache: true, ..fp8() }.start();
+    same("in chunks of 7", &run(&engine, request(prompt_.clone(), 60)).trace, &expected);
+    let again = run(&engine, request(prompt_.clone(), 60));
+    assert_eq!(again.cached_tokens as usize, (prompt_.len() - 1) / BLOCK_SIZE * BLOCK_SIZE);
+    same("after a hit", &again.trace, &expected);
+
+    let engine = Tiny { num_blocks: Some(512 / BLOCK_SIZE), ..fp8() }.start();
+    let first = engine.submit(request(prompt(3, 150), 300)).expect("accepted");
+    let second = engine.submit(request(prompt_.clone(), 200)).expect("accepted");
+    let (_, second) = (read(first), read(second));
+    assert!(engine.stats().preemptions_total > 0, "nothing was preempted");
+    same("preempted", &second.trace[..60].to_vec(), &expected);
 }
 
 #[test]

@@ -3,16 +3,22 @@
 //! A size is bound to its letter at first sight and compared ever after. A mismatch is a bug of the caller and panics:
 //! `linear: w has shape [8, 5], expected [N=8, K=4]`.
 
+mod gqa;
+mod int4;
+
 use std::ops::Range;
 
 use r1_core::DType;
 
+use crate::weight::FP8_BLOCK;
 use crate::{
     Activation, Backend, Batch, Experts, HeadForm, HeadWeight, LatentCache, LogprobsOut, RopeTable, Routing,
     SamplingBatch, Tensor, Weight,
 };
 
-const MAX_LETTERS: usize = 12;
+pub use gqa::{gqa_attention, rope_cache_gqa};
+
+const MAX_LETTERS: usize = 14;
 const ACTIVATION: &[DType] = &[DType::F32, DType::BF16];
 const FLOAT: &[DType] = &[DType::F32, DType::BF16, DType::F16];
 
@@ -106,6 +112,7 @@ impl Check {
                 );
                 self.arg(arg, data, letters, &[DType::F8E4M3])
             }
+            Weight::Int4Group(_) => panic!("{op}: {arg} is an int4 weight, which `linear` alone takes"),
         }
     }
 
@@ -141,6 +148,20 @@ impl Check {
             .arg("batch.context_len", &batch.context_len, &["S"], U32)
             .arg("batch.context_start", &batch.context_start, &["S+1"], U32)
             .arg("batch.block_table", &batch.block_table, &["S", "max_blocks"], U32)
+    }
+
+    #[track_caller]
+    fn cache<B: Backend>(self, cache: &LatentCache<B>) -> Self {
+        let (latent, rope) = (cache.latent_dim, cache.rope_dim());
+        let check = self.bind("C", latent).bind("R", rope).bind("C+R", latent + rope);
+        let Some(fp8) = &cache.fp8 else {
+            return check.arg("cache", &cache.data, &["num_blocks", "block_size", "C+R"], ACTIVATION);
+        };
+        check
+            .bind("ceil(C/128)", latent.div_ceil(FP8_BLOCK))
+            .arg("cache", &cache.data, &["num_blocks", "block_size", "C"], &[DType::F8E4M3])
+            .arg("cache.scales", &fp8.scales, &["num_blocks", "block_size", "ceil(C/128)"], &[DType::F32])
+            .arg("cache.rope", &fp8.rope, &["num_blocks", "block_size", "R"], &[DType::BF16])
     }
 
     #[track_caller]
@@ -193,12 +214,12 @@ pub fn quantize<B: Backend>(x: &Activation<B>) {
 /// See [`Backend::linear`].
 #[track_caller]
 pub fn linear<B: Backend>(x: &Activation<B>, w: &Weight<B>, out: &Tensor<B>) {
-    Check::new("linear").activation("x", x, &["T", "K"]).weight("w", w, &["N", "K"]).arg(
-        "out",
-        out,
-        &["T", "N"],
-        ACTIVATION,
-    );
+    let check = Check::new("linear").activation("x", x, &["T", "K"]);
+    let check = match w {
+        Weight::Int4Group(w) => check.int4("w", w, &["N", "K"]),
+        Weight::Dense { .. } | Weight::Fp8Block { .. } => check.weight("w", w, &["N", "K"]),
+    };
+    check.arg("out", out, &["T", "N"], ACTIVATION);
 }
 
 /// See [`Backend::per_head`].
@@ -228,15 +249,12 @@ pub fn rope_cache<B: Backend>(
     cache: &LatentCache<B>,
 ) {
     Check::new("rope_cache")
-        .bind("C", cache.latent_dim)
-        .bind("R", cache.rope_dim())
-        .bind("C+R", cache.data.dim(2))
+        .cache(cache)
         .batch(batch)
         .arg("q_rope", q_rope, &["T", "H", "R"], ACTIVATION)
         .arg("kv_a", kv_a, &["T", "C+R"], ACTIVATION)
         .arg("norm", norm, &["C"], FLOAT)
-        .arg("rope.cos_sin", &rope.cos_sin, &["max_positions", "R"], &[DType::F32])
-        .arg("cache", &cache.data, &["num_blocks", "block_size", "C+R"], ACTIVATION);
+        .arg("rope.cos_sin", &rope.cos_sin, &["max_positions", "R"], &[DType::F32]);
 }
 
 /// See [`Backend::mla_attention`].
@@ -250,15 +268,36 @@ pub fn mla_attention<B: Backend>(
     out: &Tensor<B>,
 ) {
     Check::new("mla_attention")
-        .bind("C", cache.latent_dim)
-        .bind("R", cache.rope_dim())
+        .cache(cache)
         .batch(batch)
         .seqs(seqs, batch)
         .arg("q_latent", q_latent, &["T", "H", "C"], ACTIVATION)
         .arg("q_rope", q_rope, &["T", "H", "R"], ACTIVATION)
-        .arg("cache", &cache.data, &["num_blocks", "block_size", "C+R"], ACTIVATION)
         .arg("out", out, &["T", "H", "C"], ACTIVATION)
         .same_dtype(["q_latent", "out"], q_latent, out);
+}
+
+/// Rows of [`Backend::mla_attend`]; the operations that it is made of check the rest.
+#[track_caller]
+pub fn mla_attend<B: Backend>(
+    batch: &Batch<B>,
+    seqs: &Range<usize>,
+    w_uv: &HeadWeight<B>,
+    attended: &Activation<B>,
+) {
+    let is_first = *seqs == (0..batch.num_seqs) || *seqs == batch.decodes();
+    assert!(
+        is_first,
+        "mla_attend: sequences {seqs:?}, expected all {} or the {} that decode",
+        batch.num_seqs, batch.num_decodes
+    );
+    let rows = if seqs.end == batch.num_seqs { batch.num_tokens } else { batch.num_decodes };
+    let heads = w_uv.weight.out_features() / w_uv.rows_per_head;
+    Check::new("mla_attend").bind("L", rows).bind("H U", heads * w_uv.rows.len()).activation(
+        "attended",
+        attended,
+        &["L", "H U"],
+    );
 }
 
 /// See [`Backend::gather_latent`].
@@ -269,11 +308,12 @@ pub fn gather_latent<B: Backend>(
     seqs: &Range<usize>,
     out: &Tensor<B>,
 ) {
-    Check::new("gather_latent")
-        .batch(batch)
-        .seqs(seqs, batch)
-        .arg("cache", &cache.data, &["num_blocks", "block_size", "C+R"], ACTIVATION)
-        .arg("out", out, &["N", "C+R"], ACTIVATION);
+    Check::new("gather_latent").cache(cache).batch(batch).seqs(seqs, batch).arg(
+        "out",
+        out,
+        &["N", "C+R"],
+        ACTIVATION,
+    );
 }
 
 /// See [`Backend::mla_attention_expanded`].

@@ -51,6 +51,18 @@ fn the_bundled_model_counts_the_rs() {
     assert!(asked.status.success() && said.contains("So I count 3.") && said.contains("**3**"), "{said}");
 }
 
+#[test]
+fn an_fp8_cache_answers_as_well() {
+    for name in ["fp8", "fp8_e4m3"] {
+        let server = Server::start(BINARY, &["--kv-cache-dtype", name]);
+        let reply = server.post("/v1/chat/completions", &chat(&json!({})));
+        assert_eq!(reply.status, 200, "{}", reply.body);
+        let reply: Value = serde_json::from_str(&reply.body).expect("JSON");
+        let content = reply["choices"][0]["message"]["content"].as_str().expect("content");
+        assert!(content.contains("**3**"), "{content}");
+    }
+}
+
 /// Sixteen clients stream for 20 seconds and leave at random moments; afterwards nothing is left behind.
 #[test]
 fn sixteen_streams_with_disconnects_leave_nothing_behind() {
@@ -121,6 +133,8 @@ fn wrong_arguments_are_sentences() {
         (&["--max-modal-len", "5"], &["--max-model-len"]),
         (&["--device", "cuda"], &["--device cuda", "not in this build"]),
         (&["--dtype", "float16"], &["float16", "bfloat16"]),
+        (&["--kv-cache-dtype", "fp8_e5m2"], &["--kv-cache-dtype fp8_e5m2", "take fp8"]),
+        (&["--kv-cache-dtype", "bfloat16"], &["--kv-cache-dtype BF16", "F32 activations", "auto or fp8"]),
     ] {
         let message = failure(args);
         for needle in needles {

@@ -8,7 +8,7 @@ use r1_core::DType;
 
 use crate::Cpu;
 use crate::buffer::{ReadGuard, WriteGuard, WriteRefused};
-use crate::simd::{Simd, slice};
+use crate::simd::{F8, Simd, slice};
 
 /// Panics unless the tensor lies inside its memory and is aligned: kernels rely on it.
 fn check(op: &str, arg: &str, tensor: &Tensor<Cpu>, start: *const u8, len_bytes: usize) {
@@ -52,7 +52,7 @@ impl<'a> In<'a> {
         self.cube().flat()
     }
 
-    /// Up to three dimensions, missing ones in front.
+    /// Up to three dimensions, missing ones in front; of four the first two become one.
     pub(crate) fn cube(&self) -> Cube<'_> {
         let (shape, strides) = three(self.tensor);
         Cube { ptr: self.start(), dtype: self.tensor.dtype(), shape, strides, life: PhantomData }
@@ -76,8 +76,11 @@ impl<'a> In<'a> {
 }
 
 fn three(tensor: &Tensor<Cpu>) -> ([usize; 3], [usize; 3]) {
+    if let (&[a, b, c, d], &[ld_a, ld_b, ld_c, ld_d]) = (tensor.shape(), tensor.strides()) {
+        assert!(a <= 1 || ld_a == b * ld_b, "{tensor:?} has four dimensions and a gap between the first two");
+        return ([a * b, c, d], [ld_b, ld_c, ld_d]);
+    }
     let rank = tensor.shape().len();
-    assert!(rank <= 3, "{tensor:?} has more than three dimensions");
     let (mut shape, mut strides) = ([1; 3], [0; 3]);
     shape[3 - rank..].copy_from_slice(tensor.shape());
     strides[3 - rank..].copy_from_slice(tensor.strides());
@@ -197,6 +200,17 @@ impl<'a> Mat<'a> {
     }
 }
 
+impl Mat<'_> {
+    /// Columns `col..col + dst.len()` of row `i` of an F8 matrix, widened, times `scale`.
+    #[inline(always)]
+    pub(crate) fn read_f8<S: Simd>(&self, s: S, i: usize, col: usize, scale: f32, dst: &mut [f32]) {
+        assert_eq!(self.dtype, DType::F8E4M3, "rows are not F8");
+        assert!(col + dst.len() <= self.cols, "columns {col}+{} of {}", dst.len(), self.cols);
+        // SAFETY: the row exists and the columns lie inside it.
+        unsafe { slice::widen_scaled(s, self.row(i).add(col).cast::<F8>(), scale, dst) }
+    }
+}
+
 /// A tensor borrowed for writing.
 pub(crate) struct Out<'a> {
     guard: WriteGuard<'a>,
@@ -232,7 +246,7 @@ impl<'a> Out<'a> {
         self.cube().flat()
     }
 
-    /// Up to three dimensions, missing ones in front.
+    /// Up to three dimensions, missing ones in front; of four the first two become one.
     pub(crate) fn cube(&mut self) -> CubeMut<'_> {
         let (shape, strides) = three(self.tensor);
         CubeMut { ptr: self.start(), dtype: self.tensor.dtype(), shape, strides, life: PhantomData }

@@ -6,8 +6,8 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use r1_backend::{
-    Activation, Backend, Experts, HeadForm, HeadWeight, LogprobsOut, MlpWeights, Routing, RowSampling,
-    SamplingBatch, ScoreFunction,
+    Activation, Backend, Batch, Experts, HeadForm, HeadWeight, LatentCache, LogprobsOut, MlpWeights,
+    RopeTable, Routing, RowSampling, SamplingBatch, ScoreFunction,
 };
 use r1_core::DType;
 use support::{FORMATS, Random, cpu, ids, tensor, weight};
@@ -58,6 +58,16 @@ fn a_second_step_allocates_nothing() {
         top_ids: ids(&cpu, &[0; 5], &[1, 5]),
         top: float(&[1, 5], DType::F32),
     };
+    let (latent, rotated) = (140, 6);
+    let caches = [DType::F32, DType::F8E4M3]
+        .map(|dtype| LatentCache::alloc(&cpu, dtype, [1, tokens], latent, rotated).expect("room"));
+    let (q_latent, o_latent) =
+        (float(&[tokens, 2, latent], DType::F32), float(&[tokens, 2, latent], DType::F32));
+    let q_rope = float(&[tokens, 2, rotated], DType::F32);
+    let entries = [0; 2].map(|_| float(&[tokens, latent + rotated], DType::F32));
+    let [kv_a, gathered] = &entries;
+    let latent_norm = float(&[latent], DType::F32);
+    let rope = RopeTable { cos_sin: float(&[tokens, rotated], DType::F32) };
     let mut weight = |size| weight(&cpu, &mut random, size, FORMATS[3]).0;
     let head = HeadWeight { weight: weight([96, d]), rows_per_head: 48, rows: 0..24, form: HeadForm::RowsIn };
     let linear = weight([2 * i, d]);
@@ -76,6 +86,21 @@ fn a_second_step_allocates_nothing() {
     };
     let row = RowSampling { temperature: 1.0, top_p: 0.9, top_k: 40, ..RowSampling::greedy() };
     let sampling = SamplingBatch { rows: vec![row], ..SamplingBatch::default() };
+    let u32s = |values: &[u32]| ids(&cpu, values, &[values.len()]);
+    let positions: Vec<u32> = (0..tokens as u32).collect();
+    let batch = Batch {
+        positions: u32s(&positions),
+        slots: u32s(&positions),
+        query_start: u32s(&[0, tokens as u32]),
+        context_len: u32s(&[tokens as u32]),
+        context_start: u32s(&[0, tokens as u32]),
+        block_table: ids(&cpu, &[0], &[1, 1]),
+        num_tokens: tokens,
+        num_seqs: 1,
+        num_decodes: 0,
+        prefill_context_tokens: tokens,
+        max_context_len: tokens,
+    };
     let (from, fed) = (ids(&cpu, &[0, u32::MAX], &[2]), ids(&cpu, &[1, 2], &[2]));
     let step = || {
         cpu.feed_tokens(&drawn, &from, &fed);
@@ -85,6 +110,11 @@ fn a_second_step_allocates_nothing() {
         cpu.per_head(&heads, &head, &headed);
         cpu.route(&router_logits, None, &routing, &chosen, &weights);
         cpu.experts(&normed, &chosen, &weights, &experts, &hidden);
+        for cache in &caches {
+            cpu.rope_cache(&q_rope, kv_a, &latent_norm, 1e-6, &rope, &batch, cache);
+            cpu.mla_attention(&q_latent, &q_rope, cache, &batch, 0..1, 0.1, &o_latent);
+            cpu.gather_latent(cache, &batch, 0..1, gathered);
+        }
         cpu.sample(&logits, &sampling, &drawn);
         cpu.logprobs(&logits, &drawn, &logprobs);
     };

@@ -3,8 +3,9 @@
 mod support;
 
 use r1_backend::{
-    Activation, Backend, Batch, Experts, GroupScore, Groups, HeadForm, HeadWeight, HostSlice, LatentCache,
-    LogprobsOut, MlpWeights, RopeTable, Routing, RowSampling, SamplingBatch, ScoreFunction, Tensor, Weight,
+    Activation, Backend, Batch, Experts, GroupScore, Groups, HeadForm, HeadWeight, HostSlice, Int4Group,
+    LatentCache, LogprobsOut, MlpWeights, RopeTable, Routing, RowSampling, SamplingBatch, ScoreFunction,
+    Tensor, Weight,
 };
 use r1_core::DType;
 use r1_cpu::Cpu;
@@ -40,6 +41,43 @@ fn linear_rows_are_those_of_single_tokens() {
                         assert_eq!(bits(&read(&cpu, &part)), bits(want), "{what}: {count} rows from {start}");
                     }
                 }
+            }
+        }
+    }
+}
+
+/// Tokens, N, K, group.
+const INT4: [[usize; 4]; 3] = [[33, 70, 304, 128], [130, 37, 2104, 64], [5, 131, 8200, 8]];
+
+/// Also past a strip of widened rows, and the same bits with another number of threads, which cut the rows otherwise.
+#[test]
+fn int4_linear_rows_are_those_of_single_tokens() {
+    for isa in r1_cpu::Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        let one_thread = cpu(Some(isa), 1);
+        for [tokens, n, k, group] in INT4 {
+            let run = |cpu: &Cpu, rows: std::ops::Range<usize>| {
+                let mut random = Random(8);
+                let groups = k.div_ceil(group);
+                let words: Vec<u32> = (0..n * k / 8).map(|_| random.word() as u32).collect();
+                let zeros: Vec<f32> = (0..n * groups).map(|_| random.below(16) as f32).collect();
+                let w = Weight::Int4Group(Int4Group {
+                    codes: ids(cpu, &words, &[n, k / 8]),
+                    zeros: tensor(cpu, &zeros, &[n, groups], DType::F16),
+                    scales: tensor(cpu, &random.floats(n * groups), &[n, groups], DType::F16),
+                    group,
+                });
+                let x = tensor(cpu, &random.floats(tokens * k), &[tokens, k], DType::BF16);
+                let out = cpu.alloc(&[rows.len(), n], DType::F32).expect("room");
+                cpu.linear(&Activation::dense(x.rows(rows)), &w, &out);
+                bits(&read(cpu, &out))
+            };
+            let all = run(&one_thread, 0..tokens);
+            let three_threads = cpu(Some(isa), 3);
+            assert_eq!(run(&three_threads, 0..tokens), all, "{isa} [{n}, {k}]");
+            for count in [1, 2, 3, 4, 5] {
+                let start = tokens - count;
+                let part = run(&three_threads, start..tokens);
+                assert_eq!(part, all[start * n..], "{isa} [{n}, {k}]: {count} rows from {start}");
             }
         }
     }
@@ -123,21 +161,69 @@ struct Paged {
     latent: Vec<Vec<Vec<f32>>>,
 }
 
-fn paged(cpu: &Cpu, seqs: &[(usize, usize)], [latent_dim, width]: [usize; 2], max_blocks: usize) -> Paged {
+/// The cache holds `image` `[blocks, block, width]`; gives what it then stands for.
+fn filled_cache(
+    cpu: &Cpu,
+    dtype: DType,
+    [blocks, block]: [usize; 2],
+    [latent_dim, width]: [usize; 2],
+    image: &[f32],
+) -> (LatentCache<Cpu>, Vec<f32>) {
+    let rope_dim = width - latent_dim;
+    let cache = LatentCache::alloc(cpu, dtype, [blocks, block], latent_dim, rope_dim).expect("room");
+    let Some(fp8) = &cache.fp8 else {
+        cpu.upload(HostSlice::F32(image), &cache.data);
+        return (cache, image.to_vec());
+    };
+    let (mut codes, mut scales, mut rope) = (Vec::new(), Vec::new(), Vec::new());
+    for entry in image.chunks(width) {
+        for group in entry[..latent_dim].chunks(128) {
+            // Poison has a poisoned scale.
+            let scale = if group[0].is_nan() { f32::NAN } else { 1.0 / 448.0 };
+            codes.extend(group.iter().map(|value| value / scale));
+            scales.push(scale);
+        }
+        rope.extend_from_slice(&entry[latent_dim..]);
+    }
+    for (values, part) in [(codes, &cache.data), (scales, &fp8.scales), (rope, &fp8.rope)] {
+        cpu.upload(HostSlice::F32(&values), part);
+    }
+    let [codes, scales, rope] = [&cache.data, &fp8.scales, &fp8.rope].map(|part| read(cpu, part));
+    let groups = latent_dim.div_ceil(128);
+    let value = |i: usize| {
+        let (slot, column) = (i / width, i % width);
+        match column.checked_sub(latent_dim) {
+            Some(column) => rope[slot * rope_dim + column],
+            None => codes[slot * latent_dim + column] * scales[slot * groups + column / 128],
+        }
+    };
+    let held = (0..image.len()).map(value).collect();
+    (cache, held)
+}
+
+fn paged(
+    cpu: &Cpu,
+    seqs: &[(usize, usize)],
+    [latent_dim, width]: [usize; 2],
+    max_blocks: usize,
+    cache_dtype: DType,
+) -> Paged {
     const BLOCK: usize = 16;
     let mut image = vec![f32::NAN; max_blocks * seqs.len() * BLOCK * width];
     let mut table = vec![u32::MAX; seqs.len() * max_blocks];
-    let mut latent = Vec::new();
+    let mut slots = Vec::new();
     for (s, &(_, context)) in seqs.iter().enumerate() {
         // Content depends on the context alone, so that a sequence is the same wherever it lies.
         let mut random = Random(context as u64);
         let rows: Vec<Vec<f32>> = (0..context).map(|_| random.floats(width)).collect();
+        let mut slots_of = Vec::new();
         for (j, row) in rows.iter().enumerate() {
             let block = (j / BLOCK) * seqs.len() + (seqs.len() - 1 - s);
             table[s * max_blocks + j / BLOCK] = block as u32;
-            image[(block * BLOCK + j % BLOCK) * width..][..width].copy_from_slice(row);
+            slots_of.push(block * BLOCK + j % BLOCK);
+            image[slots_of[j] * width..][..width].copy_from_slice(row);
         }
-        latent.push(rows);
+        slots.push(slots_of);
     }
     let sums = |of: &dyn Fn(&(usize, usize)) -> usize| {
         let mut sums = vec![0u32];
@@ -149,8 +235,10 @@ fn paged(cpu: &Cpu, seqs: &[(usize, usize)], [latent_dim, width]: [usize; 2], ma
     let tokens = seqs.iter().map(|seq| seq.0).sum::<usize>();
     let context_len: Vec<u32> = seqs.iter().map(|seq| seq.1 as u32).collect();
     let zeros = vec![0u32; tokens];
-    let cache = cpu.alloc(&[max_blocks * seqs.len(), BLOCK, width], DType::F32).expect("room");
-    cpu.upload(HostSlice::F32(&image), &cache);
+    let (cache, held) =
+        filled_cache(cpu, cache_dtype, [max_blocks * seqs.len(), BLOCK], [latent_dim, width], &image);
+    let row = |&slot: &usize| held[slot * width..][..width].to_vec();
+    let latent = slots.iter().map(|slots| slots.iter().map(row).collect()).collect();
     Paged {
         batch: Batch {
             positions: ids(cpu, &zeros, &[tokens]),
@@ -165,7 +253,7 @@ fn paged(cpu: &Cpu, seqs: &[(usize, usize)], [latent_dim, width]: [usize; 2], ma
             prefill_context_tokens: 0,
             max_context_len: seqs.iter().map(|seq| seq.1).max().unwrap_or(0),
         },
-        cache: LatentCache { data: cache, latent_dim },
+        cache,
         latent,
     }
 }
@@ -183,8 +271,8 @@ const HEADS: usize = 5;
 const LATENT: usize = 40;
 const ROPE: usize = 6;
 
-fn attend(cpu: &Cpu, seqs: &[(usize, usize)]) -> (Vec<f32>, Paged) {
-    let paged = paged(cpu, seqs, [LATENT, LATENT + ROPE], 120);
+fn attend(cpu: &Cpu, seqs: &[(usize, usize)], cache_dtype: DType) -> (Vec<f32>, Paged) {
+    let paged = paged(cpu, seqs, [LATENT, LATENT + ROPE], 120, cache_dtype);
     let tokens = paged.batch.num_tokens;
     let q =
         |len: usize, salt| tensor(cpu, &queries(seqs, HEADS * len, salt), &[tokens, HEADS, len], DType::F32);
@@ -197,10 +285,19 @@ fn attend(cpu: &Cpu, seqs: &[(usize, usize)]) -> (Vec<f32>, Paged) {
 /// Long contexts: many tiles, several splits, in turn and side by side.
 #[test]
 fn attention_is_right_over_splits_and_the_same_however_it_is_cut() {
+    attention_however_it_is_cut(DType::F32);
+}
+
+#[test]
+fn attention_over_an_fp8_cache_is_right_and_the_same_however_it_is_cut() {
+    attention_however_it_is_cut(DType::F8E4M3);
+}
+
+fn attention_however_it_is_cut(cache_dtype: DType) {
     for isa in r1_cpu::Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
         let alone = cpu(Some(isa), 1);
         let seqs = [(1, 1800), (3, 700), (1, 512), (2, 513)];
-        let (together, paged) = attend(&alone, &seqs);
+        let (together, paged) = attend(&alone, &seqs, cache_dtype);
         let q_latent = queries(&seqs, HEADS * LATENT, 1);
         let q_rope = queries(&seqs, HEADS * ROPE, 2);
         let mut t = 0;
@@ -231,12 +328,16 @@ fn attention_is_right_over_splits_and_the_same_however_it_is_cut() {
         let mut start = 0;
         for seq in seqs {
             let len = seq.0 * HEADS * LATENT;
-            assert_eq!(bits(&attend(&many, &[seq]).0), bits(&together[start..][..len]), "{isa} {seq:?}");
+            assert_eq!(
+                bits(&attend(&many, &[seq], cache_dtype).0),
+                bits(&together[start..][..len]),
+                "{isa} {seq:?}"
+            );
             start += len;
         }
         // The last row of a chunk is what it is alone.
-        let whole = attend(&many, &[(40, 640)]).0;
-        let last = attend(&alone, &[(1, 640)]).0;
+        let whole = attend(&many, &[(40, 640)], cache_dtype).0;
+        let last = attend(&alone, &[(1, 640)], cache_dtype).0;
         assert_eq!(bits(&last), bits(&whole[whole.len() - HEADS * LATENT..]), "{isa}");
     }
 }
@@ -253,7 +354,7 @@ fn expanded_attention_does_not_depend_on_chunks() {
         let k_rope = tensor(&cpu, &random.floats(context * ROPE), &[context, ROPE], DType::F32);
         let run = |rows: usize| {
             let seqs = [(rows, context)];
-            let batch = paged(&cpu, &seqs, [LATENT, LATENT + ROPE], 10).batch;
+            let batch = paged(&cpu, &seqs, [LATENT, LATENT + ROPE], 10, DType::F32).batch;
             let q = tensor(&cpu, &queries(&seqs, HEADS * KEY, 3), &[rows, HEADS, KEY], DType::F32);
             let out = cpu.alloc(&[rows, HEADS, VALUE], DType::F32).expect("room");
             cpu.mla_attention_expanded(&q, &kv, &k_rope, &batch, 0..1, 0.4, &out);
@@ -389,7 +490,12 @@ fn other_rows_are_those_of_single_tokens() {
 #[test]
 fn rope_and_cache_rows_are_those_of_single_tokens() {
     for cpu in every_isa(3) {
-        for dtype in [DType::F32, DType::BF16] {
+        for [dtype, cache_dtype] in [
+            [DType::F32, DType::F32],
+            [DType::BF16, DType::BF16],
+            [DType::F32, DType::F8E4M3],
+            [DType::BF16, DType::F8E4M3],
+        ] {
             let (tokens, blocks, block) = (50, 5, 16);
             let norm = tensor(&cpu, &Random(1).floats(LATENT), &[LATENT], dtype);
             let rope =
@@ -401,22 +507,30 @@ fn rope_and_cache_rows_are_those_of_single_tokens() {
                 let kv = pick(&Random(4).floats(tokens * (LATENT + ROPE)), LATENT + ROPE);
                 let q = tensor(&cpu, &q, &[n, HEADS, ROPE], dtype);
                 let kv = tensor(&cpu, &kv, &[n, LATENT + ROPE], dtype);
-                let data = cpu.alloc(&[blocks, block, LATENT + ROPE], dtype).expect("room");
-                let mut batch = paged(&cpu, &[(n, n)], [LATENT, LATENT + ROPE], blocks).batch;
+                let mut batch = paged(&cpu, &[(n, n)], [LATENT, LATENT + ROPE], blocks, DType::F32).batch;
                 let slot = |t: usize| (t * 37 % (blocks * block)) as u32;
                 batch.positions = ids(&cpu, &rows.clone().map(|t| t as u32).collect::<Vec<_>>(), &[n]);
                 batch.slots = ids(&cpu, &rows.clone().map(slot).collect::<Vec<_>>(), &[n]);
-                let cache = LatentCache { data, latent_dim: LATENT };
+                let cache =
+                    LatentCache::alloc(&cpu, cache_dtype, [blocks, block], LATENT, ROPE).expect("room");
                 cpu.rope_cache(&q, &kv, &norm, 1e-6, &rope, &batch, &cache);
-                let cached = read(&cpu, &cache.data);
-                let row = |t: usize| cached[slot(t) as usize * (LATENT + ROPE)..][..LATENT + ROPE].to_vec();
-                (bits(&read(&cpu, &q)), rows.clone().map(|t| bits(&row(t))).collect::<Vec<_>>())
+                let beside = cache.fp8.iter().flat_map(|fp8| [&fp8.scales, &fp8.rope]);
+                let parts: Vec<_> = std::iter::once(&cache.data)
+                    .chain(beside)
+                    .map(|part| (read(&cpu, part), part.dim(2)))
+                    .collect();
+                let row = |t: usize| -> Vec<u32> {
+                    let of =
+                        |(part, width): &(Vec<f32>, usize)| bits(&part[slot(t) as usize * width..][..*width]);
+                    parts.iter().flat_map(of).collect()
+                };
+                (bits(&read(&cpu, &q)), rows.clone().map(row).collect::<Vec<_>>())
             };
             let (q, cached) = run(0..tokens);
             for rows in [0..1, 20..21, 49..50, 3..17] {
                 let (part, part_cached) = run(rows.clone());
                 assert_eq!(part, q[rows.start * HEADS * ROPE..rows.end * HEADS * ROPE], "{dtype} {rows:?}");
-                assert_eq!(part_cached, cached[rows.clone()], "{dtype} {rows:?}");
+                assert_eq!(part_cached, cached[rows.clone()], "{dtype} into {cache_dtype} {rows:?}");
             }
         }
     }

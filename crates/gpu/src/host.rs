@@ -18,8 +18,8 @@ pub(crate) fn e4m3_to_f32(code: u8) -> f32 {
     if code & 0x80 == 0 { value } else { -value }
 }
 
-/// The nearest E4M3 code, ties to even; saturates at 448; no -0.
-pub(crate) fn f32_to_e4m3(x: f32) -> u8 {
+/// The nearest E4M3 code, ties to even; saturates at 448. A device whose units read FNUZ gets no -0, which is NaN to them.
+pub(crate) fn f32_to_e4m3(x: f32, fnuz: bool) -> u8 {
     let sign = (x.to_bits() >> 24) as u8 & 0x80;
     let magnitude = x.abs();
     if x.is_nan() {
@@ -35,7 +35,47 @@ pub(crate) fn f32_to_e4m3(x: f32) -> u8 {
         let rounded = bits + 0x7_ffff + (bits >> 20 & 1);
         ((rounded >> 20) - (120 << 3)).min(0x7e) as u8
     };
-    if code == 0 { 0 } else { sign | code }
+    if fnuz && code == 0 { 0 } else { sign | code }
+}
+
+/// `bytes` of `dtype` from F32, rounded to nearest even; no -0 in E4M3 where the device is `fnuz`.
+pub(crate) fn narrow(dtype: DType, values: &[f32], bytes: &mut [u8], fnuz: bool) {
+    match dtype {
+        DType::BF16 => {
+            let pairs = bytes.as_chunks_mut().0.iter_mut().zip(values);
+            pairs.for_each(|(bytes, &x)| *bytes = bf16::from_f32(x).to_le_bytes());
+        }
+        DType::F16 => {
+            let pairs = bytes.as_chunks_mut().0.iter_mut().zip(values);
+            pairs.for_each(|(bytes, &x)| *bytes = half::f16::from_f32(x).to_le_bytes());
+        }
+        DType::F8E4M3 => bytes.iter_mut().zip(values).for_each(|(code, &x)| *code = f32_to_e4m3(x, fnuz)),
+        DType::F32 => {
+            let quads = bytes.as_chunks_mut().0.iter_mut().zip(values);
+            quads.for_each(|(bytes, x)| *bytes = x.to_le_bytes());
+        }
+        DType::U32 => panic!("ids are no floats"),
+    }
+}
+
+/// F32 from `bytes` of `dtype`.
+pub(crate) fn widen(dtype: DType, bytes: &[u8], values: &mut [f32]) {
+    match dtype {
+        DType::BF16 => {
+            let pairs = values.iter_mut().zip(bytes.as_chunks().0);
+            pairs.for_each(|(x, &bytes)| *x = bf16::from_le_bytes(bytes).to_f32());
+        }
+        DType::F16 => {
+            let pairs = values.iter_mut().zip(bytes.as_chunks().0);
+            pairs.for_each(|(x, &bytes)| *x = half::f16::from_le_bytes(bytes).to_f32());
+        }
+        DType::F8E4M3 => values.iter_mut().zip(bytes).for_each(|(x, &code)| *x = e4m3_to_f32(code)),
+        DType::F32 => {
+            let quads = values.iter_mut().zip(bytes.as_chunks().0);
+            quads.for_each(|(x, &bytes)| *x = f32::from_le_bytes(bytes));
+        }
+        DType::U32 => panic!("ids are no floats"),
+    }
 }
 
 /// Calls `visit` with each run of rows of a view, and where its bytes stand among the dense ones.
@@ -78,15 +118,14 @@ pub(crate) fn upload(gpu: &Gpu, src: HostSlice<'_>, dst: &Tensor<Gpu>) {
         }
         HostSlice::F32(values) => {
             check("upload", "dst", dst, values.len(), false);
-            match dst.dtype() {
-                DType::BF16 => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
-                DType::F16 => values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect(),
-                DType::F8E4M3 => values.iter().map(|&x| f32_to_e4m3(x)).collect(),
-                _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            }
+            let mut bytes = vec![0; values.len() * dst.dtype().size_bytes()];
+            narrow(dst.dtype(), values, &mut bytes, gpu.driver.info().fnuz);
+            bytes
         }
     };
-    rows_of(dst, |rows, from| gpu.note("upload", gpu.driver.write(&bytes[from..from + rows.size_bytes()], rows)));
+    rows_of(dst, |rows, from| {
+        gpu.note("upload", gpu.driver.write(&bytes[from..from + rows.size_bytes()], rows))
+    });
 }
 
 pub(crate) fn download(
@@ -99,6 +138,7 @@ pub(crate) fn download(
         HostSliceMut::U32(values) => check("download", "src", src, values.len(), true),
         HostSliceMut::F32(values) => check("download", "src", src, values.len(), false),
     }
+    gpu.settle_weights();
     let mut bytes = vec![0; src.num_elements() * src.dtype().size_bytes()];
     let mut result = Ok(());
     rows_of(src, |rows, from| {
@@ -111,21 +151,7 @@ pub(crate) fn download(
         HostSliceMut::U32(dst) => {
             dst.iter_mut().zip(bytes.as_chunks().0).for_each(|(dst, &src)| *dst = u32::from_le_bytes(src));
         }
-        HostSliceMut::F32(dst) => match src.dtype() {
-            DType::BF16 => {
-                let pairs = dst.iter_mut().zip(bytes.as_chunks().0);
-                pairs.for_each(|(dst, &src)| *dst = bf16::from_le_bytes(src).to_f32());
-            }
-            DType::F16 => {
-                let pairs = dst.iter_mut().zip(bytes.as_chunks().0);
-                pairs.for_each(|(dst, &src)| *dst = half::f16::from_le_bytes(src).to_f32());
-            }
-            DType::F8E4M3 => dst.iter_mut().zip(&bytes).for_each(|(dst, &src)| *dst = e4m3_to_f32(src)),
-            _ => {
-                let quads = dst.iter_mut().zip(bytes.as_chunks().0);
-                quads.for_each(|(dst, &src)| *dst = f32::from_le_bytes(src));
-            }
-        },
+        HostSliceMut::F32(dst) => widen(src.dtype(), &bytes, dst),
     }
     Ok(())
 }
@@ -138,17 +164,18 @@ mod tests {
     fn e4m3_codes_survive_and_values_take_the_nearest() {
         for code in 0..=255u8 {
             let value = e4m3_to_f32(code);
+            assert_eq!(f32_to_e4m3(value, false), code, "{value}");
             let want = if code == 0x80 { 0 } else { code };
-            assert_eq!(f32_to_e4m3(value), want, "{value}");
+            assert_eq!(f32_to_e4m3(value, true), want, "{value}");
         }
         for step in 0..40_000 {
             let x = step as f32 / 64.0 - 300.0;
             let gap = |code: u8| (e4m3_to_f32(code) - x).abs();
-            let found = gap(f32_to_e4m3(x));
+            let found = gap(f32_to_e4m3(x, false));
             let best = (0..=255).map(gap).filter(|gap| !gap.is_nan()).fold(f32::MAX, f32::min);
             assert_eq!(found, best, "{x}");
         }
-        assert_eq!(e4m3_to_f32(f32_to_e4m3(1e9)), 448.0);
-        assert_eq!(e4m3_to_f32(f32_to_e4m3(-1e9)), -448.0);
+        assert_eq!(e4m3_to_f32(f32_to_e4m3(1e9, false)), 448.0);
+        assert_eq!(e4m3_to_f32(f32_to_e4m3(-1e9, false)), -448.0);
     }
 }

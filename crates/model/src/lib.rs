@@ -8,8 +8,9 @@ mod load;
 mod mla;
 mod options;
 mod registry;
+mod shard;
 
 pub use deepseek::{DeepSeek, StageInput, StageOutput};
 pub use error::{ModelError, StepError};
-pub use options::{Fp8Compute, MlaForm, ModelOptions, WeightFormat};
+pub use options::{Fp8Compute, KvCacheFormat, MlaForm, ModelOptions, WeightFormat};
 pub use registry::{KnownModel, ModelStatus, Registry};

@@ -37,11 +37,25 @@ pub enum Fp8Compute {
     WeightsAndActivations,
 }
 
+/// How the KV cache keeps what it is given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KvCacheFormat {
+    /// In the activations' dtype.
+    #[default]
+    Activations,
+    /// Latents as E4M3 with an F32 scale per token and 128 channels, rotated keys in BF16: see [`LatentCache`].
+    ///
+    /// [`LatentCache`]: r1_backend::LatentCache
+    Fp8,
+}
+
 /// How a model is to run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelOptions {
-    /// Of activations and the KV cache: F32 or BF16.
+    /// Of activations: F32 or BF16.
     pub activation_dtype: DType,
+    /// What the KV cache holds.
+    pub kv_cache: KvCacheFormat,
     /// How weights are held.
     pub weights: WeightFormat,
     /// W8 or W8A8.
@@ -68,6 +82,20 @@ pub struct ModelOptions {
 }
 
 impl ModelOptions {
+    /// Bytes of KV cache per token over so many layers.
+    pub(crate) fn kv_bytes_per_token(&self, config: &ModelConfig, num_layers: usize) -> usize {
+        let (latent, rope) = (config.kv_lora_rank, config.qk_rope_head_dim);
+        num_layers * r1_backend::latent_bytes_per_token(self.kv_cache_dtype(), latent, rope)
+    }
+
+    /// Element type of the latent cache, as [`LatentCache::alloc`](r1_backend::LatentCache::alloc) takes it.
+    pub fn kv_cache_dtype(&self) -> DType {
+        match self.kv_cache {
+            KvCacheFormat::Activations => self.activation_dtype,
+            KvCacheFormat::Fp8 => DType::F8E4M3,
+        }
+    }
+
     /// Elements of the largest tensor that the ranks sum or gather in one step: the room that a communicator needs.
     pub fn max_collective_elements(&self, config: &ModelConfig) -> usize {
         (self.max_batched_tokens * config.hidden_size).max(self.max_logit_rows * config.vocab_size)

@@ -3,10 +3,11 @@
 use std::ops::Range;
 
 use candle_core::{D, DType, Device, Result, Tensor};
-use r1_backend::{Batch, LatentCache, RopeTable};
+use r1_backend::{Batch, LatentCache, NO_SLOT, RopeTable};
 
 use crate::Reference;
 use crate::storage::{View, read, read_stored, read_u32, write};
+use crate::weights::{latent_codes, latent_values};
 
 /// Rotates `x` `[T, H, R]` by the angles of `positions` `[T]`; pairs are (2i, 2i + 1).
 fn rotate(x: &Tensor, rope: &RopeTable<Reference>, positions: &View) -> Result<Tensor> {
@@ -35,29 +36,38 @@ pub(crate) fn rope_cache(
     let latent = crate::normed(&latent, &read(norm)?, eps)?;
     let k_rope = kv_a.narrow(1, cache.latent_dim, cache.rope_dim())?.unsqueeze(1)?;
     let k_rope = rotate(&k_rope, rope, &batch.positions)?.squeeze(1)?;
-    let entries = Tensor::cat(&[latent, k_rope], 1)?;
+    let parts = match &cache.fp8 {
+        None => vec![(&cache.data, Tensor::cat(&[latent, k_rope], 1)?)],
+        Some(fp8) => {
+            let [codes, scales] = latent_codes(&latent)?;
+            vec![(&cache.data, codes), (&fp8.scales, scales), (&fp8.rope, k_rope)]
+        }
+    };
 
-    for (token, slot) in read_u32(&batch.slots)?.into_iter().enumerate() {
+    let slots = read_u32(&batch.slots)?.into_iter().enumerate();
+    for (token, slot) in slots.filter(|&(_, slot)| slot != NO_SLOT) {
         let (block, place) = (slot as usize / cache.block_size(), slot as usize % cache.block_size());
-        let entry = cache.data.narrow(0, block..block + 1).narrow(1, place..place + 1);
-        write(&entry, &entries.narrow(0, token, 1)?.unsqueeze(0)?)?;
+        for (part, values) in &parts {
+            let entry = part.narrow(0, block..block + 1).narrow(1, place..place + 1);
+            write(&entry, &values.narrow(0, token, 1)?.unsqueeze(0)?)?;
+        }
     }
     Ok(())
 }
 
 /// Where one sequence's rows and context lie.
-struct Sequence {
+pub(crate) struct Sequence {
     /// Its rows of the batch.
-    rows: Range<usize>,
+    pub(crate) rows: Range<usize>,
     /// Tokens it has in the cache.
-    context_len: usize,
+    pub(crate) context_len: usize,
     /// Its row of the block table.
-    blocks: View,
+    pub(crate) blocks: View,
     /// Its rows of what `gather_latent` makes of the requested sequences.
     gathered: Range<usize>,
 }
 
-fn sequences(batch: &Batch<Reference>, seqs: Range<usize>) -> Result<Vec<Sequence>> {
+pub(crate) fn sequences(batch: &Batch<Reference>, seqs: Range<usize>) -> Result<Vec<Sequence>> {
     let query_start = read_u32(&batch.query_start)?;
     let context_len = read_u32(&batch.context_len)?;
     let context_start = read_u32(&batch.context_start)?;
@@ -75,13 +85,17 @@ fn sequences(batch: &Batch<Reference>, seqs: Range<usize>) -> Result<Vec<Sequenc
     Ok(seqs.map(sequence).collect())
 }
 
-/// A sequence's cached entries in order of position, `[context_len, C + R]` in the cache's dtype.
+/// A sequence's cached entries in order of position, `[context_len, C + R]` in the cache's dtype, F32 where that is FP8.
 fn cached(cache: &LatentCache<Reference>, seq: &Sequence) -> Result<Tensor> {
     let block_size = cache.block_size();
     let blocks = read_u32(&seq.blocks.narrow(1, 0..seq.context_len.div_ceil(block_size)))?;
     let slot = |p: usize| blocks[p / block_size] * block_size as u32 + (p % block_size) as u32;
     let slots = Tensor::from_iter((0..seq.context_len).map(slot), &Device::Cpu)?;
-    read_stored(&cache.data)?.flatten(0, 1)?.index_select(&slots, 0)
+    let rows = |part: &View| read_stored(part)?.flatten(0, 1)?.index_select(&slots, 0);
+    let data = rows(&cache.data)?;
+    let Some(fp8) = &cache.fp8 else { return Ok(data) };
+    let latent = latent_values(&data.to_dtype(DType::F32)?, &rows(&fp8.scales)?)?;
+    Tensor::cat(&[latent, rows(&fp8.rope)?.to_dtype(DType::F32)?], 1)
 }
 
 pub(crate) fn gather_latent(
@@ -90,7 +104,7 @@ pub(crate) fn gather_latent(
     seqs: Range<usize>,
     out: &View,
 ) -> Result<()> {
-    for seq in sequences(batch, seqs)? {
+    for seq in sequences(batch, seqs)?.into_iter().filter(|seq| seq.context_len > 0) {
         let entries = cached(cache, &seq)?;
         write(&out.rows(seq.gathered), &entries)?;
     }
@@ -107,7 +121,7 @@ fn causal_mask(n: usize, context_len: usize) -> Result<Tensor> {
 }
 
 /// `softmax(q kᵀ scale) v` under the causal mask. `q` `[H, n, D]`, `k` `[H, context, D]`, `v` `[H, context, U]`; gives `[n, H, U]`.
-fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32) -> Result<Tensor> {
+pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32) -> Result<Tensor> {
     let mask = causal_mask(q.dim(1)?, k.dim(1)?)?;
     let scores = (q.contiguous()?.matmul(&k.transpose(1, 2)?.contiguous()?)? * f64::from(scale))?;
     let probabilities = candle_nn::ops::softmax(&scores.broadcast_add(&mask)?, D::Minus1)?;
@@ -125,6 +139,11 @@ pub(crate) fn absorbed(
 ) -> Result<()> {
     let heads = out.dim(1);
     for seq in sequences(batch, seqs)? {
+        if seq.context_len == 0 {
+            let out = out.rows(seq.rows);
+            write(&out, &Tensor::zeros(out.shape(), DType::F32, &Device::Cpu)?)?;
+            continue;
+        }
         let q_latent = read(&q_latent.rows(seq.rows.clone()))?;
         let q_rope = read(&q_rope.rows(seq.rows.clone()))?;
         let q = Tensor::cat(&[q_latent, q_rope], 2)?.transpose(0, 1)?;

@@ -1,10 +1,10 @@
 //! Weights and FP8 activations as F32 matrices. Knows the block formats, no operation.
 
 use candle_core::{D, Device, Result, Tensor};
-use r1_backend::{Activation, Fp8Activation, Weight};
+use r1_backend::{Activation, Fp8Activation, Int4Group, Weight};
 
 use crate::Reference;
-use crate::storage::{self, read};
+use crate::storage::{self, read, read_u32};
 
 /// Channels per activation scale.
 const BLOCK: usize = 128;
@@ -25,7 +25,20 @@ pub(crate) fn dequantized(w: &Weight<Reference>) -> Result<Tensor> {
             let scales = read(scales)?.index_select(&block_of(0)?, 0)?.index_select(&block_of(1)?, 1)?;
             read(data)? * scales
         }
+        Weight::Int4Group(w) => dequantized_int4(w),
     }
+}
+
+fn dequantized_int4(w: &Int4Group<Reference>) -> Result<Tensor> {
+    let (n, k) = (w.out_features(), w.in_features());
+    let codes: Vec<f32> = read_u32(&w.codes)?
+        .into_iter()
+        .flat_map(|word| (0..8).map(move |i| (word >> (4 * i) & 15) as f32))
+        .collect();
+    let group_of = Tensor::from_iter((0..k).map(|i| (i / w.group) as u32), &Device::Cpu)?;
+    let zeros = read(&w.zeros)?.index_select(&group_of, 1)?;
+    let scales = read(&w.scales)?.index_select(&group_of, 1)?;
+    (Tensor::from_vec(codes, (n, k), &Device::Cpu)? - zeros)? * scales
 }
 
 /// `x` as `w` meets it: dequantised from its FP8 form where both are FP8.
@@ -43,6 +56,17 @@ pub(crate) fn round_trip(x: &Tensor, power_of_two_scales: bool) -> Result<Tensor
     let scales = expand(&scales_of(x, power_of_two_scales)?, x.dim(1)?)?;
     let codes = (x / &scales)?.to_dtype(candle_core::DType::F8E4M3)?;
     codes.to_dtype(candle_core::DType::F32)? * scales
+}
+
+/// Codes, to be rounded when they are written, and scales of `x` `[T, C]` F32 in an FP8 latent cache.
+pub(crate) fn latent_codes(x: &Tensor) -> Result<[Tensor; 2]> {
+    let scales = scales_of(x, false)?;
+    Ok([(x / expand(&scales, x.dim(1)?)?)?, scales])
+}
+
+/// What `codes` `[T, C]` F32 with `scales` `[T, ceil(C / 128)]` stand for.
+pub(crate) fn latent_values(codes: &Tensor, scales: &Tensor) -> Result<Tensor> {
+    codes * expand(scales, codes.dim(1)?)?
 }
 
 /// Writes the FP8 form of `dense`. Source: `act_quant` of DeepSeek-V3's published inference code.

@@ -2,9 +2,9 @@
 
 use r1_core::DType;
 
-use super::paged::{CacheSlab, PUBLISHED, SIZES, Sizes, Step, Tables, Turn, steps};
+use super::paged::{CacheSlab, PUBLISHED, RAGGED_GROUPS, SIZES, Sizes, Step, Tables, Turn, steps};
 use super::random::{Random, seeded};
-use super::rounding::{Tolerance, assert_close};
+use super::rounding::{Tolerance, assert_close, e4m3_spacing};
 use super::slab::{LAYOUTS, Layout, Slab, imported};
 use super::{naive, settle};
 use crate::{Backend, RopeTable};
@@ -35,6 +35,28 @@ fn cases<B: Backend>(backend: &B, mut check: impl FnMut(Sizes, &[Turn], usize, D
     }
 }
 
+/// Element types of caches to try beside activations of `dtype`: the same, and the FP8 form where the backend has it.
+pub(super) fn cache_dtypes<B: Backend>(backend: &B, dtype: DType) -> Vec<DType> {
+    let fp8 = backend.capabilities().cache_dtypes.contains(&DType::F8E4M3);
+    [dtype].into_iter().chain(fp8.then_some(DType::F8E4M3)).collect()
+}
+
+/// As [`cases`], with the element types of activations and cache, and groups of FP8 scales that end inside an entry.
+fn cached_cases<B: Backend>(backend: &B, mut check: impl FnMut(Sizes, &[Turn], usize, [DType; 2])) {
+    cases(backend, |sizes, turns, block_size, dtype| {
+        for cache_dtype in cache_dtypes(backend, dtype) {
+            check(sizes, turns, block_size, [dtype, cache_dtype]);
+        }
+    });
+    for dtype in backend.capabilities().activation_dtypes {
+        for &cache_dtype in &cache_dtypes(backend, dtype)[1..] {
+            for (turns, block_size) in steps().iter().zip(BLOCK_SIZES.into_iter().cycle()) {
+                check(RAGGED_GROUPS, turns, block_size, [dtype, cache_dtype]);
+            }
+        }
+    }
+}
+
 /// Cosines and sines of every position, scaled as YaRN may scale them.
 pub(super) fn rope_table<B: Backend>(backend: &B, rope_dim: usize) -> (RopeTable<B>, Vec<f64>) {
     let pairs = rope_dim / 2;
@@ -53,9 +75,12 @@ pub(super) fn rope_table<B: Backend>(backend: &B, rope_dim: usize) -> (RopeTable
 /// cache may be wider than the activations.
 pub fn rope_cache<B: Backend>(backend: &B) {
     seeded("rope_cache", |random| {
-        cases(backend, |sizes, turns, block_size, dtype| {
-            let cache_dtypes = backend.capabilities().activation_dtypes;
-            let cache_dtype = cache_dtypes[random.below(cache_dtypes.len())];
+        cached_cases(backend, |sizes, turns, block_size, [dtype, mut cache_dtype]| {
+            if cache_dtype == dtype {
+                let mut dense = backend.capabilities().cache_dtypes;
+                dense.retain(|dtype| *dtype != DType::F8E4M3);
+                cache_dtype = dense[random.below(dense.len())];
+            }
             check_rope_cache(backend, random, sizes, turns, block_size, [dtype, cache_dtype]);
         });
     });
@@ -78,12 +103,18 @@ fn check_rope_cache<B: Backend>(
     let tokens = step.batch.num_tokens;
     let q_rope = Slab::normal(backend, random, &[tokens, sizes.heads, sizes.rope], dtype, Layout::Gaps, 1.0);
     let layout = LAYOUTS[random.below(2)];
-    let kv_a = Slab::normal(backend, random, &[tokens, sizes.entry()], dtype, layout, 1.0);
+    let mut values = random.normals(tokens * sizes.entry(), 1.0);
+    // A latent of zeros has a scale, too.
+    values[..sizes.latent].fill(0.0);
+    let kv_a = Slab::floats(backend, &[tokens, sizes.entry()], dtype, layout, &values);
 
     backend.rope_cache(&q_rope.view, &kv_a.view, &norm, EPS, &rope, &step.batch, &cache.cache);
     settle(backend, "rope_cache");
 
-    let mut entries = cache.slab.host.clone();
+    let what = format!("rope_cache {sizes:?} {turns:?} {dtype} into {cache_dtype}");
+    let found = cache.read(backend);
+    let mut unchanged = vec![true; tables.num_blocks * block_size];
+    let (mut written, mut entries) = (Vec::new(), Vec::new());
     let mut rotated = Vec::new();
     for (turn, (seq, rows)) in turns.iter().zip(step.rows.iter().enumerate()) {
         for (row, position) in rows.clone().zip(turn.cached..) {
@@ -95,23 +126,43 @@ fn check_rope_cache<B: Backend>(
             let kv_a = &kv_a.host[row * sizes.entry()..][..sizes.entry()];
             let mut entry = naive::rms_norm(&kv_a[..sizes.latent], &norm_values, EPS);
             entry.extend(naive::rotate(&kv_a[sizes.latent..], angles));
-            let at = tables.slot(seq, position) * sizes.entry();
-            entries[at..at + sizes.entry()].copy_from_slice(&entry);
+            let slot = tables.slot(seq, position);
+            unchanged[slot] = false;
+            match found(slot).as_slice() {
+                [codes, scales, rope] => {
+                    assert_fp8_latent(&what, codes, scales, &entry[..sizes.latent]);
+                    written.extend_from_slice(rope);
+                    entries.extend_from_slice(&entry[sizes.latent..]);
+                }
+                whole => {
+                    written.extend_from_slice(&whole[0]);
+                    entries.extend_from_slice(&entry);
+                }
+            }
         }
     }
-    let what = format!("rope_cache {sizes:?} {turns:?} {dtype} into {cache_dtype}");
     assert_close(&what, &q_rope.read(backend), &rotated, Tolerance::rounded_once(dtype));
-    let found = cache.slab.read(backend);
-    for (index, (&now, &before)) in found.iter().zip(&cache.slab.host).enumerate() {
-        let untouched = entries[index].is_nan();
-        assert!(!untouched || now.is_nan(), "{what}: wrote {now} to element {index}, which was {before}");
+    let kept = if cache_dtype == DType::F8E4M3 { DType::BF16 } else { cache_dtype };
+    assert_close(&what, &written, &entries, Tolerance::rounded_once(kept));
+    for slot in (0..unchanged.len()).filter(|slot| unchanged[*slot]) {
+        cache.assert_slot_unchanged(&what, slot, &found(slot));
     }
-    let written = |values: &[f64]| -> Vec<f64> {
-        values.iter().zip(&entries).filter(|(_, entry)| !entry.is_nan()).map(|(value, _)| *value).collect()
-    };
-    assert_close(&what, &written(&found), &written(&entries), Tolerance::rounded_once(cache_dtype));
     kv_a.assert_unchanged(backend);
     step.assert_unchanged(backend);
+}
+
+/// Checks that codes and scales are those of normed values that were computed in F32.
+#[track_caller]
+fn assert_fp8_latent(what: &str, codes: &[f64], scales: &[f64], want: &[f64]) {
+    // What the norm may be off by.
+    const RELATIVE: f64 = 1e-5;
+    let want_scales = naive::fp8_scales(want, want.len(), false);
+    assert_close(what, scales, &want_scales, Tolerance { relative: RELATIVE, of_rms: 0.0 });
+    for (i, (code, value)) in codes.iter().zip(want).enumerate() {
+        let exact = (value / scales[i / 128]).clamp(-448.0, 448.0);
+        let allowed = e4m3_spacing(exact) * 0.5 + exact.abs() * RELATIVE;
+        assert!((code - exact).abs() <= allowed, "{what}: channel {i} is {code}, expected {exact}");
+    }
 }
 
 /// Random rows for the sequences `seqs`, poison for all others.
@@ -135,7 +186,7 @@ fn queries<B: Backend>(
 
 /// Compares the rows of `seqs`; all others must still be poison.
 #[track_caller]
-fn assert_rows<B: Backend>(
+pub(super) fn assert_rows<B: Backend>(
     what: &str,
     backend: &B,
     out: &Slab<B>,
@@ -159,14 +210,14 @@ fn assert_rows<B: Backend>(
 /// [`Backend::mla_attention`]: mixed batches, ranges of sequences, poison behind every context.
 pub fn mla_attention<B: Backend>(backend: &B) {
     seeded("mla_attention", |random| {
-        cases(backend, |sizes, turns, block_size, dtype| {
+        cached_cases(backend, |sizes, turns, block_size, [dtype, cache_dtype]| {
             let tables = Tables::new(random, block_size, context_lens(turns).into_iter());
             let step = Step::new(backend, &tables, turns);
-            let cache = CacheSlab::new(backend, random, &tables, sizes, dtype, &context_lens(turns));
+            let cache = CacheSlab::new(backend, random, &tables, sizes, cache_dtype, &context_lens(turns));
             for seqs in step.ranges() {
                 check_mla_attention(backend, random, sizes, dtype, &tables, &step, &cache, seqs);
             }
-            cache.slab.assert_unchanged(backend);
+            cache.assert_unchanged(backend);
             step.assert_unchanged(backend);
         });
     });
@@ -213,17 +264,18 @@ fn check_mla_attention<B: Backend>(
             want[row] = Some(by_head.collect());
         }
     }
-    let what = format!("mla_attention {sizes:?} {:?} seqs {seqs:?} {dtype}", step.turns);
+    let held = cache.cache.data.dtype();
+    let what = format!("mla_attention {sizes:?} {:?} seqs {seqs:?} {dtype} over {held}", step.turns);
     assert_rows(&what, backend, &out, &want, Tolerance::rounded_between(dtype));
 }
 
-/// [`Backend::gather_latent`]: bit for bit.
+/// [`Backend::gather_latent`]: bit for bit what a dense cache holds, and rounded once what an FP8 one stands for.
 pub fn gather_latent<B: Backend>(backend: &B) {
     seeded("gather_latent", |random| {
-        cases(backend, |sizes, turns, block_size, dtype| {
+        cached_cases(backend, |sizes, turns, block_size, [dtype, cache_dtype]| {
             let tables = Tables::new(random, block_size, context_lens(turns).into_iter());
             let step = Step::new(backend, &tables, turns);
-            let cache = CacheSlab::new(backend, random, &tables, sizes, dtype, &context_lens(turns));
+            let cache = CacheSlab::new(backend, random, &tables, sizes, cache_dtype, &context_lens(turns));
             for seqs in step.ranges() {
                 let want: Vec<f64> = seqs
                     .clone()
@@ -236,7 +288,12 @@ pub fn gather_latent<B: Backend>(backend: &B) {
                 backend.gather_latent(&cache.cache, &step.batch, seqs, &out.view);
                 settle(backend, "gather_latent");
                 let found = out.read(backend);
-                assert_eq!(found[..want.len()], want, "gather_latent {turns:?}");
+                let what = format!("gather_latent {sizes:?} {turns:?} {dtype} from {cache_dtype}");
+                if cache_dtype == dtype {
+                    assert_eq!(found[..want.len()], want, "{what}");
+                } else {
+                    assert_close(&what, &found[..want.len()], &want, Tolerance::rounded_once(dtype));
+                }
                 assert!(
                     found[want.len()..].iter().all(|v| v.is_nan()),
                     "gather_latent wrote past the contexts"
@@ -336,8 +393,7 @@ pub fn mla_attention_range<B: Backend>(backend: &B) {
         );
         settle(backend, "mla_attention");
         // Every output lies between the least and the largest of its values.
-        let largest =
-            cache.slab.host.iter().filter(|v| !v.is_nan()).fold(0.0, |max: f64, v| max.max(v.abs()));
+        let largest = cache.host.iter().filter(|v| !v.is_nan()).fold(0.0, |max: f64, v| max.max(v.abs()));
         for value in out.read(backend) {
             assert!(
                 value.abs() <= largest * 1.0001,

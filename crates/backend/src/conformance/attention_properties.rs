@@ -3,7 +3,7 @@
 
 use r1_core::DType;
 
-use super::attention::rope_table;
+use super::attention::{cache_dtypes, rope_table};
 use super::paged::{CacheSlab, SIZES, Sizes, Step, Tables, Turn};
 use super::random::{Random, seeded};
 use super::rounding::{Tolerance, assert_close};
@@ -18,6 +18,7 @@ const SCALE: f32 = 0.2;
 struct Layer<B: Backend> {
     sizes: Sizes,
     dtype: DType,
+    cache_dtype: DType,
     kv_b: Weight<B>,
     norm: Tensor<B>,
     rope: RopeTable<B>,
@@ -39,7 +40,7 @@ impl<B: Backend> Layer<B> {
         backend: &B,
         random: &mut Random,
         sizes: Sizes,
-        dtype: DType,
+        [dtype, cache_dtype]: [DType; 2],
         format: Format,
         lens: &[usize],
     ) -> Self {
@@ -50,6 +51,7 @@ impl<B: Backend> Layer<B> {
         Self {
             sizes,
             dtype,
+            cache_dtype,
             kv_b,
             norm,
             rope: rope_table(backend, rope).0,
@@ -129,7 +131,7 @@ impl<B: Backend> Layer<B> {
 
     /// A cache with nothing in it.
     fn cache(&self, backend: &B, random: &mut Random, tables: &Tables) -> LatentCache<B> {
-        CacheSlab::new(backend, random, tables, self.sizes, self.dtype, &[]).cache
+        CacheSlab::new(backend, random, tables, self.sizes, self.cache_dtype, &[]).cache
     }
 
     /// Each sequence whole, in a batch of its own.
@@ -145,7 +147,7 @@ impl<B: Backend> Layer<B> {
     }
 }
 
-/// Runs `check` on a layer of every activation type and some sequences.
+/// Runs `check` on a layer of every activation type, with every kind of cache, and some sequences.
 fn layers<B: Backend>(
     backend: &B,
     check_name: &'static str,
@@ -155,10 +157,12 @@ fn layers<B: Backend>(
     seeded(check_name, |random| {
         for sizes in SIZES {
             for dtype in backend.capabilities().activation_dtypes {
-                for format in [Format::Dense(dtype), Format::Fp8([0, 0])] {
-                    let layer = Layer::new(backend, random, sizes, dtype, format, lens);
-                    let tables = Tables::new(random, 16, lens.iter().copied());
-                    check(random, &layer, &tables);
+                for cache_dtype in cache_dtypes(backend, dtype) {
+                    for format in [Format::Dense(dtype), Format::Fp8([0, 0])] {
+                        let layer = Layer::new(backend, random, sizes, [dtype, cache_dtype], format, lens);
+                        let tables = Tables::new(random, 16, lens.iter().copied());
+                        check(random, &layer, &tables);
+                    }
                 }
             }
         }
@@ -170,7 +174,12 @@ pub fn absorbed_equals_expanded<B: Backend>(backend: &B) {
     layers(backend, "absorbed_equals_expanded", &[37, 1, 20], |random, layer, tables| {
         let absorbed = layer.alone(backend, random, tables, Form::Absorbed);
         let expanded = layer.alone(backend, random, tables, Form::Expanded);
-        let tolerance = Tolerance::rounded_between(layer.dtype);
+        let mut tolerance = Tolerance::rounded_between(layer.dtype);
+        if layer.cache_dtype == DType::F8E4M3 && layer.dtype != DType::F32 {
+            // Gathered latents are rounded to the activations' type, those that the absorbed form reads need not be; and an
+            // error of a latent is one of all channels of a key.
+            tolerance.of_rms *= 4.0;
+        }
         assert_close("absorbed and expanded", &absorbed.concat(), &expanded.concat(), tolerance);
     });
 }

@@ -10,13 +10,13 @@ use super::paged::{CacheSlab, SIZES, Step, Tables, Turn};
 use super::random::{Random, seeded};
 use super::slab::{Format, weight};
 use crate::{
-    Activation, Backend, Experts, HeadForm, HeadWeight, LogprobsOut, MlpWeights, Routing, RowSampling,
-    SamplingBatch, ScoreFunction, Tensor,
+    Activation, Backend, Experts, Fp8Latent, HeadForm, HeadWeight, LatentCache, LogprobsOut, MlpWeights,
+    Routing, RowSampling, SamplingBatch, ScoreFunction, Tensor,
 };
 
 /// Runs `operation`, which must panic with `argument: `.
 #[track_caller]
-fn refuses(operation_and_argument: &str, operation: impl FnOnce()) {
+pub(super) fn refuses(operation_and_argument: &str, operation: impl FnOnce()) {
     let panic: Box<dyn Any + Send> = match catch_unwind(AssertUnwindSafe(operation)) {
         Err(panic) => panic,
         Ok(()) => panic!("{operation_and_argument}: a wrong shape was taken"),
@@ -34,6 +34,8 @@ pub fn shape_panics<B: Backend>(backend: &B) {
         rows_and_matrices(backend, random);
         attention(backend, random);
         routing_and_sampling(backend, random);
+        super::gqa::shape_panics(backend, random);
+        super::int4::shape_panics(backend, random);
     });
 }
 
@@ -89,6 +91,20 @@ fn attention<B: Backend>(backend: &B, random: &mut Random) {
         let q_latent = f(&[tokens, heads, latent]);
         backend.mla_attention(&q_latent, &q_rope, cache, batch, 0..2, 1.0, &f(&[tokens, heads, latent]));
     });
+    if backend.capabilities().cache_dtypes.contains(&DType::F8E4M3) {
+        let part = |shape: &[usize], dtype| backend.alloc(shape, dtype).expect("a small cache");
+        let gather = |data: Tensor<B>, scales: &[usize], rope: usize| {
+            let scales = f(scales);
+            let rope = part(&[2, 4, rope], DType::BF16);
+            let cache = LatentCache { data, latent_dim: latent, fp8: Some(Fp8Latent { scales, rope }) };
+            backend.gather_latent(&cache, batch, 0..1, &f(&[tokens, sizes.entry()]));
+        };
+        let codes = || part(&[2, 4, latent], DType::F8E4M3);
+        refuses("gather_latent: cache has dtype", || gather(f(&[2, 4, latent]), &[2, 4, 1], rope));
+        refuses("gather_latent: cache.scales", || gather(codes(), &[2, 4, 2], rope));
+        refuses("gather_latent: cache.scales", || gather(codes(), &[2, 3, 1], rope));
+        refuses("gather_latent: out", || gather(codes(), &[2, 4, 1], rope + 2));
+    }
     refuses("gather_latent: out", || backend.gather_latent(cache, batch, 0..1, &f(&[tokens, latent])));
     refuses("mla_attention_expanded: kv", || {
         let (q, kv) = (f(&[tokens, heads, 3 + rope]), f(&[tokens, heads, 3]));

@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use r1_backend::{Batch, LatentCache, Tensor, shape};
 
+use super::latent::LatentIn;
 use super::rows::Pages;
 use super::softmax::State;
 use crate::Cpu;
@@ -36,7 +37,7 @@ pub(crate) fn mla_attention(
 ) {
     shape::mla_attention(q_latent, q_rope, cache, batch, seqs, out);
     let (q_latent, q_rope) = (In::new(OP, "q_latent", q_latent), In::new(OP, "q_rope", q_rope));
-    let data = In::new(OP, "cache", &cache.data);
+    let cache = LatentIn::new(OP, cache);
     let query_start = In::new(OP, "batch.query_start", &batch.query_start);
     let context_len = In::new(OP, "batch.context_len", &batch.context_len);
     let table = In::new(OP, "batch.block_table", &batch.block_table);
@@ -58,12 +59,14 @@ pub(crate) fn mla_attention(
         // The last sequence that begins at or before the token; sequences without rows begin where the next one does.
         let seq = query_start[..=seqs.end].partition_point(|&start| start as usize <= token) - 1;
         let later = query_start[seq + 1] as usize - token - 1;
-        let seen = (context_len[seq] as usize).checked_sub(later).filter(|&seen| seen > 0);
+        let context = context_len[seq] as usize;
+        // Padding has a row and no context.
+        let seen = context.checked_sub(later).filter(|&seen| seen > 0 || context == 0);
         Task {
             token,
             heads: head..(head + per_group).min(heads),
             seen: seen.unwrap_or_else(|| panic!("{OP}: sequence {seq} has more rows than context")),
-            pages: Pages { cache: data.cube(), table: table.u32_row(seq), op: OP },
+            pages: Pages { cache: cache.entries(), table: table.u32_row(seq), op: OP },
             q: [q_latent.cube(), q_rope.cube()],
             latent,
             scale,
@@ -105,7 +108,8 @@ pub(crate) fn mla_attention(
                     parts.part(group * wave * state_floats, splits * state_floats),
                 )
             };
-            let last = begin + splits == task.splits() && splits > 0;
+            // A row without context has its zeros written by the first wave.
+            let last = begin + splits == task.splits() && (splits > 0 || begin == 0);
             cpu.isa.run(Merge { task, begin, state, parts, state_floats, out: last.then_some(out) });
         });
     }
@@ -115,7 +119,7 @@ pub(crate) fn mla_attention(
 struct Task<'a> {
     token: usize,
     heads: Range<usize>,
-    /// Cached tokens that it sees.
+    /// Cached tokens that it sees; none where it is padding.
     seen: usize,
     pages: Pages<'a>,
     /// Latent and rope parts of the queries.

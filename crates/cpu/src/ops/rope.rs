@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
-use r1_backend::{Batch, LatentCache, RopeTable, Tensor, shape};
+use r1_backend::{Batch, LatentCache, NO_SLOT, RopeTable, Tensor, shape};
 
+use super::latent::{EntriesMut, LatentOut};
 use super::norm::normed;
 use super::{Chunks, TASKS_PER_THREAD, widened_vector};
 use crate::Cpu;
@@ -28,8 +29,8 @@ pub(crate) fn rope_cache(
     let positions = In::new(OP, "batch.positions", &batch.positions);
     let slots = In::new(OP, "batch.slots", &batch.slots);
     let mut q_rope = Out::new(OP, "q_rope", q_rope);
-    let mut data = Out::new(OP, "cache", &cache.data);
-    let (kv_a, q_rope, data) = (kv_a.mat(), q_rope.cube(), data.cube());
+    let mut cache = LatentOut::new(OP, cache);
+    let (kv_a, q_rope, cache) = (kv_a.mat(), q_rope.cube(), cache.entries());
     let rotation = Rotation { cos_sin: cos_sin.mat(), positions: positions.u32s() };
     let slots = slots.u32s();
     let [tokens, heads, dim] = q_rope.shape;
@@ -46,7 +47,7 @@ pub(crate) fn rope_cache(
     pool.run(owners, &|task, scratch| {
         let bufs = scratch.floats.parts([kv_a.cols, kv_a.cols]);
         let owner = (task, owners);
-        cpu.isa.run(WriteCache { kv_a, norm, eps, rotation, slots, owner, cache: data, bufs });
+        cpu.isa.run(WriteCache { kv_a, norm, eps, rotation, slots, owner, cache, bufs });
     });
 }
 
@@ -101,18 +102,17 @@ struct WriteCache<'a> {
     slots: &'a [u32],
     /// Of so many tasks, this one writes the slots that leave this remainder.
     owner: (usize, usize),
-    /// `[num_blocks, block_size, C + R]`.
-    cache: CubeMut<'a>,
+    cache: EntriesMut<'a>,
     bufs: [&'a mut [f32]; 2],
 }
 
 impl Kernel for WriteCache<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let [num_blocks, block_size, _] = self.cache.shape;
+        let (num_blocks, block_size) = (self.cache.num_blocks(), self.cache.block_size());
         let latent = self.norm.len();
         let [row, out] = self.bufs;
-        for (token, &slot) in self.slots.iter().enumerate() {
+        for (token, &slot) in self.slots.iter().enumerate().filter(|(_, slot)| **slot != NO_SLOT) {
             let slot = slot as usize;
             if slot % self.owner.1 != self.owner.0 {
                 continue;
@@ -126,7 +126,7 @@ impl Kernel for WriteCache<'_> {
             out[latent..].copy_from_slice(&row[latent..]);
             self.rotation.apply(token, &mut out[latent..]);
             // SAFETY: the slot belongs to this task.
-            unsafe { self.cache.outer(slot / block_size).write(s, slot % block_size, 0, out) };
+            unsafe { self.cache.write(s, slot / block_size, slot % block_size, out) };
         }
     }
 }

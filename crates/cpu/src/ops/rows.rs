@@ -5,9 +5,10 @@ use std::ops::Range;
 use r1_backend::{Batch, LatentCache, Tensor, shape};
 
 use super::Chunks;
+use super::latent::{Entries, LatentIn};
 use crate::Cpu;
 use crate::simd::{Kernel, Simd};
-use crate::view::{Cube, In, Mat, MatMut, Out};
+use crate::view::{In, Mat, MatMut, Out};
 
 pub(crate) fn feed_tokens(drawn: &Tensor<Cpu>, from: &Tensor<Cpu>, ids: &Tensor<Cpu>) {
     const OP: &str = "feed_tokens";
@@ -78,17 +79,17 @@ impl Kernel for CopyRow<'_> {
 /// Where the tokens of one sequence lie in the paged cache.
 #[derive(Clone, Copy)]
 pub(crate) struct Pages<'a> {
-    pub(crate) cache: Cube<'a>,
+    pub(crate) cache: Entries<'a>,
     pub(crate) table: &'a [u32],
     /// The operation, for messages.
     pub(crate) op: &'static str,
 }
 
 impl Pages<'_> {
-    /// Reads the cached row of token `j`, columns `0..dst.len()`.
+    /// Reads the cached entry of token `j`.
     #[inline(always)]
     pub(crate) fn read<S: Simd>(&self, s: S, j: usize, dst: &mut [f32]) {
-        let [num_blocks, block_size, _] = self.cache.shape;
+        let (num_blocks, block_size) = (self.cache.num_blocks(), self.cache.block_size());
         let (entry, offset) = (j / block_size, j % block_size);
         assert!(
             entry < self.table.len(),
@@ -98,7 +99,7 @@ impl Pages<'_> {
         );
         let block = self.table[entry] as usize;
         assert!(block < num_blocks, "{}: block {block} of {num_blocks}", self.op);
-        self.cache.outer(block).read(s, offset, 0, dst);
+        self.cache.read(s, block, offset, dst);
     }
 }
 
@@ -111,7 +112,7 @@ pub(crate) fn gather_latent(
 ) {
     const OP: &str = "gather_latent";
     shape::gather_latent(cache, batch, seqs, out);
-    let data = In::new(OP, "cache", &cache.data);
+    let cache = LatentIn::new(OP, cache);
     let start = In::new(OP, "batch.context_start", &batch.context_start);
     let len = In::new(OP, "batch.context_len", &batch.context_len);
     let table = In::new(OP, "batch.block_table", &batch.block_table);
@@ -119,7 +120,7 @@ pub(crate) fn gather_latent(
     let (start, len, out) = (start.u32s(), len.u32s(), out.mat());
     let mut engine = cpu.engine();
     for seq in seqs.clone() {
-        let pages = Pages { cache: data.cube(), table: table.u32_row(seq), op: OP };
+        let pages = Pages { cache: cache.entries(), table: table.u32_row(seq), op: OP };
         let first = (start[seq] - start[seqs.start]) as usize;
         let tokens = len[seq] as usize;
         assert!(

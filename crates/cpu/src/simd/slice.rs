@@ -169,6 +169,30 @@ pub(crate) unsafe fn widen<S: Simd, E: Elem>(s: S, src: *const E, dst: &mut [f32
     }
 }
 
+/// Widens `dst.len()` elements times `scale`, each product rounded once.
+///
+/// # Safety
+/// They can be read at `src`.
+#[inline(always)]
+pub(crate) unsafe fn widen_scaled<S: Simd, E: Elem>(s: S, src: *const E, scale: f32, dst: &mut [f32]) {
+    let scale = s.splat(scale * E::FACTOR);
+    let whole = dst.len() / S::LANES * S::LANES;
+    let mut i = 0;
+    while i < whole {
+        // SAFETY: `i + LANES <= len` of both.
+        unsafe { s.store(dst.as_mut_ptr().add(i), s.mul(E::load_exact(s, src.add(i)), scale)) };
+        i += S::LANES;
+    }
+    let n = dst.len() - whole;
+    if n > 0 {
+        // SAFETY: `n < LANES` elements are left of both.
+        unsafe {
+            let v = s.mul(E::load_n(s, src.add(whole), n), scale);
+            s.store_n(dst.as_mut_ptr().add(whole), n, v);
+        }
+    }
+}
+
 /// Reads `dst.len()` elements of any float type.
 ///
 /// # Safety

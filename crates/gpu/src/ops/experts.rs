@@ -1,5 +1,16 @@
 //! Routed experts. Kernels: `kernels/experts.cu`.
-use r1_backend::{Activation, BackendError, Experts, MlpWeights, Tensor};
 use crate::Gpu;
-pub(crate) fn expert_table(_: &Gpu, _: &[MlpWeights<Gpu>]) -> Result<Tensor<Gpu>, BackendError> { panic!("to be written") }
-pub(crate) fn experts(_: &Gpu, _: &Activation<Gpu>, _: &Tensor<Gpu>, _: &Tensor<Gpu>, _: &Experts<Gpu>, _: &Tensor<Gpu>) { panic!("to be written") }
+use r1_backend::{Activation, BackendError, Experts, MlpWeights, Tensor};
+pub(crate) fn expert_table(_: &Gpu, _: &[MlpWeights<Gpu>]) -> Result<Tensor<Gpu>, BackendError> {
+    panic!("to be written")
+}
+pub(crate) fn experts(
+    _: &Gpu,
+    _: &Activation<Gpu>,
+    _: &Tensor<Gpu>,
+    _: &Tensor<Gpu>,
+    _: &Experts<Gpu>,
+    _: &Tensor<Gpu>,
+) {
+    panic!("to be written")
+}

@@ -1,4 +1,18 @@
-//! One matrix per head. Kernels: `kernels/per_head.cu`.
-use r1_backend::{HeadWeight, Tensor};
+//! One matrix per head. Kernels: `kernels/per_head.cu`, `kernels/gemm.cu`.
+
+use r1_backend::{HeadForm, HeadWeight, Tensor, shape};
+
+use super::linear::{Operand, gemm};
 use crate::Gpu;
-pub(crate) fn per_head(_: &Gpu, _: &Tensor<Gpu>, _: &HeadWeight<Gpu>, _: &Tensor<Gpu>) { panic!("to be written") }
+
+pub(crate) fn per_head(gpu: &Gpu, x: &Tensor<Gpu>, w: &HeadWeight<Gpu>, out: &Tensor<Gpu>) {
+    shape::per_head(x, w, out);
+    let operand = Operand {
+        x: x.clone(),
+        scales: None,
+        rows_per_head: w.rows_per_head,
+        first_row: w.rows.start,
+        transposed: w.form == HeadForm::RowsIn,
+    };
+    gemm(gpu, &operand, &[(&w.weight, out.clone())]);
+}
