@@ -7,6 +7,7 @@ use std::ptr;
 use cudarc::driver::sys::{self, CUresult};
 
 use super::device::{Api, Device, Handle, params};
+use super::nccl::Connected;
 use super::{DeviceInfo, DevicePtr, DriverError, Launch, Rows};
 use crate::kernels::{self, Image};
 
@@ -430,6 +431,16 @@ impl Api for Cuda {
     fn release_graph(&self, graph: Handle) {
         // SAFETY: from `end_capture`, and given back once.
         unsafe { sys::cuGraphExecDestroy(graph.0.cast()) };
+    }
+}
+
+impl Connected for Cuda {
+    const LIBRARIES: &'static [&'static str] = &["libnccl.so.2", "libnccl.so"];
+    const SOURCE: &'static str = "it comes as Debian's libnccl2 or the wheel nvidia-nccl-cu13, whose folder then belongs in LD_LIBRARY_PATH";
+
+    fn is_idle(&self, stream: Handle) -> bool {
+        // SAFETY: a stream of this device.
+        unsafe { sys::cuStreamQuery(stream.0.cast()) } != CUresult::CUDA_ERROR_NOT_READY
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use libloading::Library;
 
 use super::device::{Api, Device, Handle, params};
+use super::nccl::Connected;
 use super::{DeviceInfo, DevicePtr, DriverError, Launch, Rows};
 use crate::kernels::{self, Image};
 
@@ -18,6 +19,7 @@ const LIBRARIES: [&str; 4] =
     ["libamdhip64.so", "libamdhip64.so.7", "libamdhip64.so.6", "/opt/rocm/lib/libamdhip64.so"];
 const OUT_OF_MEMORY: c_int = 2;
 const NO_DEVICE: c_int = 100;
+const NOT_READY: c_int = 600;
 const HOST_TO_DEVICE: c_int = 1;
 const DEVICE_TO_HOST: c_int = 2;
 const DEVICE_TO_DEVICE: c_int = 3;
@@ -82,6 +84,7 @@ functions! {
     hipStreamCreateWithFlags(*mut Ptr, c_uint) -> c_int;
     hipStreamDestroy(Ptr) -> c_int;
     hipStreamSynchronize(Ptr) -> c_int;
+    hipStreamQuery(Ptr) -> c_int;
     hipStreamBeginCapture(Ptr, c_int) -> c_int;
     hipStreamEndCapture(Ptr, *mut Ptr) -> c_int;
     hipEventCreateWithFlags(*mut Ptr, c_uint) -> c_int;
@@ -481,6 +484,16 @@ impl Api for Hip {
     fn release_graph(&self, graph: Handle) {
         // SAFETY: from `end_capture`, and given back once.
         unsafe { (self.functions.hipGraphExecDestroy)(graph.0) };
+    }
+}
+
+impl Connected for Hip {
+    const LIBRARIES: &'static [&'static str] = &["librccl.so.1", "librccl.so", "/opt/rocm/lib/librccl.so"];
+    const SOURCE: &'static str = "it comes with ROCm as the package rccl";
+
+    fn is_idle(&self, stream: Handle) -> bool {
+        // SAFETY: a stream of this device.
+        unsafe { (self.functions.hipStreamQuery)(stream.0) != NOT_READY }
     }
 }
 

@@ -8,6 +8,8 @@ pub(crate) mod device;
 pub(crate) mod emu;
 #[cfg(feature = "rocm")]
 pub(crate) mod hip;
+#[cfg(any(feature = "cuda", feature = "rocm"))]
+pub(crate) mod nccl;
 
 use std::any::Any;
 use std::fmt;
@@ -217,6 +219,21 @@ pub(crate) trait Collectives: Send + Sync {
 
     /// Takes no further part: ranks that wait for this one stop waiting, and work that is still enqueued does nothing.
     fn leave(&self);
+}
+
+/// A group of one: its collectives are copies, which need nobody.
+pub(crate) struct Alone;
+
+impl Collectives for Alone {
+    fn enqueue(&self, _driver: &dyn Driver, args: CollectiveArgs) -> Result<(), DriverError> {
+        panic!("{:?} of a single rank", args.what)
+    }
+
+    fn failure(&self) -> Result<(), CommError> {
+        Ok(())
+    }
+
+    fn leave(&self) {}
 }
 
 /// One device with one stream. Calls enqueue and return; a failure of what was enqueued surfaces from a [`Mark`] or a read.

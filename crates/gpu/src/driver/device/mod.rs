@@ -3,6 +3,7 @@
 
 mod staging;
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
@@ -156,6 +157,22 @@ impl<A: Api> Device<A> {
         })
     }
 
+    /// Makes the device current on this thread, for calls of others.
+    #[cfg(any(feature = "cuda", feature = "rocm"))]
+    pub(crate) fn enter(&self) -> Result<(), DriverError> {
+        self.shared.api.enter()
+    }
+
+    #[cfg(any(feature = "cuda", feature = "rocm"))]
+    pub(crate) fn stream(&self) -> Handle {
+        self.shared.stream
+    }
+
+    #[cfg(any(feature = "cuda", feature = "rocm"))]
+    pub(crate) fn vendor(&self) -> &A {
+        &self.shared.api
+    }
+
     /// The vendor's calls, with the device current.
     fn api(&self) -> Result<&A, DriverError> {
         self.shared.api.enter()?;
@@ -271,6 +288,10 @@ impl<A: Api> Driver for Device<A> {
     fn replay(&self, graph: &RecordedGraph) -> Result<(), DriverError> {
         let graph: &CapturedGraph<A> = graph.downcast_ref().expect("a graph that this driver recorded");
         self.api()?.replay(graph.handle, self.shared.stream)
+    }
+
+    fn as_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
+        self
     }
 }
 
