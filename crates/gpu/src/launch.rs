@@ -1,6 +1,7 @@
 //! From tensors to kernels: argument structs, addresses, scratch memory.
 
 use std::mem::MaybeUninit;
+use std::sync::PoisonError;
 
 use r1_backend::Tensor;
 use r1_core::DType;
@@ -77,6 +78,9 @@ impl Gpu {
         let launch =
             Launch { kernel, grid, warps: geometry.warps, shared_bytes: geometry.shared_bytes, args };
         self.settle_weights();
+        if let Some(names) = &mut *self.recorded.lock().unwrap_or_else(PoisonError::into_inner) {
+            names.push(kernel);
+        }
         self.note(kernel, self.driver.launch(&launch));
     }
 

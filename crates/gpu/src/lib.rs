@@ -58,7 +58,17 @@ impl Buffer {
 }
 
 /// A captured step.
-pub struct Graph(RecordedGraph);
+pub struct Graph {
+    recorded: RecordedGraph,
+    kernels: Vec<&'static str>,
+}
+
+impl Graph {
+    /// The kernels that it launches, in order.
+    pub fn kernels(&self) -> &[&'static str] {
+        &self.kernels
+    }
+}
 
 /// A GPU as a device: work is enqueued on one stream and runs behind the caller's back.
 pub struct Gpu {
@@ -70,6 +80,8 @@ pub struct Gpu {
     staging: Staging,
     /// Parameters of the rows that are drawn from.
     sampling: Mutex<ops::sample::Room>,
+    /// Names of the launches of the step that is being captured.
+    recorded: Mutex<Option<Vec<&'static str>>>,
     /// The first failure since the last flush that was known when its work was enqueued.
     failure: Mutex<Option<BackendError>>,
 }
@@ -104,7 +116,7 @@ impl Gpu {
         let sampling = Mutex::new(ops::sample::Room::new(arena.take(sampling_bytes).ok_or_else(short)?));
         let staging = Staging::new(driver.clone());
         let failure = Mutex::new(None);
-        Ok(Self { driver, arena, scratch, scratch_bytes, counters, staging, sampling, failure })
+        Ok(Self { driver, arena, scratch, scratch_bytes, counters, staging, sampling, recorded: Mutex::new(None), failure })
     }
 
     /// Most scratch memory that an operation may use.
@@ -405,16 +417,18 @@ impl Backend for Gpu {
     fn capture(&self, step: &mut dyn FnMut()) -> Result<Option<Graph>, BackendError> {
         let failed = |error: DriverError| self.failed("capture", &error);
         self.driver.begin_capture().map_err(failed)?;
+        *self.recorded.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
         step();
-        let graph = self.driver.end_capture().map_err(failed)?;
+        let kernels = self.recorded.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
+        let recorded = self.driver.end_capture().map_err(failed)?;
         match self.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
             Some(failure) => Err(failure),
-            None => Ok(Some(Graph(graph))),
+            None => Ok(Some(Graph { recorded, kernels })),
         }
     }
 
     fn replay(&self, graph: &Graph) {
         self.settle_weights();
-        self.note("replay", self.driver.replay(&graph.0));
+        self.note("replay", self.driver.replay(&graph.recorded));
     }
 }
