@@ -269,12 +269,10 @@ pub(super) fn gemm(gpu: &Gpu, operand: &Operand<'_>, weights: &[(&Weight<Gpu>, T
     let x = &operand.x;
     let (tokens, heads) = (x.dim(0), x.dim(1));
     let mut args = gemm_args(operand, weights);
-    let is_cut = args.weights[..weights.len()].iter().any(|weight| num_ranges(&args, weight) > 1);
     let w = weights[0].0;
     let kind = Kind::of(x.dtype(), w.data().dtype());
     let is_int4 = x.dtype() == DType::BF16 && matches!(w, Weight::Int4Group(_));
-    let (kernel, tile) =
-        if is_int4 { choose_int4(tokens) } else { choose(kind, operand.transposed, tokens, is_cut) };
+    let (kernel, tile) = if is_int4 { choose_int4(tokens) } else { choose(kind, operand.transposed, tokens) };
     let tiles_of = |index: usize| weights.get(index).map_or(0, |(_, out)| out.dim(2).div_ceil(tile.cols));
     let tiles = tiles_of(0) + tiles_of(1);
     if weights.len() == 2 {
@@ -293,11 +291,10 @@ pub(super) fn gemm(gpu: &Gpu, operand: &Operand<'_>, weights: &[(&Weight<Gpu>, T
 }
 
 /// The kernel for so many rows; all of a kind sum in the same order.
-fn choose(kind: Kind, transposed: bool, tokens: usize, is_cut: bool) -> (&'static str, Tile) {
+fn choose(kind: Kind, transposed: bool, tokens: usize) -> (&'static str, Tile) {
     let (index, tile) = match tokens {
         0..=16 => (0, SHORT),
-        // Sums of ranges beside the range's own would cost the tall tile half of its warps.
-        _ if tokens <= 64 || is_cut => (1, MIDDLE),
+        17..=64 => (1, MIDDLE),
         _ => (2, TALL),
     };
     let kernels = match (kind, transposed) {
@@ -329,7 +326,9 @@ pub(crate) fn linear(gpu: &Gpu, x: &Activation<Gpu>, w: &Weight<Gpu>, out: &Tens
 
 /// Two linears of the same `x` in one launch; two launches where they want different kernels.
 pub(crate) fn linear_pair(gpu: &Gpu, x: &Activation<Gpu>, pair: [(&Weight<Gpu>, &Tensor<Gpu>); 2]) {
-    pair.iter().for_each(|(w, out)| shape::linear(x, w, out));
+    for (w, out) in pair {
+        shape::linear(x, w, out);
+    }
     let [first, second] = pair;
     if first.0.data().dtype() != second.0.data().dtype() {
         return pair.iter().for_each(|(w, out)| linear(gpu, x, w, out));
