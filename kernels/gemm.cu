@@ -3,9 +3,11 @@
 // gemm_fp8_*    x E4M3 with a scale per token and 128 of k, w E4M3 with a scale per block: part * (x_scale * w_scale) per step of 128
 // gemm_w8_*     x BF16, w E4M3: codes widened to BF16, exactly; part * w_scale per step of 64
 // gemm_bf16_*   x BF16, w BF16
+// gemm_int4_*   int4.cu
 // gemm_simt     all else (x F32, or w F32 or F16), and both sides a weight may be applied from
 //
-// A launch may hold two weights of the same x. A row's bits do not depend on T: common/tile.cuh.
+// A launch may hold two weights of the same x. A row's bits do not depend on T: common/tile.cuh. gemm_fp8_tall spills on sm_80, where nothing launches
+// it: there are no FP8 activations without FP8 units.
 //
 // Bytes: N * K of weights once per 16, 64 or 64 rows, T * K per 32 or 128 columns from L2; 2 T N K FLOPs. Floor of q_b (24576 x 1536, FP8) at T = 1: 37.7 MB,
 // 8.8 us at 4.3 TB/s; of the dense MLP's gate (18432 x 7168) at T = 4096 in BF16: 1.08 TFLOP, 1.37 ms at 790 TFLOP/s.
@@ -21,6 +23,20 @@ struct SimtShared {
     /// A column more: filled along k without bank conflicts.
     float w[STEP][BN + 1];
 };
+
+/// A weight's number, as F32 holds it best.
+DEVICE float number(const tile::Weight& weight, u32 row, u32 column) {
+    if (weight.dtype == tile::DTYPE_INT4) {
+        const u8 pair = static_cast<const u8*>(weight.data)[row * weight.stride + column / 2];
+        const u32 group = column / weight.block[1];
+        const float zero = to_float(weight.zeros[row * weight.zero_stride + group]);
+        return (float(pair >> (column % 2 * 4) & 15) - zero) * to_float(static_cast<const f16*>(weight.scales)[row * weight.scale_stride + group]);
+    }
+    const float value = load_as_float(weight.data, weight.dtype, row * weight.stride + column);
+    if (weight.dtype != DTYPE_E4M3) return value;
+    const u32 block_row = (row + weight.offset[0]) / weight.block[0], block_col = (column + weight.offset[1]) / weight.block[1];
+    return value * static_cast<const float*>(weight.scales)[block_row * weight.scale_stride + block_col];
+}
 
 /// Element types at run time; weights are dequantised on the way to shared memory. Grid as `tile::gemm`.
 DEVICE void simt(const tile::Args& a) {
@@ -49,12 +65,7 @@ DEVICE void simt(const tile::Args& a) {
             const u32 col = a.transposed ? e % BN : e / STEP, k = a.transposed ? e / BN : e % STEP;
             if (n0 + col >= weight.n || k >= len) continue;
             const u32 row = first_row + (a.transposed ? k0 + k : n0 + col), column = a.transposed ? n0 + col : k0 + k;
-            float value = load_as_float(weight.data, weight.dtype, row * weight.stride + column);
-            if (weight.dtype == DTYPE_E4M3) {
-                const u32 block_row = (row + weight.offset[0]) / weight.block[0], block_col = (column + weight.offset[1]) / weight.block[1];
-                value *= weight.scales[block_row * weight.scale_stride + block_col];
-            }
-            mem.w[k][col] = value;
+            mem.w[k][col] = number(weight, row, column);
         }
         sync_block();
         for (u32 k = 0; k < len; ++k) {
@@ -78,10 +89,10 @@ DEVICE void simt(const tile::Args& a) {
 R1_KERNEL(gemm_simt, tile::Args, gemm::simt, 4)
 R1_KERNEL(gemm_fp8_short, tile::Args, (tile::gemm<tile::Short<e4m3, e4m3, false>, tile::SPREAD>), 2)
 R1_KERNEL(gemm_fp8_middle, tile::Args, (tile::gemm<tile::Middle<e4m3, e4m3, false>, tile::FOLDED>), 4)
-R1_KERNEL(gemm_fp8_tall, tile::Args, (tile::gemm<tile::Tall<e4m3, e4m3, false>, tile::ONE>), 8)
+R1_KERNEL(gemm_fp8_tall, tile::Args, (tile::gemm<tile::Tall<e4m3, e4m3, false>, tile::FOLDED>), 8)
 R1_KERNEL(gemm_w8_short, tile::Args, (tile::gemm<tile::Short<bf16, e4m3, false>, tile::SPREAD>), 2)
 R1_KERNEL(gemm_w8_middle, tile::Args, (tile::gemm<tile::Middle<bf16, e4m3, false>, tile::FOLDED>), 4)
-R1_KERNEL(gemm_w8_tall, tile::Args, (tile::gemm<tile::Tall<bf16, e4m3, false>, tile::ONE>), 8)
+R1_KERNEL(gemm_w8_tall, tile::Args, (tile::gemm<tile::Tall<bf16, e4m3, false>, tile::FOLDED>), 8)
 R1_KERNEL(gemm_bf16_short, tile::Args, (tile::gemm<tile::Short<bf16, bf16, false>, tile::SPREAD>), 2)
 R1_KERNEL(gemm_bf16_middle, tile::Args, (tile::gemm<tile::Middle<bf16, bf16, false>, tile::FOLDED>), 4)
-R1_KERNEL(gemm_bf16_tall, tile::Args, (tile::gemm<tile::Tall<bf16, bf16, false>, tile::ONE>), 8)
+R1_KERNEL(gemm_bf16_tall, tile::Args, (tile::gemm<tile::Tall<bf16, bf16, false>, tile::FOLDED>), 8)

@@ -183,7 +183,7 @@ impl Backend for Gpu {
             asynchronous: true,
             captures: true,
             batch_invariant: true,
-            weight_formats: vec![WeightFormat::Dense, WeightFormat::Fp8Block],
+            weight_formats: vec![WeightFormat::Dense, WeightFormat::Fp8Block, WeightFormat::Int4Group],
             attention: vec![AttentionKind::Mla],
         }
     }
