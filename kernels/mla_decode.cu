@@ -97,7 +97,7 @@ DEVICE void stage_entry(const SplitArgs& a, SplitShared<E, CP, RP, TILE, CODES>&
             Bytes16 chunk = {{0, 0, 0, 0}};
             if (valid) chunk = *reinterpret_cast<const Bytes16*>(codes + c);
             float scale = CODES || !valid ? 1.0f : scales[c / FP8_GROUP];
-            alignas(16) E values[16];
+            alignas(16) E values[16] = {};
             UNROLL for (int i = 0; i < 16; ++i) values[i] = from_float<E>(to_float(e4m3{u8(chunk.words[i / 4] >> (i % 4 * 8))}) * scale);
             UNROLL for (int i = 0; i < 16; i += 16 / int(sizeof(E))) {
                 *reinterpret_cast<Bytes16*>(to + c + i) = *reinterpret_cast<const Bytes16*>(values + i);
