@@ -15,6 +15,7 @@
 // at T = 4096, k = 8 in BF16: 2.9 TFLOP, 3.7 ms at 790 TFLOP/s.
 // Oracle: crates/reference. Tests: conformance::{experts, moe_layer}; crates/gpu/tests/experts_alone.rs.
 #include "common/moe.cuh"
+#include "common/tile.cuh"
 
 namespace experts {
 
@@ -63,7 +64,7 @@ struct Args {
     u32 num_tokens, top_k, first, num_local;
     u32 dim, width, shared_width;
     u32 hidden_stride, hidden_groups;
-    u32 x_dtype, x_is_vectorizable, hidden_dtype, out_dtype;
+    u32 x_dtype, x_is_vectorizable, activation_dtype, hidden_dtype, out_dtype;
     /// Bit `1 << dtype` of the weights that this launch applies.
     u32 dtypes;
     /// Hidden states that E4M3 weights will meet are quantised.
@@ -72,44 +73,14 @@ struct Args {
     Expert shared;
 };
 
-// ---- Steps over k ----------------------------------------------------------------------------------------------------------------------
-/// Each ends at a multiple of `step`, where a scale's block does, or at the end.
-struct Steps {
-    u32 k, end, k_block;
-    u32 len, step, block, block_end;
-
-    DEVICE Steps(u32 len_, u32 step_, u32 block_, u32 offset) : k(0), len(len_), step(step_), block(block_) {
-        k_block = offset / block;
-        block_end = (k_block + 1) * block - offset;
-        end = min_of(len, min_of(step, block_end));
-    }
-    DEVICE void advance() {
-        k = end;
-        if (k == block_end) {
-            k_block += 1;
-            block_end += block;
-        }
-        end = min_of(len, min_of((k / step + 1) * step, block_end));
-    }
-};
-
-template <class A, class B>
-struct IsSame {
-    static constexpr bool value = false;
-};
-template <class A>
-struct IsSame<A, A> {
-    static constexpr bool value = true;
-};
-
 // ---- Tiles -----------------------------------------------------------------------------------------------------------------------------
 /// Rows X, weights W (the same, or E4M3 widened to BF16), ROWS of them per tile.
 template <class X_, class W_, int ROWS_>
 struct Form {
     typedef X_ X;
     typedef W_ W;
-    static constexpr bool WIDENS = !IsSame<X, W>::value;
-    static constexpr bool HAS_W_SCALES = IsSame<W, e4m3>::value, HAS_X_SCALES = IsSame<X, e4m3>::value;
+    static constexpr bool WIDENS = !tile::IsSame<X, W>::value;
+    static constexpr bool HAS_W_SCALES = tile::IsSame<W, e4m3>::value, HAS_X_SCALES = tile::IsSame<X, e4m3>::value;
     static constexpr int ROWS = ROWS_, STAGES = ROWS == 16 ? 3 : 2;
     static constexpr int WARPS_M = ROWS == 16 ? 1 : 2, WARPS_N = WARPS / WARPS_M;
     static constexpr int TM = ROWS / WARPS_M, TN = COLS / WARPS_N;
@@ -180,12 +151,6 @@ DEVICE void copy_rows(T* to, u32 ld, u32 rows, u32 len, bool is_vectorizable, At
     }
 }
 
-DEVICE void widen4(bf16* to, const e4m3* from) {
-    UNROLL for (int i = 0; i < 4; ++i) to[i] = bf16{u16(bits_of(to_float(from[i])) >> 16)};
-}
-DEVICE void widen4(e4m3*, const e4m3*) {}
-DEVICE void widen4(bf16*, const bf16*) {}
-
 /// The block's product, to `mem.result`; complete after a barrier.
 template <class F>
 DEVICE void multiply(const Operands& o, Shared<F>& mem) {
@@ -193,7 +158,10 @@ DEVICE void multiply(const Operands& o, Shared<F>& mem) {
     typedef typename F::W W;
     typename F::Tiles& tiles = mem.tiles;
     const Matrix& low = *o.low;
-    const bool w_is_vectorizable = low.is_vectorizable && o.high->is_vectorizable;
+    // Steps begin at multiples of 16 bytes only where the scales' blocks do.
+    const bool is_aligned = (low.block[1] % 16 == 0 && low.offset[1] % 16 == 0) || !F::HAS_W_SCALES;
+    const bool w_is_vectorizable = is_aligned && low.is_vectorizable && o.high->is_vectorizable;
+    const bool x_is_vectorizable = is_aligned && o.x_is_vectorizable;
     const u32 thread = thread_id();
     // A thread fetches the scale of one column, another one that of a row.
     const float* my_scale = nullptr;
@@ -204,10 +172,10 @@ DEVICE void multiply(const Operands& o, Shared<F>& mem) {
     const u32 my_row = thread - COLS;
     if (F::HAS_X_SCALES && thread >= COLS && my_row < o.rows) my_scale = o.x_scales + mem.source[my_row] * o.x_scale_stride;
 
-    auto enqueue = [&](u32 slot, Steps& steps) {
+    auto enqueue = [&](u32 slot, tile::Steps& steps) {
         if (steps.k < o.k) {
             const u32 len = steps.end - steps.k;
-            copy_rows<F::STEP>(tiles.x[slot], F::LDX, F::ROWS, len, o.x_is_vectorizable, [&](u32 row) {
+            copy_rows<F::STEP>(tiles.x[slot], F::LDX, F::ROWS, len, x_is_vectorizable, [&](u32 row) {
                 return row < o.rows ? static_cast<const X*>(o.x) + mem.source[row] * o.x_stride + steps.k : nullptr;
             });
             copy_rows<F::STEP>(tiles.w[slot], F::LDW, COLS, len, w_is_vectorizable, [&](u32 col) {
@@ -223,11 +191,11 @@ DEVICE void multiply(const Operands& o, Shared<F>& mem) {
 
     WarpAcc<F::TM, F::TN> acc;
     acc.clear();
-    Steps ahead(o.k, F::STEP, low.block[1], low.offset[1]);
+    tile::Steps ahead(0, o.k, F::STEP, low.block[1], low.offset[1]);
     UNROLL for (int s = 0; s < F::STAGES - 1; ++s) enqueue(s, ahead);
     const u32 row0 = warp_id() / F::WARPS_N * F::TM, col0 = warp_id() % F::WARPS_N * F::TN;
     u32 slot = 0, free_slot = F::STAGES - 1;
-    for (Steps now(o.k, F::STEP, low.block[1], low.offset[1]); now.k < o.k; now.advance()) {
+    for (tile::Steps now(0, o.k, F::STEP, low.block[1], low.offset[1]); now.k < o.k; now.advance()) {
         async_wait<F::STAGES - 2>();
         // This step is there, and nobody reads the one before, whose place is filled next.
         sync_block();
@@ -236,7 +204,7 @@ DEVICE void multiply(const Operands& o, Shared<F>& mem) {
         if (F::WIDENS) {
             for (u32 c = thread; c < COLS * F::STEP / 4; c += THREADS) {
                 const u32 row = c / (F::STEP / 4), col = c % (F::STEP / 4) * 4;
-                widen4(tiles.wide + row * F::LDX + col, tiles.w[slot] + row * F::LDW + col);
+                tile::widen(tiles.wide + row * F::LDX + col, tiles.w[slot] + row * F::LDW + col);
             }
             sync_block();
             b = tiles.wide;
@@ -339,7 +307,9 @@ DEVICE void gate_up(const Args& a) {
     if (block_y() >= *a.num_tiles) return;
     const moe::Tile tile = a.tiles[block_y()];
     const Expert& expert = expert_of(a, tile);
-    const u32 width = tile.expert < a.num_local ? a.width : a.shared_width, n0 = block_x() * HALF;
+    // Rounded in between as by an MLP of its own, since codes of FP8 are coarse.
+    const bool is_shared = tile.expert >= a.num_local;
+    const u32 width = is_shared ? a.shared_width : a.width, n0 = block_x() * HALF;
     if (n0 >= width || !applies(a, expert.gate)) return;
     Shared<F>& mem = shared<Shared<F>>();
     find_rows(a, tile, false, mem);
@@ -350,8 +320,14 @@ DEVICE void gate_up(const Args& a) {
     for (u32 e = thread_id(); e < tile.count * HALF; e += THREADS) {
         const u32 row = e / HALF, col = e % HALF;
         if (n0 + col >= width) continue;
-        const float gate = mem.result[row][col], up = mem.result[row][HALF + col];
-        store_float(a.hidden, a.hidden_dtype, i64(mem.pair[row]) * a.hidden_stride + n0 + col, gate / (1.0f + exp_of(-gate)) * up);
+        float gate = mem.result[row][col], up = mem.result[row][HALF + col];
+        if (is_shared) {
+            gate = rounded_to(a.activation_dtype, gate);
+            up = rounded_to(a.activation_dtype, up);
+        }
+        float value = gate / (1.0f + exp_of(-gate)) * up;
+        if (is_shared) value = rounded_to(a.activation_dtype, value);
+        store_float(a.hidden, a.hidden_dtype, i64(mem.pair[row]) * a.hidden_stride + n0 + col, value);
     }
     if (!a.quantizes || expert.down.dtype != DTYPE_E4M3) return;
     const u32 group = n0 / GROUP, count = min_of(GROUP, width - group * GROUP);

@@ -17,8 +17,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use r1_backend::{
     Activation, AttentionKind, Backend, BackendError, Batch, Capabilities, Experts, HeadWeight, HostSlice,
-    HostSliceMut, HostTensor, KvCache, LatentCache, LogprobsOut, MemoryUse, MlpScratch, MlpWeights, QkvScratch,
-    QkvWeights, RopeTable, Routing, SamplingBatch, Tensor, Ticket, Weight, WeightFormat,
+    HostSliceMut, HostTensor, KvCache, LatentCache, LogprobsOut, MemoryUse, MlpScratch, MlpWeights,
+    MoeScratch, MoeWeights, QkvScratch, QkvWeights, RopeTable, Routing, SamplingBatch, Tensor, Ticket,
+    Weight, WeightFormat,
 };
 use r1_core::DType;
 
@@ -354,8 +355,21 @@ impl Backend for Gpu {
         ops::experts::experts(self, x, ids, weights, experts, out);
     }
 
-    fn expert_table(&self, local: &[MlpWeights<Self>]) -> Result<Option<Tensor<Self>>, BackendError> {
+    fn expert_table(
+        &self,
+        local: &[r1_backend::MlpWeights<Self>],
+    ) -> Result<Option<Tensor<Self>>, BackendError> {
         ops::experts::expert_table(self, local).map(Some)
+    }
+
+    fn moe_layer(
+        &self,
+        x: &Activation<Self>,
+        w: &MoeWeights<Self>,
+        scratch: &MoeScratch<Self>,
+        out: &Tensor<Self>,
+    ) {
+        ops::experts::moe_layer(self, x, w, scratch, out);
     }
 
     fn silu_mul(&self, gate_up: &Tensor<Self>, out: &Activation<Self>) {

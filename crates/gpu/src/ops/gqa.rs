@@ -82,11 +82,8 @@ pub(crate) fn gqa_attention(
         "gqa_attention: heads of {key} and {value} are wider than the kernels' {HEAD_DIM}"
     );
     let all_bf16 = [q, &cache.k].iter().all(|input| input.dtype() == DType::BF16);
-    let form = if all_bf16 {
-        Form { dtype: DType::BF16, tile: 32 }
-    } else {
-        Form { dtype: DType::F32, tile: 16 }
-    };
+    let form =
+        if all_bf16 { Form { dtype: DType::BF16, tile: 32 } } else { Form { dtype: DType::F32, tile: 16 } };
     let vectors = |tensor: &Tensor<Gpu>| tensor.dtype() == form.dtype && is_vectorizable(tensor);
     let args = GqaArgs {
         q: ptr(q),

@@ -83,7 +83,7 @@ impl Tile {
 
 /// Which kernels take a pair of operands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     /// E4M3 × E4M3.
     Fp8,
     /// BF16 × E4M3.
@@ -95,7 +95,7 @@ enum Kind {
 }
 
 impl Kind {
-    fn of(x: DType, w: DType) -> Self {
+    pub(super) fn of(x: DType, w: DType) -> Self {
         match (x, w) {
             (DType::F8E4M3, DType::F8E4M3) => Self::Fp8,
             (DType::BF16, DType::F8E4M3) => Self::W8,
