@@ -82,10 +82,10 @@ DEVICE void attend(const GqaArgs& a) {
     const u32 sharing = a.heads / a.kv_heads, groups = head_groups(a, QUERIES);
     const u32 kv_head = block_x() / groups, first_head = block_x() % groups * QUERIES;
     const Pack pack = find_pack(a.seqs, a.first_pack + block_z());
-    const u32 last_visible = pack.last_visible(), first_split = ALL ? 0 : block_y();
+    const u32 last_sees = pack.last_sees(), first_split = ALL ? 0 : block_y();
     // The block as a whole leaves.
-    if (!pack.here || (first_split > 0 && first_split * SPLIT_TOKENS >= last_visible)) return;
-    const u32 end_split = ALL ? ceil_div(last_visible, SPLIT_TOKENS) : first_split + 1;
+    if (!pack.here || (first_split > 0 && first_split * SPLIT_TOKENS >= last_sees)) return;
+    const u32 end_split = ALL ? ceil_div(last_sees, SPLIT_TOKENS) : first_split + 1;
     const u32 heads = min_of(sharing - first_head, QUERIES), queries = pack.rows * heads;
     const u32 my_queries = queries > warp * 16 ? min_of(queries - warp * 16, 16) : 0;
 
@@ -97,12 +97,12 @@ DEVICE void attend(const GqaArgs& a) {
 
     constexpr int LANES = WARP / 16;
     const u32 mine = lane / LANES, place = lane % LANES;
-    const u32 visible = mine < my_queries ? pack.visible + (warp * 16 + mine) / heads : 0;
+    const u32 visible = mine < my_queries ? pack.sees((warp * 16 + mine) / heads) : 0;
     float most = -INFINITE, sum = 0.0f;
     WarpAcc<16, DV> total, acc;
     total.clear();
     for (u32 split = first_split; split < end_split; ++split) {
-        const u32 first = split * SPLIT_TOKENS, end = min_of(first + SPLIT_TOKENS, last_visible);
+        const u32 first = split * SPLIT_TOKENS, end = min_of(first + SPLIT_TOKENS, last_sees);
         RunningSoftmax<LANES> softmax;
         acc.clear();
         for (u32 tile = first; tile < end; tile += TILE) {
@@ -165,7 +165,7 @@ DEVICE void attend(const GqaArgs& a) {
     UNROLL for (int i = 0; i < total.SIZE; ++i) {
         u32 q = total.row(i), c = total.col(i), pair = warp * 16 + q;
         if (q >= my_queries || c >= a.value_dim) continue;
-        u32 sees = pack.visible + pair / heads;
+        u32 sees = pack.sees(pair / heads);
         if (!ALL && sees > SPLIT_TOKENS) {
             to[32 + q * a.value_dim + c] = total.v[i];
         } else {
@@ -174,7 +174,7 @@ DEVICE void attend(const GqaArgs& a) {
             store_float(a.out, a.dtype, at, sees == 0 ? 0.0f : total.v[i] / s.sum[warp][q]);
         }
     }
-    if (!ALL && last_visible > SPLIT_TOKENS && place == 0 && mine < my_queries) {
+    if (!ALL && last_sees > SPLIT_TOKENS && place == 0 && mine < my_queries) {
         to[mine] = most;
         to[16 + mine] = sum;
     }
@@ -187,7 +187,7 @@ DEVICE void combine(const GqaArgs& a) {
     const Pack pack = find_pack(a.seqs, a.first_pack + block_z());
     const u32 heads = min_of(sharing - first_head, 16);
     if (!pack.here || q >= pack.rows * heads) return;
-    const u32 splits = ceil_div(pack.visible + q / heads, SPLIT_TOKENS);
+    const u32 splits = ceil_div(pack.sees(q / heads), SPLIT_TOKENS);
     if (splits <= 1) return;
     const i64 at = (pack.row + q / heads) * a.out_row + (kv_head * sharing + first_head + q % heads) * a.out_head;
     for (u32 c = thread_id(); c < a.value_dim; c += num_threads()) {
