@@ -1,16 +1,24 @@
 //! Routed experts, alone and with all of their layer. Kernels: `kernels/experts.cu`, `kernels/route.cu`.
 
+mod args;
+#[cfg(test)]
+mod tests;
+
 use r1_backend::{
-    Activation, Backend, BackendError, Experts, Fp8Activation, HostTensor, MlpWeights, MoeScratch,
-    MoeWeights, Tensor, Weight, composite, shape,
+    Activation, Experts, Fp8Activation, MlpWeights, MoeScratch, MoeWeights, Tensor, Weight, composite, shape,
 };
 use r1_core::DType;
 
 use super::linear::{self, Kind};
-use super::route::{self, MAX_EXPERTS, SORT_SHARED_BYTES};
+use super::route::{self, SORT_SHARED_BYTES};
 use crate::driver::DevicePtr;
-use crate::launch::{Args, Geometry, dtype_code, is_vectorizable, ptr, stride};
+use crate::launch::{Geometry, dtype_code, is_vectorizable, ptr, stride};
 use crate::{COUNTERS, Gpu};
+
+pub(super) use args::SortArgs;
+pub(crate) use args::expert_table;
+
+use args::{Expert, ExpertsArgs, is_pair};
 
 /// Columns of hidden per block of gate and up, and of the output per block of down.
 const HIDDEN_COLS: usize = 32;
@@ -23,170 +31,16 @@ const FUSED_TOKENS: usize = 128;
 const MAX_GRID_Y: usize = 65_535;
 const WARPS: u32 = 4;
 
-#[derive(Clone, Copy, Default)]
-#[repr(C)]
-struct Matrix {
-    data: DevicePtr,
-    scales: DevicePtr,
-    dtype: u32,
-    stride: u32,
-    scale_stride: u32,
-    block: [u32; 2],
-    offset: [u32; 2],
-    is_vectorizable: u32,
-}
-
-impl Matrix {
-    fn new(w: &Weight<Gpu>) -> Self {
-        let data = w.data();
-        // Without scales: one block that never ends.
-        let (scales, scale_stride, block, offset) = match w {
-            Weight::Dense { .. } => (DevicePtr::default(), 0, [u32::MAX; 2], [0; 2]),
-            Weight::Fp8Block { scales, block, offset, .. } => (
-                ptr(scales),
-                stride(scales, 0),
-                block.map(|size| size as u32),
-                offset.map(|size| size as u32),
-            ),
-            Weight::Int4Group(_) => unreachable!("the shape check refuses int4 experts"),
-        };
-        Self {
-            data: ptr(data),
-            scales,
-            dtype: dtype_code(data.dtype()),
-            stride: stride(data, 0) as u32,
-            scale_stride: scale_stride as u32,
-            block,
-            offset,
-            is_vectorizable: u32::from(is_vectorizable(data)),
-        }
-    }
-
-    /// As it lies in the layer's table.
-    fn to_bytes(self) -> impl Iterator<Item = u8> {
-        let [block, offset] = [self.block, self.offset];
-        let words = [self.dtype, self.stride, self.scale_stride, block[0], block[1], offset[0], offset[1]];
-        let addresses = [self.data.0, self.scales.0].into_iter().flat_map(u64::to_ne_bytes);
-        addresses.chain(words.into_iter().chain([self.is_vectorizable]).flat_map(u32::to_ne_bytes))
-    }
-}
-
-#[derive(Clone, Copy, Default)]
-#[repr(C)]
-struct Expert {
-    gate: Matrix,
-    up: Matrix,
-    down: Matrix,
-}
-
-impl Expert {
-    fn new(mlp: &MlpWeights<Gpu>) -> Self {
-        Self { gate: Matrix::new(&mlp.gate), up: Matrix::new(&mlp.up), down: Matrix::new(&mlp.down) }
-    }
-}
-
-#[derive(Clone, Copy, Default)]
-#[repr(C)]
-pub(super) struct SortArgs {
-    ids: DevicePtr,
-    ids_stride: i64,
-    num_tiles: DevicePtr,
-    tiles: DevicePtr,
-    order: DevicePtr,
-    num_tokens: u32,
-    top_k: u32,
-    first: u32,
-    num_local: u32,
-    tile_rows: u32,
-    has_shared: u32,
-}
-
-// SAFETY: the twin of moe::SortArgs.
-unsafe impl Args for SortArgs {}
-
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct ExpertsArgs {
-    experts: DevicePtr,
-    num_tiles: DevicePtr,
-    tiles: DevicePtr,
-    order: DevicePtr,
-    x: DevicePtr,
-    x_scales: DevicePtr,
-    x_stride: i64,
-    x_scale_stride: i64,
-    hidden: DevicePtr,
-    hidden_codes: DevicePtr,
-    hidden_scales: DevicePtr,
-    products: DevicePtr,
-    ids: DevicePtr,
-    weights: DevicePtr,
-    out: DevicePtr,
-    ids_stride: i64,
-    weights_stride: i64,
-    out_stride: i64,
-    counters: DevicePtr,
-    num_tokens: u32,
-    top_k: u32,
-    first: u32,
-    num_local: u32,
-    dim: u32,
-    width: u32,
-    shared_width: u32,
-    hidden_stride: u32,
-    hidden_groups: u32,
-    x_dtype: u32,
-    x_is_vectorizable: u32,
-    activation_dtype: u32,
-    hidden_dtype: u32,
-    out_dtype: u32,
-    dtypes: u32,
-    quantizes: u32,
-    power_of_two_scales: u32,
-    has_shared: u32,
-    shared: Expert,
-}
-
-// SAFETY: the twin of experts::Args.
-unsafe impl Args for ExpertsArgs {}
-
-/// Gate and up are multiplied side by side, by one kernel and in the same steps.
-fn is_pair(mlp: &MlpWeights<Gpu>) -> bool {
-    let blocks = |w: &Weight<Gpu>| match w {
-        Weight::Dense { .. } => None,
-        Weight::Fp8Block { block, offset, .. } => Some((block[1], offset[1])),
-        Weight::Int4Group(_) => unreachable!("the shape check refuses int4 experts"),
-    };
-    mlp.gate.data().dtype() == mlp.up.data().dtype() && blocks(&mlp.gate) == blocks(&mlp.up)
-}
-
-/// The addresses and formats of a layer's experts, as the kernels read them.
-pub(crate) fn expert_table(gpu: &Gpu, local: &[MlpWeights<Gpu>]) -> Result<Tensor<Gpu>, BackendError> {
-    let refused = |why: String| BackendError::Failed { device: gpu.describe(), op: "expert_table", why };
-    if local.len() > MAX_EXPERTS {
-        let why = format!("{} experts on one device, {MAX_EXPERTS} are supported: raise --tp", local.len());
-        return Err(refused(why));
-    }
-    if let Some(index) = local.iter().position(|mlp| !is_pair(mlp)) {
-        return Err(refused(format!(
-            "gate and up of expert {index} have different formats; convert them to the same element type and blocks"
-        )));
-    }
-    let matrices = local.iter().map(Expert::new).flat_map(|expert| [expert.gate, expert.up, expert.down]);
-    let mut bytes: Vec<u8> = matrices.flat_map(Matrix::to_bytes).collect();
-    bytes.resize(bytes.len().max(4), 0);
-    let words = bytes.len() / 4;
-    gpu.import(&HostTensor::from_vec(bytes, &[words], DType::U32))
-}
+type Kinds = [Option<Kind>; 4];
 
 /// A layer's sum over experts: what the launches of all of its tokens have in common.
 struct Layer<'a> {
     gpu: &'a Gpu,
     experts: &'a Experts<Gpu>,
     shared: Option<&'a MlpWeights<Gpu>>,
-    /// Element types of the weights, and the kernels that they and the activations want.
-    gate_up: Vec<(DType, Kind)>,
-    down: Vec<(DType, Kind)>,
+    /// By element type of the weights: the kernel that these and the activations want.
+    gate_up: Kinds,
+    down: Kinds,
     quantizes: bool,
     x_dtype: DType,
     /// BF16 only where down's kernel wants it.
@@ -241,12 +95,10 @@ impl<'a> Layer<'a> {
             _ => x.dense.dtype(),
         };
         let kinds = |of: fn(&MlpWeights<Gpu>) -> &Weight<Gpu>| {
-            let mut kinds = Vec::new();
+            let mut kinds = Kinds::default();
             for w in mlps().map(of) {
-                let kind = (w.data().dtype(), Kind::of(meets(w), w.data().dtype()));
-                if !kinds.contains(&kind) {
-                    kinds.push(kind);
-                }
+                let dtype = w.data().dtype();
+                kinds[dtype_code(dtype) as usize] = Some(Kind::of(meets(w), dtype));
             }
             kinds
         };
@@ -254,16 +106,16 @@ impl<'a> Layer<'a> {
         let width = experts.local.first().map_or(0, |mlp| mlp.gate.out_features());
         let shared_width = shared.map_or(0, |mlp| mlp.gate.out_features());
         // The tiles of a batch are the same for all kernels.
-        let is_plain = gate_up.iter().chain(&down).any(|&(_, kind)| kind == Kind::Simt);
+        let is_plain = gate_up.iter().chain(&down).any(|&kind| kind == Some(Kind::Simt));
         // From where on a 64-row tile is on average half full.
         let is_large = x.dense.dim(0) * top_k >= 32 * experts.total;
-        let is_narrow = down.iter().any(|&(_, kind)| matches!(kind, Kind::Bf16 | Kind::W8));
+        let is_narrow = down.iter().any(|kind| matches!(kind, Some(Kind::Bf16 | Kind::W8)));
         Some(Self {
             hidden_dtype: if is_narrow { DType::BF16 } else { DType::F32 },
             gpu,
             experts,
             shared,
-            quantizes: down.iter().any(|&(_, kind)| kind == Kind::Fp8),
+            quantizes: down.contains(&Some(Kind::Fp8)),
             gate_up,
             down,
             x_dtype: x.dense.dtype(),
@@ -422,8 +274,8 @@ impl<'a> Layer<'a> {
             has_shared: u32::from(self.shared.is_some()),
             shared: self.shared.map_or_else(Expert::default, Expert::new),
         };
-        for &(dtype, kind) in &self.gate_up {
-            args.dtypes = 1 << dtype_code(dtype);
+        for (dtype, kind) in present(&self.gate_up) {
+            args.dtypes = 1 << dtype;
             let met = match (&x.fp8, kind) {
                 (Some(Fp8Activation { data, scales, .. }), Kind::Fp8) => {
                     args.x_scales = ptr(scales);
@@ -440,9 +292,9 @@ impl<'a> Layer<'a> {
             self.launch(gate_up_kernel(kind, self.tile_rows), kind, [blocks, tiles], &args);
         }
         let is_fused = tokens <= FUSED_TOKENS;
-        let last = self.down.len() - 1;
-        for (index, &(dtype, kind)) in self.down.iter().enumerate() {
-            args.dtypes = 1 << dtype_code(dtype);
+        let last = present(&self.down).last().map(|(dtype, _)| dtype);
+        for (dtype, kind) in present(&self.down) {
+            args.dtypes = 1 << dtype;
             let met = if kind == Kind::Fp8 { DType::F8E4M3 } else { self.hidden_dtype };
             args.x = if kind == Kind::Fp8 { room.codes } else { room.hidden };
             args.x_stride = self.hidden_stride as i64;
@@ -453,7 +305,7 @@ impl<'a> Layer<'a> {
             args.x_is_vectorizable = u32::from(whole(self.width) && whole(self.shared_width));
             // Products of the launches before are there when the last one adds them up.
             args.counters =
-                if is_fused && index == last { self.gpu.counters() } else { DevicePtr::default() };
+                if is_fused && Some(dtype) == last { self.gpu.counters() } else { DevicePtr::default() };
             let blocks = self.dim.div_ceil(OUT_COLS);
             self.launch(down_kernel(kind, self.tile_rows), kind, [blocks, tiles], &args);
         }
@@ -463,6 +315,11 @@ impl<'a> Layer<'a> {
             self.gpu.launch("moe_combine", Geometry { grid, warps: WARPS, shared_bytes: 0 }, &args);
         }
     }
+}
+
+/// Codes of element types, and their kernels.
+fn present(kinds: &Kinds) -> impl Iterator<Item = (usize, Kind)> {
+    kinds.iter().enumerate().filter_map(|(dtype, kind)| Some((dtype, (*kind)?)))
 }
 
 fn gate_up_kernel(kind: Kind, tile_rows: usize) -> &'static str {
