@@ -223,6 +223,10 @@ struct R1EmuMma {
 template <int M, int N, int K>
 inline void r1_emu_mma(void** lanes, const float (*a)[K], const float (*b)[N]) {
     for (int m = 0; m < M; ++m) {
+        // Padding: few tokens, or few heads, would cost as much as many.
+        bool zeros = true;
+        for (int k = 0; k < K; ++k) zeros &= a[m][k] == 0.0f;
+        if (zeros) continue;
         float sum[N];
         for (int n = 0; n < N; ++n) sum[n] = 0.0f;
         for (int k = 0; k < K; ++k) {

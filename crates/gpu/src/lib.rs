@@ -18,9 +18,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use r1_backend::{
     Activation, AttentionKind, Backend, BackendError, Batch, Capabilities, Experts, HeadWeight, HostSlice,
-    HostSliceMut, HostTensor, LatentCache, LogprobsOut, MemoryUse, MlpScratch, MlpWeights, MoeScratch,
-    MoeWeights, QkvScratch, QkvWeights, RopeTable, Routing, SamplingBatch, Tensor, Ticket, Weight,
-    WeightFormat,
+    HostSliceMut, HostTensor, KvCache, LatentCache, LogprobsOut, MemoryUse, MlpScratch, MlpWeights,
+    MoeScratch, MoeWeights, QkvScratch, QkvWeights, RopeTable, Routing, SamplingBatch, Tensor, Ticket,
+    Weight, WeightFormat,
 };
 use r1_core::DType;
 
@@ -184,7 +184,7 @@ impl Backend for Gpu {
             captures: true,
             batch_invariant: true,
             weight_formats: vec![WeightFormat::Dense, WeightFormat::Fp8Block, WeightFormat::Int4Group],
-            attention: vec![AttentionKind::Mla],
+            attention: vec![AttentionKind::Mla, AttentionKind::Gqa],
         }
     }
 
@@ -298,6 +298,30 @@ impl Backend for Gpu {
         out: &Tensor<Self>,
     ) {
         ops::attention::mla_attention(self, q_latent, q_rope, cache, batch, &seqs, scale, out);
+    }
+
+    fn rope_cache_gqa(
+        &self,
+        q: &Tensor<Self>,
+        k: &Tensor<Self>,
+        v: &Tensor<Self>,
+        rope: &RopeTable<Self>,
+        batch: &Batch<Self>,
+        cache: &KvCache<Self>,
+    ) {
+        ops::gqa::rope_cache_gqa(self, q, k, v, rope, batch, cache);
+    }
+
+    fn gqa_attention(
+        &self,
+        q: &Tensor<Self>,
+        cache: &KvCache<Self>,
+        batch: &Batch<Self>,
+        seqs: Range<usize>,
+        scale: f32,
+        out: &Tensor<Self>,
+    ) {
+        ops::gqa::gqa_attention(self, q, cache, batch, &seqs, scale, out);
     }
 
     fn gather_latent(

@@ -4,6 +4,7 @@ pub(crate) mod attention;
 pub(crate) mod expanded;
 pub(crate) mod experts;
 pub(crate) mod fused;
+pub(crate) mod gqa;
 pub(crate) mod linear;
 pub(crate) mod logprobs;
 pub(crate) mod norm;
