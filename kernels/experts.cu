@@ -191,11 +191,11 @@ DEVICE void multiply(const Operands& o, Shared<F>& mem) {
 
     WarpAcc<F::TM, F::TN> acc;
     acc.clear();
-    tile::Steps ahead(o.k, F::STEP, low.block[1], low.offset[1]);
+    tile::Steps ahead(0, o.k, F::STEP, low.block[1], low.offset[1]);
     UNROLL for (int s = 0; s < F::STAGES - 1; ++s) enqueue(s, ahead);
     const u32 row0 = warp_id() / F::WARPS_N * F::TM, col0 = warp_id() % F::WARPS_N * F::TN;
     u32 slot = 0, free_slot = F::STAGES - 1;
-    for (tile::Steps now(o.k, F::STEP, low.block[1], low.offset[1]); now.k < o.k; now.advance()) {
+    for (tile::Steps now(0, o.k, F::STEP, low.block[1], low.offset[1]); now.k < o.k; now.advance()) {
         async_wait<F::STAGES - 2>();
         // This step is there, and nobody reads the one before, whose place is filled next.
         sync_block();

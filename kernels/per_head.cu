@@ -7,9 +7,9 @@
 // in BF16: 8.6 GFLOP, 11 us at 790 TFLOP/s. Oracle: crates/reference. Tests: conformance::per_head; crates/gpu/tests/rows_alone.rs.
 #include "common/tile.cuh"
 
-R1_KERNEL(per_head_w8_short, tile::Args, (tile::gemm<tile::Short<bf16, e4m3, true>>), 2)
-R1_KERNEL(per_head_w8_middle, tile::Args, (tile::gemm<tile::Middle<bf16, e4m3, true>>), 4)
-R1_KERNEL(per_head_w8_tall, tile::Args, (tile::gemm<tile::Tall<bf16, e4m3, true>>), 8)
-R1_KERNEL(per_head_bf16_short, tile::Args, (tile::gemm<tile::Short<bf16, bf16, true>>), 2)
-R1_KERNEL(per_head_bf16_middle, tile::Args, (tile::gemm<tile::Middle<bf16, bf16, true>>), 4)
-R1_KERNEL(per_head_bf16_tall, tile::Args, (tile::gemm<tile::Tall<bf16, bf16, true>>), 8)
+R1_KERNEL(per_head_w8_short, tile::Args, (tile::gemm<tile::Short<bf16, e4m3, true>, tile::ONE>), 2)
+R1_KERNEL(per_head_w8_middle, tile::Args, (tile::gemm<tile::Middle<bf16, e4m3, true>, tile::ONE>), 4)
+R1_KERNEL(per_head_w8_tall, tile::Args, (tile::gemm<tile::Tall<bf16, e4m3, true>, tile::ONE>), 8)
+R1_KERNEL(per_head_bf16_short, tile::Args, (tile::gemm<tile::Short<bf16, bf16, true>, tile::ONE>), 2)
+R1_KERNEL(per_head_bf16_middle, tile::Args, (tile::gemm<tile::Middle<bf16, bf16, true>, tile::ONE>), 4)
+R1_KERNEL(per_head_bf16_tall, tile::Args, (tile::gemm<tile::Tall<bf16, bf16, true>, tile::ONE>), 8)

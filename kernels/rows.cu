@@ -4,8 +4,9 @@
 // gather_rows: out[l] = x[rows[l]]
 // feed_tokens: ids[t] = drawn[from[t]] where from[t] is not 0xffffffff
 // add:         residual[t, d] += x[t, d]
+// interleave:  out[l, r * n + i] = x[r, l, i]: what ranks gathered, put together row by row
 //
-// Traffic: each row once in and once out. Oracle: crates/reference. Test: conformance::{embed, gather_rows, feed_tokens, add}.
+// Traffic: each row once in and once out. Oracle: crates/reference. Test: conformance::{embed, gather_rows, feed_tokens, add}; crates/gpu/tests/ranks.rs.
 #include "common/gpu.cuh"
 
 namespace rows {
@@ -73,9 +74,25 @@ DEVICE void add_rows(const AddArgs& a) {
     }
 }
 
+struct InterleaveArgs {
+    const void* x;
+    void* out;
+    i64 out_stride;
+    u32 num_ranks, num_rows, n, dtype;
+};
+/// One block per row and rank.
+DEVICE void interleave_of(const InterleaveArgs& a) {
+    u32 l = block_x(), r = block_y();
+    for (u32 i = thread_id(); i < a.n; i += num_threads()) {
+        float value = load_as_float(a.x, a.dtype, (i64(r) * a.num_rows + l) * a.n + i);
+        store_float(a.out, a.dtype, l * a.out_stride + i64(r) * a.n + i, value);
+    }
+}
+
 }  // namespace rows
 
 R1_KERNEL(embed_rows, rows::EmbedArgs, rows::embed, 8)
 R1_KERNEL(gather_rows, rows::GatherRowsArgs, rows::gather_rows_of, 8)
 R1_KERNEL(feed_tokens, rows::FeedTokensArgs, rows::feed, 4)
 R1_KERNEL(add, rows::AddArgs, rows::add_rows, 8)
+R1_KERNEL(interleave, rows::InterleaveArgs, rows::interleave_of, 8)

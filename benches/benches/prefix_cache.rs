@@ -29,6 +29,8 @@ fn start(prefix_cache: bool) -> Handle {
         num_blocks: None,
         prefix_cache,
         depth: None,
+        max_captured_seqs: REQUESTS as usize,
+        pad_decodes: false,
         log_every_steps: u64::MAX,
     };
     let (handle, inbox) = Handle::channel(EngineInfo {
@@ -40,7 +42,7 @@ fn start(prefix_cache: bool) -> Handle {
     });
     let cpu = Cpu::new(CpuOptions::default()).expect("a CPU backend");
     let options = r1_benches::options(MlaForm::Absorbed, REQUESTS as usize, MAX_MODEL_LEN);
-    let ranks = LocalRanks { devices: vec![Arc::new(cpu)], checkpoint, config, options };
+    let ranks = LocalRanks::in_host_memory(vec![Arc::new(cpu)], checkpoint, config, options);
     r1_engine::spawn(inbox, engine, Arc::new(ranks));
     while handle.status() != Status::Ready {
         assert!(matches!(handle.status(), Status::Loading { .. }), "{:?}", handle.status());

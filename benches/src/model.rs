@@ -61,14 +61,12 @@ pub fn load(config: &ModelConfig, checkpoint: &Arc<Checkpoint>, mla_form: MlaFor
         num_blocks: None,
         prefix_cache: false,
         depth: None,
+        max_captured_seqs: MAX_NUM_SEQS,
+        pad_decodes: false,
         log_every_steps: u64::MAX,
     };
     let cpu = Cpu::new(CpuOptions::default()).expect("a CPU backend");
-    let ranks = LocalRanks {
-        devices: vec![Arc::new(cpu)],
-        checkpoint: checkpoint.clone(),
-        config: config.clone(),
-        options,
-    };
+    let (checkpoint, config) = (checkpoint.clone(), config.clone());
+    let ranks = LocalRanks::in_host_memory(vec![Arc::new(cpu)], checkpoint, config, options);
     OneBatchBench::new(Arc::new(ranks), &engine, &mut |_| {}).expect("it loads and has room for a cache")
 }

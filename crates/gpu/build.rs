@@ -1,4 +1,7 @@
-//! Compiles the kernels: for the host always (the emulator).
+//! Compiles the kernels: for the host always (the emulator), for GPUs where the features `cuda` and `rocm` ask for it.
+
+#[path = "build/device.rs"]
+mod device;
 
 use std::env;
 use std::fmt::Write as _;
@@ -12,7 +15,34 @@ fn main() {
     emulator(&kernels, &sources);
     let names = sources.iter().flat_map(|source| names(source)).collect::<Vec<_>>();
     let out = PathBuf::from(env::var("OUT_DIR").expect("set by cargo"));
-    fs::write(out.join("kernels.rs"), table(&names)).expect("OUT_DIR is writable");
+    let mut text = table(&names);
+    if has_feature("CUDA") {
+        text += &embed("CUDA_IMAGES", &device::cuda(&kernels, &sources, &out));
+    }
+    if has_feature("ROCM") {
+        text += &embed("HIP_IMAGES", &device::rocm(&kernels, &sources, &out));
+    }
+    fs::write(out.join("kernels.rs"), text).expect("OUT_DIR is writable");
+}
+
+fn has_feature(name: &str) -> bool {
+    env::var_os(format!("CARGO_FEATURE_{name}")).is_some()
+}
+
+/// A constant with the bytes of compiled images.
+fn embed(constant: &str, images: &[device::Image]) -> String {
+    let mut text = format!("/// Compiled kernel files.\npub(crate) static {constant}: &[Image] = &[\n");
+    for image in images {
+        let (names, file) = (names(&image.source), image.source.file_name().expect("a kernel file"));
+        writeln!(
+            text,
+            "    Image {{ file: {file:?}, arch: {:?}, kernels: &{names:?}, bytes: &Aligned(*include_bytes!({:?})) }},",
+            image.arch,
+            image.path.display().to_string()
+        )
+        .expect("a string takes all");
+    }
+    text + "];\n"
 }
 
 /// The kernel files, in order.

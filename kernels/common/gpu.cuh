@@ -328,6 +328,15 @@ DEVICE u32 atomic_add(u32* at, u32 value) {
     return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
 #endif
 }
+DEVICE u64 atomic_add(u64* at, u64 value) {
+#if R1_CUDA
+    return atomicAdd(at, value);
+#elif R1_HIP
+    return __hip_atomic_fetch_add(at, value, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+#else
+    return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
+#endif
+}
 
 /// Copies 16 bytes of device memory (both addresses aligned) to shared memory behind the thread's back; zeros where `valid` is false, and
 /// then `from` is not read. Complete after `async_wait` and a `sync_block`.

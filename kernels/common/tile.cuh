@@ -4,7 +4,9 @@
 //   out[t, n] = sum_k x[t, k] * w[k, n]      (KN = true; a weight applied from its other side)
 //
 // The sum goes over k in steps of STEP, each one a matrix instruction's chain from zero where there are scales, and the steps are added in
-// order; a step ends early where a scale's block does. So the order depends on the weight alone: tiles of any height give a row the same bits.
+// order; a step ends early where a scale's block does. The k of a weight with few outputs is cut into ranges, whose sums are added last, in
+// order. So the order depends on the weight alone: tiles of any height give a row the same bits. Short tiles give each range to a block of its
+// own, and the last of a tile's blocks adds them; higher tiles take one range after the other.
 //
 // Steps are copied to shared memory STAGES - 1 ahead, 16 bytes at a time where the host promises alignment, else element by element.
 // E4M3 weights of BF16 activations are copied as codes and widened, exactly, one step before they are multiplied.
@@ -26,6 +28,8 @@ struct Weight {
     /// Rows and columns of the data that share a scale, and where element (0, 0) lies in its block.
     u32 block[2], offset[2];
     u32 is_vectorizable;
+    /// A multiple of 128; k where it is not cut.
+    u32 range_len;
 };
 
 struct Args {
@@ -42,6 +46,10 @@ struct Args {
     /// For the kernel that takes both forms at run time.
     u32 transposed;
     Weight weights[2];
+    /// Of short tiles: sums of ranges, [blocks in x, ranges, BM * BN], and a counter per block in x. Several heads have one range.
+    float* partials;
+    u32* counters;
+    u32 ranges;
 };
 
 /// The steps of a sum over k: each ends at a multiple of `step`, where a scale's block does, or at the end.
@@ -49,11 +57,11 @@ struct Steps {
     u32 k, end, k_block;
     u32 len, step, block, block_end;
 
-    /// `offset`: where k = 0 lies among blocks.
-    DEVICE Steps(u32 len_, u32 step_, u32 block_, u32 offset) : k(0), len(len_), step(step_), block(block_) {
-        k_block = offset / block;
+    /// From `begin`, a multiple of `step`, to `len`. `offset`: where k = 0 lies among blocks.
+    DEVICE Steps(u32 begin, u32 len_, u32 step_, u32 block_, u32 offset) : k(begin), len(len_), step(step_), block(block_) {
+        k_block = (begin + offset) / block;
         block_end = (k_block + 1) * block - offset;
-        end = min_of(len, min_of(step, block_end));
+        end = min_of(len, min_of(k + step, block_end));
     }
     DEVICE void advance() {
         k = end;
@@ -75,11 +83,12 @@ struct IsSame<A, A> {
 };
 
 /// Activations X (bf16, e4m3) and a weight W (the same, or e4m3 widened to bf16); WARPS_M x WARPS_N warps with tiles of TM x TN each.
-template <class X_, class W_, bool KN_, int WARPS_M_, int WARPS_N_, int TM_, int TN_, int STAGES_>
+/// PAIRED: the tile's right half is the second weight's.
+template <class X_, class W_, bool KN_, int WARPS_M_, int WARPS_N_, int TM_, int TN_, int STAGES_, bool PAIRED_ = false>
 struct Shape {
     typedef X_ X;
     typedef W_ W;
-    static constexpr bool KN = KN_;
+    static constexpr bool KN = KN_, PAIRED = PAIRED_;
     static constexpr bool WIDENS = !IsSame<X, W>::value;
     static constexpr bool HAS_W_SCALES = IsSame<W, e4m3>::value;
     static constexpr bool HAS_X_SCALES = IsSame<X, e4m3>::value;
@@ -93,6 +102,9 @@ struct Shape {
     static constexpr int W_ROWS = KN ? STEP : BN, W_COLS = KN ? BN : STEP;
     /// As it is copied, and as it is multiplied.
     static constexpr int LDW = W_COLS + 16 / sizeof(W), LDB = W_COLS + 16 / sizeof(X);
+    /// Outputs per block.
+    static constexpr int OUTPUTS = PAIRED ? BN / 2 : BN;
+    static_assert(!(PAIRED && KN), "rows of two weights");
 };
 
 template <class S>
@@ -102,6 +114,7 @@ struct alignas(16) Shared {
     typename S::X wide[S::WIDENS ? S::W_ROWS * S::LDB : 8];
     float x_scales[S::STAGES][S::BM];
     float w_scales[S::STAGES][S::BN];
+    u32 flag[4];
 };
 
 /// Enqueues ROWS x COLS elements at `from`, of which `rows` x `cols` are there; zeros for the others.
@@ -132,47 +145,58 @@ struct Place {
     u32 t0, n0, head;
 };
 
-/// The product of one tile, in registers: `acc` of each warp, whose first row and column `row0` and `col0` are counted from the tile's.
-template <class S>
-DEVICE void product(const Args& a, const Weight& weight, const Place& at, Shared<S>& mem, WarpAcc<S::TM, S::TN>& acc) {
+/// The sum of one tile over `begin..end` of k, in each warp's registers. `FOLDS`: its ranges' sums, added in order.
+template <class S, bool FOLDS>
+DEVICE void product(const Args& a, const Weight& weight, const Place& at, u32 begin, u32 end, Shared<S>& mem, WarpAcc<S::TM, S::TN>& sum) {
     typedef typename S::X X;
     typedef typename S::W W;
     const u32 first_row = at.head * a.rows_per_head + a.first_row;
     const u32 rows = a.num_tokens - at.t0, cols = weight.n - at.n0;
     const X* x = static_cast<const X*>(a.x) + at.head * a.x_head_stride + at.t0 * a.x_stride;
-    const W* w = static_cast<const W*>(weight.data) + (S::KN ? first_row * weight.stride + at.n0 : (first_row + at.n0) * weight.stride);
-    // Along n and along k, in the weight's blocks.
-    const u32 block_n = weight.block[S::KN ? 1 : 0], block_k = weight.block[S::KN ? 0 : 1];
-    const u32 offset_n = weight.offset[S::KN ? 1 : 0] + (S::KN ? 0 : first_row), offset_k = weight.offset[S::KN ? 0 : 1] + (S::KN ? first_row : 0);
+    const i64 w_from = S::KN ? first_row * weight.stride + at.n0 : (first_row + at.n0) * weight.stride;
+    const W* w = static_cast<const W*>(weight.data) + w_from;
+    // Along k, in the weight's blocks.
+    const u32 block_k = weight.block[S::KN ? 0 : 1], offset_k = weight.offset[S::KN ? 0 : 1] + (S::KN ? first_row : 0);
     const u32 thread = thread_id();
     const i64 scale_k = S::KN ? weight.scale_stride : 1;
     const float* my_w_scale = nullptr;
     const float* my_x_scale = nullptr;
-    if (S::HAS_W_SCALES) my_w_scale = weight.scales + (at.n0 + thread + offset_n) / block_n * (S::KN ? 1 : weight.scale_stride);
+    if (S::HAS_W_SCALES) {
+        const Weight& mine = S::PAIRED && thread >= S::OUTPUTS ? a.weights[1] : weight;
+        const u32 n = at.n0 + thread % S::OUTPUTS + (S::KN ? 0 : first_row) + mine.offset[S::KN ? 1 : 0];
+        my_w_scale = mine.scales + n / mine.block[S::KN ? 1 : 0] * (S::KN ? 1 : mine.scale_stride);
+    }
     if (S::HAS_X_SCALES) my_x_scale = a.x_scales + (at.t0 + thread) * a.x_scale_stride;
 
     auto enqueue = [&](u32 slot, Steps& steps) {
-        if (steps.k < a.k) {
+        if (steps.k < end) {
             const u32 len = steps.end - steps.k;
             copy_tile<S::THREADS, S::BM, S::STEP>(mem.x[slot], S::LDX, x + steps.k, a.x_stride, rows, len, a.x_is_vectorizable);
             if (S::KN) {
                 copy_tile<S::THREADS, S::W_ROWS, S::W_COLS>(mem.w[slot], S::LDW, w + steps.k * weight.stride, weight.stride, len, cols, weight.is_vectorizable);
             } else {
-                copy_tile<S::THREADS, S::W_ROWS, S::W_COLS>(mem.w[slot], S::LDW, w + steps.k, weight.stride, cols, len, weight.is_vectorizable);
+                copy_tile<S::THREADS, S::OUTPUTS, S::W_COLS>(mem.w[slot], S::LDW, w + steps.k, weight.stride, cols, len, weight.is_vectorizable);
             }
-            if (S::HAS_W_SCALES && thread < S::BN) async_copy4(&mem.w_scales[slot][thread], my_w_scale + steps.k_block * scale_k, thread < cols);
+            if (S::PAIRED) {
+                const Weight& right = a.weights[1];
+                const W* from = static_cast<const W*>(right.data) + at.n0 * right.stride + steps.k;
+                copy_tile<S::THREADS, S::OUTPUTS, S::W_COLS>(mem.w[slot] + S::OUTPUTS * S::LDW, S::LDW, from, right.stride, cols, len, right.is_vectorizable);
+            }
+            if (S::HAS_W_SCALES && thread < S::BN) async_copy4(&mem.w_scales[slot][thread], my_w_scale + steps.k_block * scale_k, thread % S::OUTPUTS < cols);
             if (S::HAS_X_SCALES && thread < S::BM) async_copy4(&mem.x_scales[slot][thread], my_x_scale + steps.k / 128, thread < rows);
             steps.advance();
         }
         async_commit();
     };
 
-    Steps ahead(a.k, S::STEP, block_k, offset_k);
+    Steps ahead(begin, end, S::STEP, block_k, offset_k);
     UNROLL for (int s = 0; s < S::STAGES - 1; ++s) enqueue(s, ahead);
+    WarpAcc<S::TM, S::TN> acc;
     acc.clear();
+    sum.clear();
     const u32 row0 = warp_id() / S::WARPS_N * S::TM, col0 = warp_id() % S::WARPS_N * S::TN;
-    u32 slot = 0, free_slot = S::STAGES - 1;
-    for (Steps now(a.k, S::STEP, block_k, offset_k); now.k < a.k; now.advance()) {
+    u32 slot = 0, free_slot = S::STAGES - 1, range_end = begin + weight.range_len;
+    for (Steps now(begin, end, S::STEP, block_k, offset_k); now.k < end; now.advance()) {
         async_wait<S::STAGES - 2>();
         // This step is there, and nobody reads the one before, whose place is filled next.
         sync_block();
@@ -205,30 +229,74 @@ DEVICE void product(const Args& a, const Weight& weight, const Place& at, Shared
         } else {
             warp_mma<S::STEP>(acc, tile_x, S::LDX, b + col0 * S::LDB, S::LDB);
         }
+        if (FOLDS && now.end == range_end) {
+            UNROLL for (int i = 0; i < acc.SIZE; ++i) sum.v[i] += acc.v[i];
+            acc.clear();
+            range_end += weight.range_len;
+        }
         slot = slot + 1 == S::STAGES ? 0 : slot + 1;
         free_slot = free_slot + 1 == S::STAGES ? 0 : free_slot + 1;
     }
+    UNROLL for (int i = 0; i < acc.SIZE; ++i) sum.v[i] += acc.v[i];
 }
 
-/// A whole kernel: grid [tiles of n, of one weight after the other; tiles of t; heads].
+/// As `product`, of this block's range alone where there are several; true on all threads of the one block per tile that then has the whole
+/// sum.
 template <class S>
+DEVICE bool product_of_ranges(const Args& a, const Weight& weight, const Place& at, Shared<S>& mem, WarpAcc<S::TM, S::TN>& sum) {
+    const u32 range = block_z() % a.ranges, ranges = ceil_div(a.k, weight.range_len);
+    // The other weight of this launch has more.
+    if (range >= ranges) return false;
+    product<S, false>(a, weight, at, range * weight.range_len, min_of(a.k, (range + 1) * weight.range_len), mem, sum);
+    if (ranges == 1) return true;
+    // Each thread reads what threads in its place wrote.
+    float* partials = a.partials + i64(block_x()) * a.ranges * (S::BM * S::BN) + thread_id();
+    UNROLL for (int i = 0; i < sum.SIZE; ++i) partials[(range * sum.SIZE + i) * S::THREADS] = sum.v[i];
+    if (!is_last_block(a.counters + block_x(), ranges, mem.flag[0])) return false;
+    sum.clear();
+    for (u32 r = 0; r < ranges; ++r) {
+        UNROLL for (int i = 0; i < sum.SIZE; ++i) sum.v[i] += partials[(r * sum.SIZE + i) * S::THREADS];
+    }
+    return true;
+}
+
+enum Ranges {
+    /// Nothing is cut.
+    ONE,
+    /// A block takes all of them.
+    FOLDED,
+    /// A block takes one.
+    SPREAD,
+};
+
+/// A whole kernel: grid [tiles of n, of one weight after the other; tiles of t; heads, each with its ranges where they are spread].
+template <class S, Ranges RANGES>
 DEVICE void gemm(const Args& a) {
     Shared<S>& mem = shared<Shared<S>>();
     const bool second = block_x() >= a.first_tiles;
     const Weight& weight = a.weights[second ? 1 : 0];
-    const Place at = {block_y() * S::BM, (block_x() - (second ? a.first_tiles : 0)) * S::BN, block_z()};
-    WarpAcc<S::TM, S::TN> acc;
-    product<S>(a, weight, at, mem, acc);
+    const u32 tile_n = block_x() - (second ? a.first_tiles : 0);
+    const Place at = {block_y() * S::BM, tile_n * S::BN, RANGES == SPREAD ? block_z() / a.ranges : block_z()};
+    WarpAcc<S::TM, S::TN> sum;
+    bool whole = true;
+    if constexpr (RANGES == SPREAD) {
+        whole = product_of_ranges<S>(a, weight, at, mem, sum);
+    } else {
+        product<S, RANGES == FOLDED>(a, weight, at, 0, a.k, mem, sum);
+    }
+    if (!whole) return;
     const u32 t0 = at.t0 + warp_id() / S::WARPS_N * S::TM, n0 = at.n0 + warp_id() % S::WARPS_N * S::TN;
-    UNROLL for (int i = 0; i < acc.SIZE; ++i) {
-        const u32 t = t0 + acc.row(i), n = n0 + acc.col(i);
-        if (t < a.num_tokens && n < weight.n) store_float(weight.out, weight.out_dtype, t * weight.out_stride + at.head * a.out_head_stride + n, acc.v[i]);
+    UNROLL for (int i = 0; i < sum.SIZE; ++i) {
+        const u32 t = t0 + sum.row(i), n = n0 + sum.col(i);
+        if (t < a.num_tokens && n < weight.n) store_float(weight.out, weight.out_dtype, t * weight.out_stride + at.head * a.out_head_stride + n, sum.v[i]);
     }
 }
 
 // One row tile of 16 for few tokens, many blocks over n; 64 rows, still many blocks; 64 x 128 for prefill.
 template <class X, class W, bool KN>
 using Short = Shape<X, W, KN, 1, 2, 16, 16, 4>;
+template <class X, class W>
+using Pair = Shape<X, W, false, 1, 2, 16, 16, 4, true>;
 template <class X, class W, bool KN>
 using Middle = Shape<X, W, KN, 4, 1, 16, 32, 3>;
 template <class X, class W, bool KN>

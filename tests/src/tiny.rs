@@ -39,6 +39,10 @@ pub struct Tiny {
     pub deterministic: bool,
     /// Steps in flight.
     pub depth: usize,
+    /// Most sequences of a captured decode step.
+    pub max_captured_seqs: usize,
+    /// Whether decode steps are padded to the sizes that would be captured.
+    pub pad_decodes: bool,
     /// Places in the queue.
     pub max_queued: usize,
     /// Tokens that may wait to be read.
@@ -57,6 +61,8 @@ impl Default for Tiny {
             kv_cache: KvCacheFormat::Activations,
             deterministic: false,
             depth: 1,
+            max_captured_seqs: usize::MAX,
+            pad_decodes: false,
             max_queued: 64,
             max_unread_tokens: 4096,
         }
@@ -105,12 +111,12 @@ impl Tiny {
     /// # Panics
     /// When the bundled model cannot be read.
     pub fn ranks_on<B: Backend>(&self, devices: Vec<Arc<B>>) -> LocalRanks<B> {
-        LocalRanks {
+        LocalRanks::in_host_memory(
             devices,
-            checkpoint: Arc::new(Checkpoint::open(&tiny_dir()).expect("the bundled weights")),
-            config: ModelConfig::open(&tiny_dir()).expect("config.json"),
-            options: self.options(),
-        }
+            Arc::new(Checkpoint::open(&tiny_dir()).expect("the bundled weights")),
+            ModelConfig::open(&tiny_dir()).expect("config.json"),
+            self.options(),
+        )
     }
 
     /// Both ends of an engine that runs like this.
@@ -139,6 +145,8 @@ impl Tiny {
             num_blocks: self.num_blocks,
             prefix_cache: self.prefix_cache,
             depth: Some(self.depth),
+            max_captured_seqs: self.max_captured_seqs,
+            pad_decodes: self.pad_decodes,
             log_every_steps: 1000,
         }
     }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use r1_backend::Communicator;
+use r1_backend::{CommError, Communicator};
 use r1_core::{Rank, SamplingParams, TokenId};
 use r1_cpu::{Cpu, CpuOptions};
 use r1_engine::{LocalRanks, RankLoader, Request};
@@ -47,7 +47,7 @@ static COUNTING: Counting = Counting;
 struct Watched(LocalRanks<Cpu>);
 
 impl RankLoader<Cpu> for Watched {
-    fn connect(&self) -> Vec<Arc<dyn Communicator<Cpu>>> {
+    fn connect(&self) -> Result<Vec<Arc<dyn Communicator<Cpu>>>, CommError> {
         self.0.connect()
     }
 
@@ -65,8 +65,11 @@ impl RankLoader<Cpu> for Watched {
 #[test]
 fn decode_steps_allocate_nothing() {
     const SEQUENCES: usize = 8;
-    for (ranks, depth) in [(1, 1), (1, 2), (2, 1), (2, 2)] {
-        let tiny = Tiny { depth, max_num_seqs: SEQUENCES, max_num_batched_tokens: 256, ..Tiny::default() };
+    let cases = [(1, 1, false), (1, 2, false), (2, 1, false), (2, 2, false), (1, 2, true), (2, 2, true)];
+    for (ranks, depth, pad_decodes) in cases {
+        // One more seat than sequences, so that there is a row to pad.
+        let max_num_seqs = SEQUENCES + usize::from(pad_decodes);
+        let tiny = Tiny { depth, max_num_seqs, max_num_batched_tokens: 256, pad_decodes, ..Tiny::default() };
         // One thread each: with more, which of them needs its scratch first is up to the system.
         let cpu = || Arc::new(Cpu::new(CpuOptions { threads: Some(1), isa: None }).expect("a CPU"));
         let loader = Watched(tiny.ranks_on((0..ranks).map(|_| cpu()).collect()));

@@ -2,11 +2,11 @@
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use r1_backend::Communicator;
+use r1_backend::{CommError, Communicator};
 use r1_core::{Rank, SamplingParams, TokenId};
 use r1_cpu::{Cpu, CpuOptions};
 use r1_engine::{EngineError, Event, Generation, Handle, LocalRanks, RankLoader, Request, Status};
@@ -21,11 +21,11 @@ struct FaultyRanks {
 }
 
 impl RankLoader<Cpu> for FaultyRanks {
-    fn connect(&self) -> Vec<Arc<dyn Communicator<Cpu>>> {
+    fn connect(&self) -> Result<Vec<Arc<dyn Communicator<Cpu>>>, CommError> {
         let wrap = |(rank, inner): (usize, Arc<dyn Communicator<Cpu>>)| -> Arc<dyn Communicator<Cpu>> {
             if rank == self.faulty { Arc::new(Faulty { inner, fuse: self.fuse.clone() }) } else { inner }
         };
-        self.ranks.connect().into_iter().enumerate().map(wrap).collect()
+        Ok(self.ranks.connect()?.into_iter().enumerate().map(wrap).collect())
     }
 
     fn load(
@@ -119,7 +119,7 @@ fn a_rank_that_cannot_load_is_the_reason_that_is_given() {
     struct Broken(LocalRanks<Cpu>);
 
     impl RankLoader<Cpu> for Broken {
-        fn connect(&self) -> Vec<Arc<dyn Communicator<Cpu>>> {
+        fn connect(&self) -> Result<Vec<Arc<dyn Communicator<Cpu>>>, CommError> {
             self.0.connect()
         }
 
@@ -140,6 +140,52 @@ fn a_rank_that_cannot_load_is_the_reason_that_is_given() {
     r1_engine::spawn(inbox, tiny.engine(), Arc::new(broken)).join().expect("no panic leaves the thread");
     let Status::Failed(why) = handle.status() else { panic!("{:?}", handle.status()) };
     assert_eq!(why, "rank 1 panicked while it loaded: injected");
+}
+
+/// Ranks whose transport works so many times.
+fn connects(times: usize) -> (Tiny, LocalRanks<Cpu>, Fuse) {
+    let tiny = Tiny::default();
+    let fuse = Fuse::default();
+    let mut ranks = tiny.ranks_on(vec![cpu(), cpu()]);
+    let (in_host_memory, of_rank) = (ranks.connect.clone(), fuse.clone());
+    let connected = AtomicUsize::new(0);
+    ranks.connect = Arc::new(move |devices, elements| {
+        if connected.fetch_add(1, Ordering::Relaxed) >= times {
+            return Err(CommError::Connect { transport: "wire", why: "it is cut".into() });
+        }
+        let wrap =
+            |inner| -> Arc<dyn Communicator<Cpu>> { Arc::new(Faulty { inner, fuse: of_rank.clone() }) };
+        Ok(in_host_memory(devices, elements)?.into_iter().map(wrap).collect())
+    });
+    (tiny, ranks, fuse)
+}
+
+#[test]
+fn ranks_that_do_not_reach_each_other_are_refused_at_the_start() {
+    let (tiny, ranks, _) = connects(0);
+    let (handle, inbox) = tiny.channel();
+    r1_engine::spawn(inbox, tiny.engine(), Arc::new(ranks)).join().expect("no panic leaves the thread");
+    let why = "wire: the ranks cannot be connected: it is cut";
+    assert_eq!(handle.status(), Status::Failed(why.into()));
+}
+
+#[test]
+fn ranks_that_lose_each_other_end_the_engine() {
+    let (tiny, ranks, fuse) = connects(1);
+    let engine = tiny.start_ranks(Arc::new(ranks));
+    run(&engine, 1);
+    fuse.store(20, Ordering::Relaxed);
+    let ended = [1, 2].map(|start| engine.submit(request(start)).expect("accepted")).map(read);
+    assert!(ended.iter().all(|(_, ended)| ended.is_err()), "{ended:?}");
+    let since = Instant::now();
+    let why = loop {
+        match engine.status() {
+            Status::Failed(why) => break why,
+            status => assert!(since.elapsed() < Duration::from_secs(5), "{status:?}"),
+        }
+        thread::sleep(Duration::from_millis(2));
+    };
+    assert_eq!(why, "wire: the ranks cannot be connected: it is cut");
 }
 
 #[test]

@@ -83,6 +83,61 @@ fn cpu_answers_like_transformers() {
     }
 }
 
+/// Tokens drawn, and the log-probabilities of each and of its rivals, as bits.
+type Trace = Vec<(TokenId, u32, Vec<(TokenId, u32)>)>;
+
+/// All prompts side by side, every other one drawn at random.
+fn traces(handle: &Handle) -> Vec<Trace> {
+    let request = |(i, expected): (usize, Expected)| {
+        let params = SamplingParams {
+            temperature: if i % 2 == 0 { 0.0 } else { 1.5 },
+            seed: i as u64,
+            max_tokens: 10 + 2 * i as u32,
+            logprobs: Some(5),
+            ..SamplingParams::default()
+        };
+        let prompt = expected.prompt;
+        handle.submit(Request { prompt, params, priority: 0, constraint: None, cache_salt: None })
+    };
+    let running: Vec<_> = expected().into_iter().enumerate().map(request).collect();
+    let read = |running: Result<r1_engine::Generation, _>| {
+        let mut generation = running.expect("the engine takes it");
+        let mut trace = Trace::new();
+        loop {
+            match generation.next_blocking().expect("an end") {
+                Event::Scheduled { .. } => {}
+                Event::Token { token, logprobs } => {
+                    let logprobs = logprobs.expect("they were asked for");
+                    let top = logprobs.top.iter().map(|(token, logprob)| (*token, logprob.to_bits()));
+                    trace.push((token, logprobs.logprob.to_bits(), top.collect()));
+                }
+                Event::Finished(_) => return trace,
+                Event::Failed(error) => panic!("{error}"),
+            }
+        }
+    };
+    let traces = running.into_iter().map(read).collect();
+    handle.stop();
+    traces
+}
+
+/// Decode steps that are padded to the sizes of captured ones give the same, bit for bit.
+#[test]
+fn padding_changes_nothing() {
+    for (ranks, depth) in [(1, 1), (1, 2), (2, 2)] {
+        let plain = Tiny { ranks, depth, deterministic: true, max_num_seqs: 13, ..Tiny::default() };
+        // Steps of up to 11 sequences are padded, larger ones are not.
+        let padded = Tiny { pad_decodes: true, max_captured_seqs: 11, ..plain.clone() };
+        let (plain, padded) = (traces(&plain.start()), traces(&padded.start()));
+        assert_eq!(plain.len(), 50);
+        for (i, (plain, padded)) in plain.iter().zip(&padded).enumerate() {
+            assert_eq!(plain.len(), 10 + 2 * i, "prompt {i}");
+            let differs = plain.iter().zip(padded).position(|(a, b)| a != b);
+            assert!(plain == padded, "prompt {i}, {ranks} ranks, depth {depth}: token {differs:?} differs");
+        }
+    }
+}
+
 #[test]
 fn reference_answers_like_transformers() {
     let tiny = Tiny { max_num_seqs: 50, ..Tiny::default() };

@@ -6,9 +6,9 @@ use std::ops::Range;
 use r1_core::DType;
 
 use crate::{
-    Activation, BackendError, Batch, Communicator, Experts, HeadWeight, HostTensor, LatentCache, LogprobsOut,
-    MlpScratch, MlpWeights, MoeScratch, MoeWeights, QkvScratch, QkvWeights, RopeTable, Routing,
-    SamplingBatch, Tensor, Weight, composite,
+    Activation, BackendError, Batch, Communicator, Experts, HeadWeight, HostTensor, KvCache, LatentCache,
+    LogprobsOut, MlpScratch, MlpWeights, MoeScratch, MoeWeights, QkvScratch, QkvWeights, RopeTable, Routing,
+    SamplingBatch, Tensor, Weight, WeightFormat, composite,
 };
 
 /// Host values to write to a tensor; F32 values are rounded to nearest even when the tensor is narrower.
@@ -27,6 +27,15 @@ pub enum HostSliceMut<'a> {
     F32(&'a mut [f32]),
     /// From U32 tensors.
     U32(&'a mut [u32]),
+}
+
+/// A device's memory as a whole, whoever uses it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryUse {
+    /// Bytes that the device has.
+    pub total_bytes: usize,
+    /// Of these, bytes in use: by this process, by others and by the driver.
+    pub used_bytes: usize,
 }
 
 /// Completion of the work enqueued before it was made.
@@ -64,11 +73,25 @@ impl fmt::Debug for Ticket {
     }
 }
 
-/// What a backend can do beyond the operations themselves.
+/// Kinds of attention, each with operations and a cache of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttentionKind {
+    /// Multi-head latent attention: [`Backend::rope_cache`], [`Backend::mla_attention`] and what belongs to them.
+    Mla,
+    /// Grouped-query attention: [`Backend::rope_cache_gqa`] and [`Backend::gqa_attention`].
+    Gqa,
+}
+
+/// What a backend can do beyond the operations that every one has.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(clippy::struct_excessive_bools)] // independent of each other
 pub struct Capabilities {
     /// Element types that activations may have.
     pub activation_dtypes: Vec<DType>,
+    /// Formats of weights that `linear` takes; dense ones and FP8 blocks are always among them.
+    pub weight_formats: Vec<WeightFormat>,
+    /// Kinds of attention that it computes; MLA is always among them.
+    pub attention: Vec<AttentionKind>,
     /// Element types that a [`LatentCache`] may have, whatever the activations have; F8E4M3 is its FP8 form.
     pub cache_dtypes: Vec<DType>,
     /// FP8 weights can be applied to FP8 activations (W8A8).
@@ -76,8 +99,10 @@ pub struct Capabilities {
     /// Work runs behind the caller's back, so that planning a step ahead pays.
     pub asynchronous: bool,
     /// A row's result depends neither on the other rows of a step nor on how a prompt is cut into steps, bit for bit, in
-    /// the absorbed form of attention.
+    /// the absorbed form of MLA and in grouped-query attention.
     pub batch_invariant: bool,
+    /// [`capture`](Backend::capture) gives a graph. Where it does not, steps run eagerly.
+    pub captures: bool,
 }
 
 /// A device and its operations.
@@ -89,7 +114,8 @@ pub struct Capabilities {
 /// not share a buffer with an input, whether or not the views overlap.
 ///
 /// T tokens, S sequences, L rows of logits, D hidden size, V vocabulary, H local heads, C = kv_lora_rank,
-/// R = qk_rope_head_dim, P = qk_nope_head_dim, U = v_head_dim, E experts, k experts per token, I intermediate size.
+/// R = qk_rope_head_dim, P = qk_nope_head_dim, U = v_head_dim, E experts, k experts per token, I intermediate size; of
+/// grouped-query attention G local KV heads, Dh and Dv the sizes of a head's keys and values.
 pub trait Backend: Sized + Send + Sync + 'static {
     /// Device memory.
     type Buffer: Send + Sync;
@@ -110,6 +136,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
         None
     }
 
+    /// Memory of the device; `None` where it has none of its own.
+    fn memory(&self) -> Option<MemoryUse> {
+        None
+    }
+
     // Memory: at start only.
 
     /// A zeroed tensor.
@@ -118,11 +149,23 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// A read-only tensor with the host's values: in place where the device can read them there, else copied.
     fn import(&self, host: &HostTensor) -> Result<Tensor<Self>, BackendError>;
 
-    /// As [`import`](Backend::import), for the `[N, K]` data of a [`Weight`]. A backend may lay it out as its linears like it;
-    /// nobody but its own `linear`, `per_head` and `experts` reads the result, and they read what
+    /// As [`import`](Backend::import), for the `[N, K]` data of a [`Weight`] (the codes of an int4 one). A backend may lay it
+    /// out as its linears like it; nobody but its own `linear`, `per_head` and `experts` reads the result, and they read what
     /// [`import`](Backend::import) gives too: a tied head is the embedding's table.
     fn import_matrix(&self, host: &HostTensor) -> Result<Tensor<Self>, BackendError> {
         self.import(host)
+    }
+
+    /// An FP8 block weight as dense BF16 `[N, K]`, each value `code * scale` rounded once: `data` `[N, K]` F8E4M3, `scales`, `block`
+    /// and `offset` as [`Weight::Fp8Block`] has them. `None`: this backend leaves the arithmetic to the host.
+    fn import_widened(
+        &self,
+        _data: &HostTensor,
+        _scales: &HostTensor,
+        _block: [usize; 2],
+        _offset: [usize; 2],
+    ) -> Result<Option<Tensor<Self>>, BackendError> {
+        Ok(None)
     }
 
     /// What this backend's `experts` needs to find the weights of a layer's experts, which stay where they are; nothing by
@@ -166,15 +209,17 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn quantize(&self, x: &Activation<Self>);
 
     /// `out = x Wᵀ`. `x` `[T, K]`, `w` `[N, K]`, `out` `[T, N]`, F32 or the activation dtype. FP8 weights meet `x.fp8` where it
-    /// is there (each 128-block of K accumulated in F32, scaled, then added), else `x.dense`.
+    /// is there (each 128-block of K accumulated in F32, scaled, then added), else `x.dense`; all others meet `x.dense`. Formats
+    /// that [`Capabilities::weight_formats`] lacks are refused with a panic.
     fn linear(&self, x: &Activation<Self>, w: &Weight<Self>, out: &Tensor<Self>);
 
     /// One matrix per head, see [`HeadWeight`]. `x` `[T, H, a]`, `out` `[T, H, b]`, both may be strided.
     fn per_head(&self, x: &Tensor<Self>, w: &HeadWeight<Self>, out: &Tensor<Self>);
 
     /// RoPE and cache write. Rotates `q_rope` `[T, H, R]` (strided) in place; writes `rms_norm(kv_a[:, :C])` and the rotated
-    /// `kv_a[:, C:]` to the cache at the batch's slots. `kv_a` `[T, C + R]`, `norm` `[C]`. Into an FP8 cache the normed values
-    /// go from F32 to their scales and nearest codes, and the rotated ones to BF16.
+    /// `kv_a[:, C:]` to the cache at the batch's slots; a row whose slot is [`NO_SLOT`](crate::NO_SLOT) writes nothing there.
+    /// `kv_a` `[T, C + R]`, `norm` `[C]`. Into an FP8 cache the normed values go from F32 to their scales and nearest codes, and
+    /// the rotated ones to BF16.
     fn rope_cache(
         &self,
         q_rope: &Tensor<Self>,
@@ -188,8 +233,9 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     /// Absorbed MLA over the paged latent cache, for the sequences `seqs`, any mix of decode rows and prefill chunks; other
     /// sequences' rows of `out` are left alone. Row `i` of a sequence with `n` rows sees the first `context_len - n + 1 + i`
-    /// tokens. `q_latent` `[T, H, C]`, `q_rope` `[T, H, R]` (strided), `out` `[T, H, C]`. `scale` holds YaRN's mscale². Codes of
-    /// an FP8 cache stand for `code * scale`, as keys and as values.
+    /// tokens; the row of a sequence whose `context_len` is 0 (padding, see [`Batch`]) becomes zeros. `q_latent` `[T, H, C]`,
+    /// `q_rope` `[T, H, R]` (strided), `out` `[T, H, C]`. `scale` holds YaRN's mscale². Codes of an FP8 cache stand for
+    /// `code * scale`, as keys and as values.
     /// Source: DeepSeek-V2 report, section 2.1.2 (arXiv:2405.04434).
     fn mla_attention(
         &self,
@@ -224,6 +270,53 @@ pub trait Backend: Sized + Send + Sync + 'static {
         scale: f32,
         out: &Tensor<Self>,
     );
+
+    /// RoPE and cache write of grouped-query attention. Rotates `q` `[T, H, Dh]` (strided) in place and writes the rotated `k`
+    /// `[T, G, Dh]` (strided) and `v` `[T, G, Dv]` (strided) to the cache at the batch's slots. Elements `i` and `i + Dh / 2` are a
+    /// pair (Llama, Qwen2). `rope` `[max_positions, Dh]`. `q` shares no buffer with `k` or `v`.
+    ///
+    /// A row whose slot is `u32::MAX` is padding: nothing of it is written to the cache, its position must still be one of the
+    /// table's, and its row of `q` holds anything afterwards.
+    ///
+    /// # Panics
+    /// Where [`Capabilities::attention`] lacks [`AttentionKind::Gqa`].
+    fn rope_cache_gqa(
+        &self,
+        _q: &Tensor<Self>,
+        _k: &Tensor<Self>,
+        _v: &Tensor<Self>,
+        _rope: &RopeTable<Self>,
+        _batch: &Batch<Self>,
+        _cache: &KvCache<Self>,
+    ) {
+        panic!(
+            "rope_cache_gqa: the {} backend has no grouped-query attention (see capabilities)",
+            self.name()
+        );
+    }
+
+    /// Grouped-query attention over the paged cache, causal, for the sequences `seqs`, any mix of decode rows and prefill
+    /// chunks; other sequences' rows of `out` are left alone. Row `i` of a sequence with `n` rows sees the first
+    /// `context_len - n + 1 + i` tokens; head `h` reads KV head `h / (H / G)`. `q` `[T, H, Dh]` (strided), `out` `[T, H, Dv]`; H is a
+    /// multiple of G. A sequence whose `context_len` is 0 is padding: its rows of `out` become zeros.
+    /// Source: Ainslie et al., GQA (arXiv:2305.13245).
+    ///
+    /// # Panics
+    /// Where [`Capabilities::attention`] lacks [`AttentionKind::Gqa`].
+    fn gqa_attention(
+        &self,
+        _q: &Tensor<Self>,
+        _cache: &KvCache<Self>,
+        _batch: &Batch<Self>,
+        _seqs: Range<usize>,
+        _scale: f32,
+        _out: &Tensor<Self>,
+    ) {
+        panic!(
+            "gqa_attention: the {} backend has no grouped-query attention (see capabilities)",
+            self.name()
+        );
+    }
 
     /// Chooses experts, see [`Routing`]. `logits` `[T, E]` F32, `bias` `[E]` F32, `ids` `[T, k]` U32, `weights` `[T, k]` F32,
     /// best first.
@@ -301,6 +394,62 @@ pub trait Backend: Sized + Send + Sync + 'static {
         composite::mla_qkv(self, x, w, scratch, q, kv_a);
     }
 
+    /// What stands between the projections and absorbed attention: [`rope_cache`](Backend::rope_cache) of all T rows, the
+    /// rope part of `q` rotated in place, then `q_latent = q_nope W_uk` for the first L rows, L from 0 to T. `q`
+    /// `[T, H, P + R]`, `kv_a` `[T, C + R]`, `norm` `[C]`, `w_uk` in the form [`RowsIn`](crate::HeadForm::RowsIn),
+    /// `q_latent` `[L, H, C]`.
+    fn mla_absorb(
+        &self,
+        q: &Tensor<Self>,
+        kv_a: &Tensor<Self>,
+        norm: &Tensor<Self>,
+        eps: f32,
+        rope: &RopeTable<Self>,
+        batch: &Batch<Self>,
+        cache: &LatentCache<Self>,
+        w_uk: &HeadWeight<Self>,
+        q_latent: &Tensor<Self>,
+    ) {
+        composite::mla_absorb(self, q, kv_a, norm, eps, rope, batch, cache, w_uk, q_latent);
+    }
+
+    /// Absorbed attention of the batch's first sequences, and what the output projection reads of it:
+    /// [`mla_attention`](Backend::mla_attention), W_uv, [`quantize`](Backend::quantize). `seqs` begins at 0 and is
+    /// either all sequences or those that decode; L is their number of rows. `q_latent` `[T, H, C]` and `q_rope`
+    /// `[T, H, R]` (strided) are read in the first L rows, `o_latent` `[T, H, C]` is scratch, `w_uv` has the form
+    /// [`RowsOut`](crate::HeadForm::RowsOut), `attended` `[L, H U]`.
+    fn mla_attend(
+        &self,
+        q_latent: &Tensor<Self>,
+        q_rope: &Tensor<Self>,
+        cache: &LatentCache<Self>,
+        batch: &Batch<Self>,
+        seqs: Range<usize>,
+        scale: f32,
+        w_uv: &HeadWeight<Self>,
+        o_latent: &Tensor<Self>,
+        attended: &Activation<Self>,
+    ) {
+        composite::mla_attend(self, q_latent, q_rope, cache, batch, seqs, scale, w_uv, o_latent, attended);
+    }
+
+    /// A block's last linear, whose results the ranks sum, and the next block's input:
+    /// `block_out = x Wᵀ`, then [`all_reduce_add_norm`](Backend::all_reduce_add_norm). `x` `[T, K]`, `w` `[D, K]`, `residual`
+    /// and `out` `[T, D]`; `block_out` `[T, D]` is scratch.
+    fn linear_add_norm(
+        &self,
+        comm: &dyn Communicator<Self>,
+        x: &Activation<Self>,
+        w: &Weight<Self>,
+        block_out: &Tensor<Self>,
+        residual: &Tensor<Self>,
+        norm: &Tensor<Self>,
+        eps: f32,
+        out: &Activation<Self>,
+    ) {
+        composite::linear_add_norm(self, comm, x, w, block_out, residual, norm, eps, out);
+    }
+
     /// `out = down(silu(gate(x)) * up(x))`.
     fn mlp(
         &self,
@@ -325,11 +474,16 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     // Capture.
 
-    /// Records what `step` enqueues. `None`: this backend runs eagerly, and `step` was not called.
+    /// Records what `step` enqueues, collectives included, and runs none of it; `step` is called once. It must neither
+    /// move values to or from the host, nor allocate, nor flush, and what it enqueues must depend on host values alone that are
+    /// the same at every replay: those of [`Batch`], shapes and strides. The graph reads and writes the tensors that `step`
+    /// named, at their addresses, so it may be replayed only while they live. `None` where
+    /// [`captures`](Capabilities::captures) is false: then `step` was not called.
     fn capture(&self, _step: &mut dyn FnMut()) -> Result<Option<Self::Graph>, BackendError> {
         Ok(None)
     }
 
-    /// Runs a captured step.
-    fn replay(&self, graph: &Self::Graph) -> Ticket;
+    /// Enqueues a captured step, in order with everything else; a failure surfaces from [`flush`](Backend::flush) as any
+    /// operation's does.
+    fn replay(&self, graph: &Self::Graph);
 }

@@ -7,13 +7,21 @@ use r1_core::DType;
 use crate::weight::FP8_BLOCK;
 use crate::{Backend, BackendError, Tensor};
 
+/// The slot of a padding row: its KV goes nowhere.
+pub const NO_SLOT: u32 = u32::MAX;
+
 /// One step's metadata on the device; uploaded once per step, read by every layer. S sequences, T tokens.
 ///
 /// The tokens of a sequence are consecutive rows, in order of position; sequences that decode come first.
+///
+/// The last of those that decode may be padding, so that a captured step runs with fewer sequences than it was captured for.
+/// A padding sequence has one row, the slot [`NO_SLOT`], position 0 and a `context_len` of 0; its row of the block table is
+/// never read. It writes nothing to a cache, attention gives zeros for it, and no other row's result depends on it. Its token id
+/// is `u32::MAX`, which no table holds. It counts in `num_tokens`, `num_seqs` and `num_decodes`.
 pub struct Batch<B: Backend> {
     /// `[T]` U32: absolute position of each token.
     pub positions: Tensor<B>,
-    /// `[T]` U32: where each token's KV goes, `block * block_size + offset`.
+    /// `[T]` U32: where each token's KV goes, `block * block_size + offset`, or [`NO_SLOT`].
     pub slots: Tensor<B>,
     /// `[S + 1]` U32: sequence `s` has the rows `query_start[s]..query_start[s + 1]`.
     pub query_start: Tensor<B>,
@@ -21,7 +29,7 @@ pub struct Batch<B: Backend> {
     pub context_len: Tensor<B>,
     /// `[S + 1]` U32: prefix sums of `context_len`.
     pub context_start: Tensor<B>,
-    /// `[S, max_blocks]` U32: entries past the context are never read.
+    /// `[S, max_blocks]` U32, the last dimension contiguous, rows any stride apart: entries past the context are never read.
     pub block_table: Tensor<B>,
     /// T.
     pub num_tokens: usize,
@@ -31,7 +39,8 @@ pub struct Batch<B: Backend> {
     pub num_decodes: usize,
     /// Host copy of the sum of `context_len` over the sequences that do not decode.
     pub prefill_context_tokens: usize,
-    /// Host copy of the largest `context_len`.
+    /// Host copy of the largest `context_len`, or more: a step that is captured says the longest context that a replay may
+    /// have.
     pub max_context_len: usize,
 }
 
@@ -70,6 +79,16 @@ pub struct Fp8Latent<B: Backend> {
     pub rope: Tensor<B>,
 }
 
+/// Bytes that one token takes in a cache that [`LatentCache::alloc`] makes.
+pub fn latent_bytes_per_token(dtype: DType, latent_dim: usize, rope_dim: usize) -> usize {
+    if dtype != DType::F8E4M3 {
+        return (latent_dim + rope_dim) * dtype.size_bytes();
+    }
+    latent_dim * dtype.size_bytes()
+        + latent_dim.div_ceil(FP8_BLOCK) * DType::F32.size_bytes()
+        + rope_dim * DType::BF16.size_bytes()
+}
+
 impl<B: Backend> LatentCache<B> {
     /// A zeroed cache; `dtype` F8E4M3 asks for the FP8 form, which [`Capabilities::cache_dtypes`](crate::Capabilities) says
     /// whether a backend has.
@@ -89,16 +108,6 @@ impl<B: Backend> LatentCache<B> {
         Ok(Self { data: part(latent_dim, dtype)?, latent_dim, fp8: Some(fp8) })
     }
 
-    /// Bytes that one token takes in a cache that [`alloc`](LatentCache::alloc) makes.
-    pub fn bytes_per_token(dtype: DType, latent_dim: usize, rope_dim: usize) -> usize {
-        if dtype != DType::F8E4M3 {
-            return (latent_dim + rope_dim) * dtype.size_bytes();
-        }
-        latent_dim * dtype.size_bytes()
-            + latent_dim.div_ceil(FP8_BLOCK) * DType::F32.size_bytes()
-            + rope_dim * DType::BF16.size_bytes()
-    }
-
     /// Tokens per block.
     pub fn block_size(&self) -> usize {
         self.data.dim(1)
@@ -115,6 +124,7 @@ impl<B: Backend> LatentCache<B> {
 
 /// Rotations of every position, YaRN and its attention scaling included.
 pub struct RopeTable<B: Backend> {
-    /// `[max_positions, R]` F32: R / 2 cosines, then R / 2 sines. Pairs are interleaved: (2i, 2i + 1).
+    /// `[max_positions, R]` F32: R / 2 cosines, then R / 2 sines. What angle `i` rotates is the operation's: (2i, 2i + 1) in
+    /// [`Backend::rope_cache`], (i, i + R / 2) in [`Backend::rope_cache_gqa`].
     pub cos_sin: Tensor<B>,
 }

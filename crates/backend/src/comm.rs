@@ -5,6 +5,14 @@ use crate::{Backend, BackendError, Tensor};
 /// A collective that could not complete.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum CommError {
+    /// The group never came to be: a transport is missing, or the devices do not reach each other.
+    #[error("{transport}: the ranks cannot be connected: {why}")]
+    Connect {
+        /// What was to connect them.
+        transport: &'static str,
+        /// Its words, and the way out.
+        why: String,
+    },
     /// Another rank left the group, so the collective can never complete.
     #[error("{op}: rank {rank} left the group")]
     PeerGone {

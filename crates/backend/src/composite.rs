@@ -1,8 +1,10 @@
 //! Default bodies of the composites, made of primitives: what a fused one is compared with.
 
+use std::ops::Range;
+
 use crate::{
-    Activation, Backend, Communicator, MlpScratch, MlpWeights, MoeScratch, MoeWeights, QkvScratch,
-    QkvWeights, QueryProjection, Tensor,
+    Activation, Backend, Batch, Communicator, HeadWeight, LatentCache, MlpScratch, MlpWeights, MoeScratch,
+    MoeWeights, QkvScratch, QkvWeights, QueryProjection, RopeTable, Tensor, Weight, shape,
 };
 
 /// See [`Backend::add_rms_norm`].
@@ -50,6 +52,68 @@ pub fn mla_qkv<B: Backend>(
         }
     }
     backend.linear(x, &w.kv_a, kv_a);
+}
+
+/// See [`Backend::mla_absorb`].
+pub fn mla_absorb<B: Backend>(
+    backend: &B,
+    q: &Tensor<B>,
+    kv_a: &Tensor<B>,
+    norm: &Tensor<B>,
+    eps: f32,
+    rope: &RopeTable<B>,
+    batch: &Batch<B>,
+    cache: &LatentCache<B>,
+    w_uk: &HeadWeight<B>,
+    q_latent: &Tensor<B>,
+) {
+    let nope = w_uk.rows.len();
+    backend.rope_cache(&q.narrow(2, nope..q.dim(2)), kv_a, norm, eps, rope, batch, cache);
+    let rows = q_latent.dim(0);
+    if rows > 0 {
+        backend.per_head(&q.narrow(2, 0..nope).rows(0..rows), w_uk, q_latent);
+    }
+}
+
+/// See [`Backend::mla_attend`].
+///
+/// # Panics
+/// When `seqs` does not begin at 0, or is neither all sequences nor those that decode.
+#[track_caller]
+pub fn mla_attend<B: Backend>(
+    backend: &B,
+    q_latent: &Tensor<B>,
+    q_rope: &Tensor<B>,
+    cache: &LatentCache<B>,
+    batch: &Batch<B>,
+    seqs: Range<usize>,
+    scale: f32,
+    w_uv: &HeadWeight<B>,
+    o_latent: &Tensor<B>,
+    attended: &Activation<B>,
+) {
+    shape::mla_attend(batch, &seqs, w_uv, attended);
+    backend.mla_attention(q_latent, q_rope, cache, batch, seqs, scale, o_latent);
+    let rows = 0..attended.dense.dim(0);
+    let by_head = attended.dense.split_last(&[o_latent.dim(1), w_uv.rows.len()]);
+    backend.per_head(&o_latent.rows(rows), w_uv, &by_head);
+    backend.quantize(attended);
+}
+
+/// See [`Backend::linear_add_norm`].
+pub fn linear_add_norm<B: Backend>(
+    backend: &B,
+    comm: &dyn Communicator<B>,
+    x: &Activation<B>,
+    w: &Weight<B>,
+    block_out: &Tensor<B>,
+    residual: &Tensor<B>,
+    norm: &Tensor<B>,
+    eps: f32,
+    out: &Activation<B>,
+) {
+    backend.linear(x, w, block_out);
+    backend.all_reduce_add_norm(comm, residual, block_out, norm, eps, out);
 }
 
 /// See [`Backend::mlp`].

@@ -9,20 +9,25 @@ pub mod composite;
 pub mod conformance;
 mod error;
 mod host;
+mod int4;
+mod kv_cache;
 pub mod philox;
 mod sampling;
 pub mod shape;
 mod tensor;
 mod weight;
 
-pub use backend::{Backend, Capabilities, HostSlice, HostSliceMut, Ticket};
-pub use batch::{Batch, Fp8Latent, LatentCache, RopeTable};
+pub use backend::{AttentionKind, Backend, Capabilities, HostSlice, HostSliceMut, MemoryUse, Ticket};
+pub use batch::{Batch, Fp8Latent, LatentCache, NO_SLOT, RopeTable, latent_bytes_per_token};
 pub use comm::{CommError, Communicator};
 pub use error::BackendError;
 pub use host::{HostBytes, HostTensor};
+pub use int4::Int4Group;
+pub use kv_cache::KvCache;
 pub use sampling::{LogprobsOut, RowSampling, SamplingBatch, SeenToken};
 pub use tensor::{Dims, Tensor};
 pub use weight::{
     Activation, Experts, Fp8Activation, GroupScore, Groups, HeadForm, HeadWeight, MlpScratch, MlpWeights,
     MoeScratch, MoeWeights, QkvScratch, QkvWeights, QueryProjection, Routing, ScoreFunction, Weight,
+    WeightFormat,
 };

@@ -3,6 +3,9 @@
 //! A size is bound to its letter at first sight and compared ever after. A mismatch is a bug of the caller and panics:
 //! `linear: w has shape [8, 5], expected [N=8, K=4]`.
 
+mod gqa;
+mod int4;
+
 use std::ops::Range;
 
 use r1_core::DType;
@@ -12,6 +15,8 @@ use crate::{
     Activation, Backend, Batch, Experts, HeadForm, HeadWeight, LatentCache, LogprobsOut, RopeTable, Routing,
     SamplingBatch, Tensor, Weight,
 };
+
+pub use gqa::{gqa_attention, rope_cache_gqa};
 
 const MAX_LETTERS: usize = 14;
 const ACTIVATION: &[DType] = &[DType::F32, DType::BF16];
@@ -107,6 +112,7 @@ impl Check {
                 );
                 self.arg(arg, data, letters, &[DType::F8E4M3])
             }
+            Weight::Int4Group(_) => panic!("{op}: {arg} is an int4 weight, which `linear` alone takes"),
         }
     }
 
@@ -208,12 +214,12 @@ pub fn quantize<B: Backend>(x: &Activation<B>) {
 /// See [`Backend::linear`].
 #[track_caller]
 pub fn linear<B: Backend>(x: &Activation<B>, w: &Weight<B>, out: &Tensor<B>) {
-    Check::new("linear").activation("x", x, &["T", "K"]).weight("w", w, &["N", "K"]).arg(
-        "out",
-        out,
-        &["T", "N"],
-        ACTIVATION,
-    );
+    let check = Check::new("linear").activation("x", x, &["T", "K"]);
+    let check = match w {
+        Weight::Int4Group(w) => check.int4("w", w, &["N", "K"]),
+        Weight::Dense { .. } | Weight::Fp8Block { .. } => check.weight("w", w, &["N", "K"]),
+    };
+    check.arg("out", out, &["T", "N"], ACTIVATION);
 }
 
 /// See [`Backend::per_head`].
@@ -269,6 +275,29 @@ pub fn mla_attention<B: Backend>(
         .arg("q_rope", q_rope, &["T", "H", "R"], ACTIVATION)
         .arg("out", out, &["T", "H", "C"], ACTIVATION)
         .same_dtype(["q_latent", "out"], q_latent, out);
+}
+
+/// Rows of [`Backend::mla_attend`]; the operations that it is made of check the rest.
+#[track_caller]
+pub fn mla_attend<B: Backend>(
+    batch: &Batch<B>,
+    seqs: &Range<usize>,
+    w_uv: &HeadWeight<B>,
+    attended: &Activation<B>,
+) {
+    let is_first = *seqs == (0..batch.num_seqs) || *seqs == batch.decodes();
+    assert!(
+        is_first,
+        "mla_attend: sequences {seqs:?}, expected all {} or the {} that decode",
+        batch.num_seqs, batch.num_decodes
+    );
+    let rows = if seqs.end == batch.num_seqs { batch.num_tokens } else { batch.num_decodes };
+    let heads = w_uv.weight.out_features() / w_uv.rows_per_head;
+    Check::new("mla_attend").bind("L", rows).bind("H U", heads * w_uv.rows.len()).activation(
+        "attended",
+        attended,
+        &["L", "H U"],
+    );
 }
 
 /// See [`Backend::gather_latent`].

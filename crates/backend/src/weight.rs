@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use r1_core::DType;
 
-use crate::{Backend, BackendError, Tensor};
+use crate::{Backend, BackendError, Int4Group, Tensor};
 
 /// Channels per scale of FP8 activations and of the FP8 latent cache.
 pub(crate) const FP8_BLOCK: usize = 128;
@@ -27,32 +27,62 @@ pub enum Weight<B: Backend> {
         /// Where element (0, 0) lies inside its first block: not zero when a shard begins inside one.
         offset: [usize; 2],
     },
+    /// 4-bit codes in groups along K, for [`linear`](Backend::linear) alone.
+    Int4Group(Int4Group<B>),
+}
+
+/// Formats of a [`Weight`], without its tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WeightFormat {
+    /// [`Weight::Dense`].
+    Dense,
+    /// [`Weight::Fp8Block`].
+    Fp8Block,
+    /// [`Weight::Int4Group`].
+    Int4Group,
 }
 
 impl<B: Backend> Weight<B> {
     /// Output features, N.
     pub fn out_features(&self) -> usize {
-        self.data().dim(0)
+        match self {
+            Self::Dense { data } | Self::Fp8Block { data, .. } => data.dim(0),
+            Self::Int4Group(w) => w.out_features(),
+        }
     }
 
     /// Input features, K.
     pub fn in_features(&self) -> usize {
-        self.data().dim(1)
-    }
-
-    /// The matrix itself, scales aside.
-    pub fn data(&self) -> &Tensor<B> {
         match self {
-            Self::Dense { data } | Self::Fp8Block { data, .. } => data,
+            Self::Dense { data } | Self::Fp8Block { data, .. } => data.dim(1),
+            Self::Int4Group(w) => w.in_features(),
         }
     }
 
-    /// Bytes that a pass over the weight reads, scales included.
+    /// Which format it has.
+    pub fn format(&self) -> WeightFormat {
+        match self {
+            Self::Dense { .. } => WeightFormat::Dense,
+            Self::Fp8Block { .. } => WeightFormat::Fp8Block,
+            Self::Int4Group(_) => WeightFormat::Int4Group,
+        }
+    }
+
+    /// The matrix as it is stored, scales aside: codes of an int4 weight.
+    pub fn data(&self) -> &Tensor<B> {
+        match self {
+            Self::Dense { data } | Self::Fp8Block { data, .. } => data,
+            Self::Int4Group(int4) => &int4.codes,
+        }
+    }
+
+    /// Bytes that a pass over the weight reads, scales and zeros included.
     pub fn size_bytes(&self) -> usize {
         let of = |t: &Tensor<B>| t.num_elements() * t.dtype().size_bytes();
         match self {
             Self::Dense { data } => of(data),
             Self::Fp8Block { data, scales, .. } => of(data) + of(scales),
+            Self::Int4Group(w) => of(&w.codes) + of(&w.zeros) + of(&w.scales),
         }
     }
 }
@@ -64,6 +94,7 @@ impl<B: Backend> Clone for Weight<B> {
             Self::Fp8Block { data, scales, block, offset } => {
                 Self::Fp8Block { data: data.clone(), scales: scales.clone(), block: *block, offset: *offset }
             }
+            Self::Int4Group(w) => Self::Int4Group(w.clone()),
         }
     }
 }

@@ -73,8 +73,9 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_enum, default_value_t = Device::Auto)]
     pub(crate) device: Device,
 
-    /// Element type of activations. auto and float32: F32, weights as stored (FP8 is widened in registers). bfloat16: BF16,
-    /// FP8 weights widened to BF16 once, at load.
+    /// Element type of activations. auto: on a CPU F32, weights as stored (FP8 is widened in registers); on a GPU BF16, FP8
+    /// weights as stored, applied to FP8 activations where the GPU has FP8 arithmetic. float32: F32, weights as stored.
+    /// bfloat16: BF16, FP8 weights widened to BF16 once, at load.
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub(crate) dtype: Dtype,
 
@@ -156,7 +157,7 @@ impl ServeArgs {
 impl ModelArgs {
     /// Refuses what is asked for and not built; gives a note for each flag that has nothing to do.
     pub(crate) fn check(&self) -> anyhow::Result<Vec<&'static str>> {
-        self.peers.check(self.tp)
+        self.peers.check(self.tp, self.device.captures())
     }
 
     /// What was asked for, by either spelling.
@@ -301,6 +302,13 @@ pub(crate) enum Device {
     Rocm,
     Emu,
     Reference,
+}
+
+impl Device {
+    /// Whether decode steps are captured on it.
+    fn captures(self) -> bool {
+        matches!(self, Self::Cuda | Self::Rocm | Self::Emu)
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

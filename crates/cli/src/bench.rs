@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use indicatif::ProgressBar;
 use r1_backend::Backend;
-use r1_engine::{LocalRanks, OneBatch, OneBatchBench, OneBatchTimes};
+use r1_engine::{Connect, LocalRanks, OneBatch, OneBatchBench, OneBatchTimes};
 
 use crate::args::OneBatchArgs;
 use crate::launch::{AnyDevice, Launch, OnDevice};
@@ -28,7 +28,8 @@ pub(crate) fn one_batch(args: &OneBatchArgs) -> Result<()> {
         bail!("--batch-size, --input-len and --output-len must be at least 1");
     }
     let tokens_per_step = args.model.max_num_batched_tokens.max(args.batch_size);
-    let mut launch = Launch::new(&args.model, &source, args.batch_size, tokens_per_step)?;
+    let device = AnyDevice::open(&args.model)?;
+    let mut launch = Launch::new(&args.model, &source, &device, args.batch_size, tokens_per_step)?;
     let max_model_len = launch.engine.max_model_len;
     if args.input_len.saturating_add(args.output_len) > max_model_len {
         bail!(
@@ -39,7 +40,6 @@ pub(crate) fn one_batch(args: &OneBatchArgs) -> Result<()> {
     }
     // The KV cache need not be larger than this batch.
     launch.engine.max_model_len = args.input_len + args.output_len;
-    let device = AnyDevice::open(&args.model)?;
     writeln!(io::stdout(), "{} on {}; {}", source.name, device.describe(), launch.precision(&source))?;
     let batch = OneBatch {
         batch_size: args.batch_size,
@@ -58,12 +58,12 @@ struct Run {
 impl OnDevice for Run {
     type Output = Result<()>;
 
-    fn run<B: Backend>(self, devices: Vec<Arc<B>>) -> Result<()> {
+    fn run<B: Backend>(self, devices: Vec<Arc<B>>, connect: Connect<B>) -> Result<()> {
         let bar =
             if std::io::stderr().is_terminal() { ProgressBar::new(1000) } else { ProgressBar::hidden() };
         let mut progress = |share: f32| bar.set_position((share * 1000.0) as u64);
         let Source { checkpoint, config, .. } = self.source;
-        let ranks = LocalRanks { devices, checkpoint, config, options: self.launch.model };
+        let ranks = LocalRanks { devices, connect, checkpoint, config, options: self.launch.model };
         let mut bench = OneBatchBench::new(Arc::new(ranks), &self.launch.engine, &mut progress)?;
         bar.finish_and_clear();
         writeln!(io::stdout(), "Warmup ...")?;

@@ -7,7 +7,8 @@ use anyhow::{Result, bail};
 use r1_backend::Backend;
 use r1_core::{DType, Rank};
 use r1_cpu::{Cpu, CpuOptions};
-use r1_engine::EngineConfig;
+use r1_engine::{Connect, EngineConfig, connect_in_host_memory};
+use r1_gpu::Gpu;
 use r1_model::{Fp8Compute, KvCacheFormat, MlaForm, ModelOptions, WeightFormat};
 use r1_reference::Reference;
 
@@ -17,6 +18,7 @@ use crate::source::Source;
 /// What runs a model, one device per rank; generic code goes through [`AnyDevice::with`].
 pub(crate) enum AnyDevice {
     Cpu(Vec<Arc<Cpu>>),
+    Gpu(Vec<Arc<Gpu>>),
     Reference(Vec<Arc<Reference>>),
 }
 
@@ -24,8 +26,8 @@ pub(crate) enum AnyDevice {
 pub(crate) trait OnDevice {
     /// What it gives.
     type Output;
-    /// Runs on one kind of backend, with a device per rank.
-    fn run<B: Backend>(self, devices: Vec<Arc<B>>) -> Self::Output;
+    /// Runs on one kind of backend, with a device per rank and what connects them.
+    fn run<B: Backend>(self, devices: Vec<Arc<B>>, connect: Connect<B>) -> Self::Output;
 }
 
 impl AnyDevice {
@@ -53,7 +55,18 @@ impl AnyDevice {
             }
             Device::Cuda => bail!("--device cuda is not in this build yet; --device cpu runs everywhere"),
             Device::Rocm => bail!("--device rocm is not in this build yet; --device cpu runs everywhere"),
-            Device::Emu => bail!("--device emu is not in this build yet; --device cpu runs everywhere"),
+            Device::Emu => {
+                let devices = Gpu::emulated_on_host(args.threads.map(usize::from), ranks)?;
+                Ok(Self::Gpu(devices.into_iter().map(Arc::new).collect()))
+            }
+        }
+    }
+
+    /// Whether it has FP8 arithmetic; `None` for what is no GPU.
+    fn gpu_fp8(&self) -> Option<bool> {
+        match self {
+            Self::Gpu(devices) => Some(devices[0].capabilities().fp8_activations),
+            Self::Cpu(_) | Self::Reference(_) => None,
         }
     }
 
@@ -61,6 +74,7 @@ impl AnyDevice {
     pub(crate) fn describe(&self) -> String {
         let (device, ranks) = match self {
             Self::Cpu(devices) => (devices[0].describe(), devices.len()),
+            Self::Gpu(devices) => (devices[0].describe(), devices.len()),
             Self::Reference(devices) => (devices[0].describe(), devices.len()),
         };
         if ranks == 1 { device } else { format!("{ranks} tensor-parallel ranks, each on {device}") }
@@ -69,8 +83,9 @@ impl AnyDevice {
     /// Runs generic code on the device.
     pub(crate) fn with<F: OnDevice>(self, code: F) -> F::Output {
         match self {
-            Self::Cpu(devices) => code.run(devices),
-            Self::Reference(devices) => code.run(devices),
+            Self::Cpu(devices) => code.run(devices, connect_in_host_memory()),
+            Self::Gpu(devices) => code.run(devices, Arc::new(Gpu::connect)),
+            Self::Reference(devices) => code.run(devices, connect_in_host_memory()),
         }
     }
 }
@@ -85,14 +100,16 @@ pub(crate) struct Launch {
 }
 
 impl Launch {
-    /// Checks the arguments against the model, for steps of at most that many sequences and tokens.
+    /// Checks the arguments against the model and the device, for steps of at most that many sequences and tokens.
     pub(crate) fn new(
         args: &ModelArgs,
         source: &Source,
+        device: &AnyDevice,
         max_num_seqs: usize,
         max_num_batched_tokens: usize,
     ) -> Result<Self> {
         let (activation_dtype, weights) = match args.dtype {
+            Dtype::Auto if device.gpu_fp8().is_some() => (DType::BF16, WeightFormat::AsStored),
             Dtype::Auto | Dtype::Float32 => (DType::F32, WeightFormat::AsStored),
             Dtype::Bfloat16 => (DType::BF16, WeightFormat::WidenToBf16),
             Dtype::Float16 => {
@@ -124,7 +141,11 @@ impl Launch {
                 activation_dtype,
                 kv_cache,
                 weights,
-                fp8: Fp8Compute::WeightOnly,
+                fp8: if args.dtype == Dtype::Auto && device.gpu_fp8() == Some(true) {
+                    Fp8Compute::WeightsAndActivations
+                } else {
+                    Fp8Compute::WeightOnly
+                },
                 mla_form: if args.deterministic { MlaForm::Absorbed } else { MlaForm::Auto },
                 deterministic: args.deterministic,
                 max_batched_tokens: max_num_batched_tokens,
@@ -144,6 +165,8 @@ impl Launch {
                 num_blocks: args.max_total_tokens.map(|tokens| tokens.div_ceil(BLOCK_SIZE)),
                 prefix_cache: !args.no_prefix_cache,
                 depth: None,
+                max_captured_seqs: args.peers.max_captured_seqs(),
+                pad_decodes: false,
                 log_every_steps: 40,
             },
         })
@@ -157,6 +180,9 @@ impl Launch {
             KvCacheFormat::Fp8 => "FP8",
         };
         let arithmetic = match (&source.config.quantization, self.model.weights) {
+            (Some(_), WeightFormat::AsStored) if self.model.fp8 == Fp8Compute::WeightsAndActivations => {
+                format!("FP8 weights and activations (W8A8), {activations} between")
+            }
             (Some(_), WeightFormat::AsStored) => format!("FP8 weights, {activations} activations (W8)"),
             (Some(_), WeightFormat::WidenToBf16) => {
                 format!("FP8 weights widened to BF16, {activations} activations")

@@ -51,9 +51,15 @@ pub(crate) struct PeerArgs {
     #[arg(long, hide = true)]
     log_prompts: bool,
 
-    /// Accepted: steps are never compiled or captured on this device.
+    /// Capture no steps. Nothing to do on a device that captures none.
     #[arg(long, hide = true)]
     enforce_eager: bool,
+    /// As --enforce-eager.
+    #[arg(long, hide = true)]
+    disable_cuda_graph: bool,
+    /// Most sequences of a decode step that is captured; larger ones run eagerly, and 0 captures none.
+    #[arg(long, alias = "max-cudagraph-capture-size", value_name = "N", hide = true)]
+    cuda_graph_max_bs: Option<usize>,
     /// Accepted: no code of a checkpoint is ever run.
     #[arg(long, hide = true)]
     trust_remote_code: bool,
@@ -68,8 +74,18 @@ pub(crate) struct PeerArgs {
 }
 
 impl PeerArgs {
+    /// Most sequences of a captured decode step.
+    pub(crate) fn max_captured_seqs(&self) -> usize {
+        if self.enforce_eager || self.disable_cuda_graph {
+            0
+        } else {
+            self.cuda_graph_max_bs.unwrap_or(usize::MAX)
+        }
+    }
+
     /// Refuses what is asked for and not built; gives a note for each flag that has nothing to do.
-    pub(crate) fn check(&self, tp: usize) -> Result<Vec<&'static str>> {
+    /// `captures` says whether the device captures steps.
+    pub(crate) fn check(&self, tp: usize, captures: bool) -> Result<Vec<&'static str>> {
         let Self { pp, dp, ep, .. } = *self;
         let topology = Topology { tp, pp, dp, ep }.validate()?;
         if self.nnodes == 0 {
@@ -110,7 +126,16 @@ impl PeerArgs {
         }
         let notes = [
             (
-                self.enforce_eager,
+                self.cuda_graph_max_bs.is_some() && !captures,
+                "--cuda-graph-max-bs (--max-cudagraph-capture-size): nothing is captured on this device; steps always run \
+                 eagerly",
+            ),
+            (
+                self.disable_cuda_graph && !captures,
+                "--disable-cuda-graph: nothing is captured on this device; steps always run eagerly",
+            ),
+            (
+                self.enforce_eager && !captures,
                 "--enforce-eager: nothing is captured on this device; steps always run eagerly",
             ),
             (self.trust_remote_code, "--trust-remote-code: no code of a checkpoint is ever run"),
@@ -133,6 +158,21 @@ mod tests {
     }
 
     #[test]
+    fn capture_is_bounded_in_every_dialect() {
+        let largest = |flags: &str| {
+            let line = format!("r1-serve {flags}");
+            Cli::try_parse_from(line.split_whitespace()).unwrap().serve.model.peers.max_captured_seqs()
+        };
+        assert_eq!(largest(""), usize::MAX);
+        for flags in ["--enforce-eager", "--disable-cuda-graph", "--cuda-graph-max-bs 0"] {
+            assert_eq!(largest(flags), 0, "{flags}");
+        }
+        assert_eq!(largest("--cuda-graph-max-bs 16"), 16);
+        assert_eq!(largest("--max-cudagraph-capture-size=48"), 48);
+        assert_eq!(largest("--cuda-graph-max-bs 16 --enforce-eager"), 0);
+    }
+
+    #[test]
     fn what_is_not_built_is_refused_by_name() {
         for flags in
             ["--dp 8", "--pipeline-parallel-size=2", "--enable-dp-attention", "--nnodes 2", "--config x"]
@@ -151,6 +191,14 @@ mod tests {
             check("--trust-remote-code --enable-torch-compile --torch-compile-max-bs 8 --enforce-eager")
                 .unwrap();
         assert_eq!(notes.len(), 4);
+        for flag in ["--disable-cuda-graph", "--cuda-graph-max-bs 16", "--max-cudagraph-capture-size 16"] {
+            let notes = check(flag).unwrap();
+            assert!(
+                notes.len() == 1 && notes[0].contains(flag.split(' ').next().unwrap()),
+                "{flag}: {notes:?}"
+            );
+            assert!(check(&format!("{flag} --device cuda")).unwrap().is_empty(), "{flag}");
+        }
         assert_eq!(check("--enable-prefix-caching --tp 2").unwrap().len(), 1);
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use r1_backend::Backend;
-use r1_engine::{EngineInfo, Handle, Inbox, LocalRanks, Status};
+use r1_engine::{Connect, EngineInfo, Handle, Inbox, LocalRanks, Status};
 use r1_server::{ReasoningParser as ServerParser, SamplingDefaults, ServedModel, ServerConfig};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -42,9 +42,9 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         bail!("--api-key is empty; no client can send an empty key");
     }
     let source = Source::open(&args.model)?;
-    let launch =
-        Launch::new(&args.model, &source, args.model.max_num_seqs, args.model.max_num_batched_tokens)?;
     let device = AnyDevice::open(&args.model)?;
+    let (seqs, tokens) = (args.model.max_num_seqs, args.model.max_num_batched_tokens);
+    let launch = Launch::new(&args.model, &source, &device, seqs, tokens)?;
     let model = served_model(args, &source)?;
     let (engine, inbox) = Handle::channel(EngineInfo {
         max_model_len: launch.engine.max_model_len,
@@ -110,10 +110,10 @@ struct Spawn {
 impl OnDevice for Spawn {
     type Output = std::thread::JoinHandle<()>;
 
-    fn run<B: Backend>(self, devices: Vec<Arc<B>>) -> Self::Output {
+    fn run<B: Backend>(self, devices: Vec<Arc<B>>, connect: Connect<B>) -> Self::Output {
         let Self { inbox, launch, source } = self;
         let Source { checkpoint, config, .. } = source;
-        let ranks = LocalRanks { devices, checkpoint, config, options: launch.model };
+        let ranks = LocalRanks { devices, connect, checkpoint, config, options: launch.model };
         r1_engine::spawn(inbox, launch.engine, Arc::new(ranks))
     }
 }

@@ -8,11 +8,11 @@ use r1_backend::CommError;
 
 /// What a rank lays out for the others to read.
 #[derive(Debug, Default)]
-pub(crate) struct Staging {
-    /// Of float tensors, widened.
-    pub(crate) floats: Vec<f32>,
-    /// Of U32 tensors.
-    pub(crate) ids: Vec<u32>,
+pub struct Staging {
+    /// Of float tensors, widened; empty for ids.
+    pub floats: Vec<f32>,
+    /// Of U32 tensors; empty for floats.
+    pub ids: Vec<u32>,
 }
 
 /// What a rank called. All ranks of a collective must have called the same.

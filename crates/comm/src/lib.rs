@@ -5,4 +5,5 @@
 mod group;
 mod local;
 
-pub use local::Local;
+pub use group::Staging;
+pub use local::{Collective, Local};

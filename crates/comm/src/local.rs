@@ -40,9 +40,11 @@ impl Drop for Local {
 fn download<B: Backend>(backend: &B, x: &Tensor<B>, to: &mut Staging) -> Result<(), CommError> {
     let elements = x.num_elements();
     if x.dtype() == DType::U32 {
+        to.floats.clear();
         to.ids.resize(elements, 0);
         backend.download(x, HostSliceMut::U32(&mut to.ids))?;
     } else {
+        to.ids.clear();
         to.floats.resize(elements, 0.0);
         backend.download(x, HostSliceMut::F32(&mut to.floats))?;
     }
@@ -78,11 +80,73 @@ fn interleave<T: Copy + Default>(
     out: &mut Vec<T>,
 ) {
     let width = ranks.len() * n;
-    out.resize(rows * width, T::default());
+    // The other kind of values is not there.
+    let is_there = ranks.iter().all(|rank| !values(&read(rank)).is_empty());
+    out.resize(if is_there { rows * width } else { 0 }, T::default());
     for (r, rank) in ranks.iter().enumerate() {
         let rank = read(rank);
         for (row, part) in values(&rank).chunks_exact(n.max(1)).enumerate() {
             out[row * width + r * n..][..n].copy_from_slice(part);
+        }
+    }
+}
+
+/// Elements `range` of every rank's values, one rank after the other.
+fn concatenate(ranks: &[RwLock<Staging>], range: Range<usize>, out: &mut Staging) {
+    out.floats.clear();
+    out.ids.clear();
+    for rank in ranks {
+        let rank = read(rank);
+        out.floats.extend_from_slice(rank.floats.get(range.clone()).unwrap_or_default());
+        out.ids.extend_from_slice(rank.ids.get(range.clone()).unwrap_or_default());
+    }
+}
+
+/// What ranks do together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Collective {
+    /// See [`Communicator::all_reduce`].
+    AllReduce,
+    /// See [`Communicator::all_gather`].
+    AllGather,
+    /// See [`Communicator::all_gather_last`].
+    AllGatherLast {
+        /// L.
+        rows: usize,
+    },
+    /// See [`Communicator::reduce_scatter`].
+    ReduceScatter,
+    /// See [`Communicator::all_to_all`].
+    AllToAll,
+    /// See [`Communicator::broadcast`].
+    Broadcast {
+        /// Whose values.
+        root: usize,
+    },
+    /// See [`Communicator::send`].
+    Send {
+        /// The other rank.
+        to: usize,
+    },
+    /// See [`Communicator::recv`].
+    Recv {
+        /// The other rank.
+        from: usize,
+    },
+}
+
+impl Collective {
+    /// As the operation is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::AllReduce => "all_reduce",
+            Self::AllGather => "all_gather",
+            Self::AllGatherLast { .. } => "all_gather_last",
+            Self::ReduceScatter => "reduce_scatter",
+            Self::AllToAll => "all_to_all",
+            Self::Broadcast { .. } => "broadcast",
+            Self::Send { .. } => "send",
+            Self::Recv { .. } => "recv",
         }
     }
 }
@@ -111,6 +175,11 @@ impl Local {
         Self::group(1, 0).remove(0)
     }
 
+    /// The first failure since the last call.
+    pub fn failure(&self) -> Result<(), CommError> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
+    }
+
     fn alone(&self) -> bool {
         self.group.world_size() == 1
     }
@@ -125,27 +194,76 @@ impl Local {
         }
     }
 
-    /// A collective that lays out `x` and uploads to `out` what `combine` makes of everyone's.
-    fn collective<B: Backend>(
+    /// One collective, or one half of a pair's: `lay_out` puts this rank's `elements` values into the staging, floats widened to
+    /// F32 or ids; `take` is given what this rank receives, where it receives something. For devices that exchange in the
+    /// order of their own work; [`Communicator`] is this with `download` and `upload`.
+    ///
+    /// # Panics
+    /// When a root or a peer is no other rank, or when elements do not divide among the ranks.
+    pub fn exchange(
         &self,
-        backend: &B,
-        call: Call,
-        x: &Tensor<B>,
-        out: &Tensor<B>,
-        combine: impl FnOnce(&[RwLock<Staging>], &mut Staging),
+        what: Collective,
+        elements: usize,
+        lay_out: impl FnOnce(&mut Staging) -> Result<(), CommError>,
+        take: impl FnOnce(&Staging) -> Result<(), CommError>,
     ) {
-        let result = self.group.collective(
-            self.rank,
-            call,
-            |staging| download(backend, x, staging),
-            |ranks| {
-                let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
-                combine(ranks, &mut result);
-                upload(backend, &result, out);
-                Ok(())
-            },
-        );
+        let (op, world_size) = (what.name(), self.group.world_size());
+        let mut call = Call { op, elements, root: 0 };
+        let result = match what {
+            Collective::Send { to } => {
+                self.assert_peer(op, to);
+                self.group.send(self.rank, to, elements, lay_out)
+            }
+            Collective::Recv { from } => {
+                self.assert_peer(op, from);
+                self.group.recv(from, self.rank, elements, take)
+            }
+            Collective::Broadcast { root } => {
+                assert!(root < world_size, "broadcast: root {root} of {world_size}");
+                call.root = root;
+                let lay_out =
+                    |staging: &mut Staging| if self.rank == root { lay_out(staging) } else { Ok(()) };
+                self.group.collective(self.rank, call, lay_out, |ranks| {
+                    if self.rank == root { Ok(()) } else { take(&read(&ranks[root])) }
+                })
+            }
+            Collective::AllReduce
+            | Collective::AllGather
+            | Collective::AllGatherLast { .. }
+            | Collective::ReduceScatter
+            | Collective::AllToAll => {
+                let part = elements / world_size;
+                if matches!(what, Collective::ReduceScatter | Collective::AllToAll) {
+                    assert!(
+                        elements.is_multiple_of(world_size),
+                        "{op}: {elements} elements for {world_size} ranks"
+                    );
+                }
+                let mine = self.rank * part..(self.rank + 1) * part;
+                self.group.collective(self.rank, call, lay_out, |ranks| {
+                    let mut result = self.result.lock().unwrap_or_else(PoisonError::into_inner);
+                    match what {
+                        Collective::AllReduce => sum_in_rank_order(ranks, 0..elements, &mut result.floats),
+                        Collective::ReduceScatter => sum_in_rank_order(ranks, mine, &mut result.floats),
+                        Collective::AllToAll => concatenate(ranks, mine, &mut result),
+                        Collective::AllGatherLast { rows } => {
+                            let size = [rows, elements / rows.max(1)];
+                            let Staging { floats, ids } = &mut *result;
+                            interleave(ranks, size, |staging| &staging.floats, floats);
+                            interleave(ranks, size, |staging| &staging.ids, ids);
+                        }
+                        _ => concatenate(ranks, 0..elements, &mut result),
+                    }
+                    take(&result)
+                })
+            }
+        };
         self.record(result);
+    }
+
+    /// Takes no further part: whoever waits for this rank stops waiting, as when it is dropped.
+    pub fn leave(&self) {
+        self.group.leave(self.rank);
     }
 
     /// `out = x`, which is all that a gathering collective does for one rank.
@@ -208,6 +326,21 @@ fn assert_floats<B: Backend>(op: &str, x: &Tensor<B>) {
     assert!(x.dtype() != DType::U32, "{op}: x has dtype U32, and only floats are summed");
 }
 
+impl Local {
+    /// [`exchange`](Local::exchange) of tensors.
+    fn of_tensors<B: Backend>(&self, backend: &B, what: Collective, x: &Tensor<B>, out: &Tensor<B>) {
+        self.exchange(
+            what,
+            x.num_elements(),
+            |staging| download(backend, x, staging),
+            |staging| {
+                upload(backend, staging, out);
+                Ok(())
+            },
+        );
+    }
+}
+
 impl<B: Backend> Communicator<B> for Local {
     fn rank(&self) -> usize {
         self.rank
@@ -219,14 +352,9 @@ impl<B: Backend> Communicator<B> for Local {
 
     fn all_reduce(&self, backend: &B, x: &Tensor<B>) {
         assert_floats("all_reduce", x);
-        if self.alone() {
-            return;
+        if !self.alone() {
+            self.of_tensors(backend, Collective::AllReduce, x, x);
         }
-        let elements = x.num_elements();
-        let call = Call { op: "all_reduce", elements, root: 0 };
-        self.collective(backend, call, x, x, |ranks, result| {
-            sum_in_rank_order(ranks, 0..elements, &mut result.floats);
-        });
     }
 
     fn all_gather(&self, backend: &B, x: &Tensor<B>, out: &Tensor<B>) {
@@ -234,35 +362,15 @@ impl<B: Backend> Communicator<B> for Local {
         if self.alone() {
             return self.copy(backend, x, out);
         }
-        let call = Call { op: "all_gather", elements: x.num_elements(), root: 0 };
-        self.collective(backend, call, x, out, |ranks, result| {
-            result.floats.clear();
-            result.ids.clear();
-            for rank in ranks {
-                let rank = read(rank);
-                if out.dtype() == DType::U32 {
-                    result.ids.extend_from_slice(&rank.ids);
-                } else {
-                    result.floats.extend_from_slice(&rank.floats);
-                }
-            }
-        });
+        self.of_tensors(backend, Collective::AllGather, x, out);
     }
 
     fn all_gather_last(&self, backend: &B, x: &Tensor<B>, out: &Tensor<B>) {
-        let n = assert_columns("all_gather_last", x, out, self.group.world_size());
+        assert_columns("all_gather_last", x, out, self.group.world_size());
         if self.alone() {
             return self.copy(backend, x, out);
         }
-        let call = Call { op: "all_gather_last", elements: x.num_elements(), root: 0 };
-        let rows = x.dim(0);
-        self.collective(backend, call, x, out, |ranks, result| {
-            if out.dtype() == DType::U32 {
-                interleave(ranks, [rows, n], |staging| &staging.ids, &mut result.ids);
-            } else {
-                interleave(ranks, [rows, n], |staging| &staging.floats, &mut result.floats);
-            }
-        });
+        self.of_tensors(backend, Collective::AllGatherLast { rows: x.dim(0) }, x, out);
     }
 
     fn reduce_scatter(&self, backend: &B, x: &Tensor<B>, out: &Tensor<B>) {
@@ -271,78 +379,34 @@ impl<B: Backend> Communicator<B> for Local {
         if self.alone() {
             return self.copy(backend, x, out);
         }
-        let call = Call { op: "reduce_scatter", elements: x.num_elements(), root: 0 };
-        let part = out.num_elements();
-        self.collective(backend, call, x, out, |ranks, result| {
-            sum_in_rank_order(ranks, self.rank * part..(self.rank + 1) * part, &mut result.floats);
-        });
+        self.of_tensors(backend, Collective::ReduceScatter, x, out);
     }
 
     fn all_to_all(&self, backend: &B, x: &Tensor<B>, out: &Tensor<B>) {
         assert_parts("all_to_all", x, out, 1);
-        let world_size = self.group.world_size();
-        let elements = x.num_elements();
-        assert!(
-            elements.is_multiple_of(world_size),
-            "all_to_all: {elements} elements for {world_size} ranks"
-        );
         if self.alone() {
             return self.copy(backend, x, out);
         }
-        let call = Call { op: "all_to_all", elements, root: 0 };
-        let part = elements / world_size;
-        let mine = self.rank * part..(self.rank + 1) * part;
-        self.collective(backend, call, x, out, |ranks, result| {
-            result.floats.clear();
-            result.ids.clear();
-            for rank in ranks {
-                let rank = read(rank);
-                if x.dtype() == DType::U32 {
-                    result.ids.extend_from_slice(&rank.ids[mine.clone()]);
-                } else {
-                    result.floats.extend_from_slice(&rank.floats[mine.clone()]);
-                }
-            }
-        });
+        self.of_tensors(backend, Collective::AllToAll, x, out);
     }
 
     fn broadcast(&self, backend: &B, x: &Tensor<B>, root: usize) {
         let world_size = self.group.world_size();
         assert!(root < world_size, "broadcast: root {root} of {world_size}");
-        if self.alone() {
-            return;
+        if !self.alone() {
+            self.of_tensors(backend, Collective::Broadcast { root }, x, x);
         }
-        let call = Call { op: "broadcast", elements: x.num_elements(), root };
-        let result = self.group.collective(
-            self.rank,
-            call,
-            |staging| if self.rank == root { download(backend, x, staging) } else { Ok(()) },
-            |ranks| {
-                if self.rank != root {
-                    upload(backend, &read(&ranks[root]), x);
-                }
-                Ok(())
-            },
-        );
-        self.record(result);
     }
 
     fn send(&self, backend: &B, x: &Tensor<B>, to: usize) {
-        self.assert_peer("send", to);
-        let lay_out = |staging: &mut Staging| download(backend, x, staging);
-        self.record(self.group.send(self.rank, to, x.num_elements(), lay_out));
+        self.of_tensors(backend, Collective::Send { to }, x, x);
     }
 
     fn recv(&self, backend: &B, x: &Tensor<B>, from: usize) {
-        self.assert_peer("recv", from);
-        let take = |staging: &Staging| {
-            upload(backend, staging, x);
-            Ok(())
-        };
-        self.record(self.group.recv(from, self.rank, x.num_elements(), take));
+        self.of_tensors(backend, Collective::Recv { from }, x, x);
     }
 
     fn check(&self) -> Result<(), CommError> {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
+        self.failure()
     }
 }

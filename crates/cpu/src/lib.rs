@@ -26,8 +26,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use r1_backend::{
-    Activation, Backend, BackendError, Batch, Capabilities, Experts, HeadWeight, HostSlice, HostSliceMut,
-    HostTensor, LatentCache, LogprobsOut, RopeTable, Routing, SamplingBatch, Tensor, Ticket, Weight,
+    Activation, AttentionKind, Backend, BackendError, Batch, Capabilities, Experts, HeadWeight, HostSlice,
+    HostSliceMut, HostTensor, KvCache, LatentCache, LogprobsOut, RopeTable, Routing, SamplingBatch, Tensor,
+    Ticket, Weight, WeightFormat,
 };
 use r1_core::DType;
 
@@ -183,10 +184,13 @@ impl Backend for Cpu {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             activation_dtypes: vec![DType::F32, DType::BF16],
+            weight_formats: vec![WeightFormat::Dense, WeightFormat::Fp8Block, WeightFormat::Int4Group],
+            attention: vec![AttentionKind::Mla, AttentionKind::Gqa],
             cache_dtypes: vec![DType::F32, DType::BF16, DType::F8E4M3],
             fp8_activations: false,
             asynchronous: false,
             batch_invariant: true,
+            captures: false,
         }
     }
 
@@ -311,6 +315,30 @@ impl Backend for Cpu {
         ops::expanded::mla_attention_expanded(self, q, kv, k_rope, batch, &seqs, scale, out);
     }
 
+    fn rope_cache_gqa(
+        &self,
+        q: &Tensor<Self>,
+        k: &Tensor<Self>,
+        v: &Tensor<Self>,
+        rope: &RopeTable<Self>,
+        batch: &Batch<Self>,
+        cache: &KvCache<Self>,
+    ) {
+        ops::gqa::rope_cache_gqa(self, q, k, v, rope, batch, cache);
+    }
+
+    fn gqa_attention(
+        &self,
+        q: &Tensor<Self>,
+        cache: &KvCache<Self>,
+        batch: &Batch<Self>,
+        seqs: Range<usize>,
+        scale: f32,
+        out: &Tensor<Self>,
+    ) {
+        ops::gqa::gqa_attention(self, q, cache, batch, &seqs, scale, out);
+    }
+
     fn route(
         &self,
         logits: &Tensor<Self>,
@@ -364,7 +392,7 @@ impl Backend for Cpu {
         ops::norm::add_rms_norm(self, residual, x, weight, eps, out);
     }
 
-    fn replay(&self, graph: &Infallible) -> Ticket {
+    fn replay(&self, graph: &Infallible) {
         match *graph {}
     }
 }

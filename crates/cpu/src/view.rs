@@ -52,7 +52,7 @@ impl<'a> In<'a> {
         self.cube().flat()
     }
 
-    /// Up to three dimensions, missing ones in front.
+    /// Up to three dimensions, missing ones in front; of four the first two become one.
     pub(crate) fn cube(&self) -> Cube<'_> {
         let (shape, strides) = three(self.tensor);
         Cube { ptr: self.start(), dtype: self.tensor.dtype(), shape, strides, life: PhantomData }
@@ -76,8 +76,11 @@ impl<'a> In<'a> {
 }
 
 fn three(tensor: &Tensor<Cpu>) -> ([usize; 3], [usize; 3]) {
+    if let (&[a, b, c, d], &[ld_a, ld_b, ld_c, ld_d]) = (tensor.shape(), tensor.strides()) {
+        assert!(a <= 1 || ld_a == b * ld_b, "{tensor:?} has four dimensions and a gap between the first two");
+        return ([a * b, c, d], [ld_b, ld_c, ld_d]);
+    }
     let rank = tensor.shape().len();
-    assert!(rank <= 3, "{tensor:?} has more than three dimensions");
     let (mut shape, mut strides) = ([1; 3], [0; 3]);
     shape[3 - rank..].copy_from_slice(tensor.shape());
     strides[3 - rank..].copy_from_slice(tensor.strides());
@@ -243,7 +246,7 @@ impl<'a> Out<'a> {
         self.cube().flat()
     }
 
-    /// Up to three dimensions, missing ones in front.
+    /// Up to three dimensions, missing ones in front; of four the first two become one.
     pub(crate) fn cube(&mut self) -> CubeMut<'_> {
         let (shape, strides) = three(self.tensor);
         CubeMut { ptr: self.start(), dtype: self.tensor.dtype(), shape, strides, life: PhantomData }

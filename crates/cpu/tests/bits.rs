@@ -3,8 +3,9 @@
 mod support;
 
 use r1_backend::{
-    Activation, Backend, Batch, Experts, GroupScore, Groups, HeadForm, HeadWeight, HostSlice, LatentCache,
-    LogprobsOut, MlpWeights, RopeTable, Routing, RowSampling, SamplingBatch, ScoreFunction, Tensor, Weight,
+    Activation, Backend, Batch, Experts, GroupScore, Groups, HeadForm, HeadWeight, HostSlice, Int4Group,
+    LatentCache, LogprobsOut, MlpWeights, RopeTable, Routing, RowSampling, SamplingBatch, ScoreFunction,
+    Tensor, Weight,
 };
 use r1_core::DType;
 use r1_cpu::Cpu;
@@ -40,6 +41,43 @@ fn linear_rows_are_those_of_single_tokens() {
                         assert_eq!(bits(&read(&cpu, &part)), bits(want), "{what}: {count} rows from {start}");
                     }
                 }
+            }
+        }
+    }
+}
+
+/// Tokens, N, K, group.
+const INT4: [[usize; 4]; 3] = [[33, 70, 304, 128], [130, 37, 2104, 64], [5, 131, 8200, 8]];
+
+/// Also past a strip of widened rows, and the same bits with another number of threads, which cut the rows otherwise.
+#[test]
+fn int4_linear_rows_are_those_of_single_tokens() {
+    for isa in r1_cpu::Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        let one_thread = cpu(Some(isa), 1);
+        for [tokens, n, k, group] in INT4 {
+            let run = |cpu: &Cpu, rows: std::ops::Range<usize>| {
+                let mut random = Random(8);
+                let groups = k.div_ceil(group);
+                let words: Vec<u32> = (0..n * k / 8).map(|_| random.word() as u32).collect();
+                let zeros: Vec<f32> = (0..n * groups).map(|_| random.below(16) as f32).collect();
+                let w = Weight::Int4Group(Int4Group {
+                    codes: ids(cpu, &words, &[n, k / 8]),
+                    zeros: tensor(cpu, &zeros, &[n, groups], DType::F16),
+                    scales: tensor(cpu, &random.floats(n * groups), &[n, groups], DType::F16),
+                    group,
+                });
+                let x = tensor(cpu, &random.floats(tokens * k), &[tokens, k], DType::BF16);
+                let out = cpu.alloc(&[rows.len(), n], DType::F32).expect("room");
+                cpu.linear(&Activation::dense(x.rows(rows)), &w, &out);
+                bits(&read(cpu, &out))
+            };
+            let all = run(&one_thread, 0..tokens);
+            let three_threads = cpu(Some(isa), 3);
+            assert_eq!(run(&three_threads, 0..tokens), all, "{isa} [{n}, {k}]");
+            for count in [1, 2, 3, 4, 5] {
+                let start = tokens - count;
+                let part = run(&three_threads, start..tokens);
+                assert_eq!(part, all[start * n..], "{isa} [{n}, {k}]: {count} rows from {start}");
             }
         }
     }

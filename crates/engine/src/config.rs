@@ -1,10 +1,11 @@
 //! How an engine runs: what the model's options do not say.
 
-use r1_backend::{Backend, BackendError};
+use r1_backend::{Backend, BackendError, CommError};
 use r1_core::Rank;
 use r1_model::{DeepSeek, ModelError};
 use r1_sched::{PrefixKey, SchedConfig, SchedError};
 
+use crate::buckets::Buckets;
 use crate::rank::panic_text;
 
 /// Tokens of KV cache on a device that cannot say how much memory it has; one full context where that is more.
@@ -31,6 +32,12 @@ pub struct EngineConfig {
     /// Steps in flight: 1 waits for each step, 2 runs one step ahead of the device. `None`: 2 where the device works behind
     /// the host's back.
     pub depth: Option<usize>,
+    /// Most sequences of a decode step that is captured, where the device captures; larger steps run eagerly, and 0 captures
+    /// none. More than `max_num_seqs` is as good as that.
+    pub max_captured_seqs: usize,
+    /// Pads decode steps to the sizes that would be captured, and runs them eagerly, where nothing is captured. It costs time
+    /// and gives the same tokens: a test of padding on any device.
+    pub pad_decodes: bool,
     /// Steps between two lines in the log.
     pub log_every_steps: u64,
 }
@@ -41,6 +48,19 @@ pub enum StartError {
     /// The model could not be loaded.
     #[error(transparent)]
     Model(#[from] ModelError),
+    /// The ranks do not reach each other.
+    #[error(transparent)]
+    Connect(#[from] CommError),
+    /// A decode step could not be captured, or does not run.
+    #[error(
+        "rank {rank} cannot capture its decode steps: {why}; --enforce-eager runs without, --cuda-graph-max-bs with fewer"
+    )]
+    Capture {
+        /// Which.
+        rank: Rank,
+        /// What went wrong.
+        why: String,
+    },
     /// The device refused.
     #[error(transparent)]
     Backend(#[from] BackendError),
@@ -110,6 +130,12 @@ fn prefix_key() -> Result<PrefixKey, StartError> {
 }
 
 impl EngineConfig {
+    /// The sizes that decode steps are padded to, on a device that captures them or does not.
+    pub(crate) fn buckets(&self, captures: bool) -> Buckets {
+        let largest = if captures || self.pad_decodes { self.max_captured_seqs } else { 0 };
+        Buckets::up_to(largest.min(self.max_num_seqs))
+    }
+
     /// The scheduler's configuration for a model on its device, with as many KV blocks as are useful and fit.
     pub fn sched<B: Backend>(&self, model: &DeepSeek<B>) -> Result<SchedConfig, StartError> {
         let useful = self.max_num_seqs.saturating_mul(self.max_model_len.div_ceil(self.block_size));

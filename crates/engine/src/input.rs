@@ -1,16 +1,21 @@
 //! The batch's input: what the host knows of a step, and the device tensors it is uploaded to. Both are made once, for the
 //! largest step.
 
-use r1_backend::{Backend, BackendError, Batch, HostSlice, LogprobsOut, Tensor};
+use r1_backend::{Backend, BackendError, Batch, HostSlice, LogprobsOut, NO_SLOT, Tensor};
 use r1_core::{DType, SamplingParams, SeqId};
 use r1_sched::{Plan, SchedConfig, State};
 
+use crate::buckets::Buckets;
+
 /// What pads a row of the block table; reading it would be a bug, and as a slot it lies outside every cache.
 const NO_BLOCK: u32 = u32::MAX;
+/// The token of a padding row: no table has it.
+const NO_TOKEN: u32 = u32::MAX;
 /// In [`StepInput::fed_from`]: the host knows this token.
 const KNOWN: u32 = u32::MAX;
 
-/// One step as every rank uploads it: decodes first, then prefill chunks, in the plan's order.
+/// One step as every rank uploads it: decodes first, then prefill chunks, in the plan's order. A step that only decodes may
+/// be padded behind them.
 #[derive(Default)]
 pub(crate) struct StepInput {
     ids: Vec<u32>,
@@ -26,8 +31,13 @@ pub(crate) struct StepInput {
     /// `[S, blocks of the longest sequence]`.
     block_table: Vec<u32>,
     logit_rows: Vec<u32>,
+    /// Sequences without padding.
     num_seqs: usize,
     num_decodes: usize,
+    /// Rows that sample.
+    num_logits: usize,
+    /// The batch size that a step was padded to, which is the one that it was captured for.
+    bucket: Option<usize>,
     block_size: usize,
 }
 
@@ -53,12 +63,31 @@ impl StepInput {
 
     /// Rows that sample.
     pub(crate) fn num_logits(&self) -> usize {
-        self.logit_rows.len()
+        self.num_logits
+    }
+
+    /// The batch size that the step was padded to.
+    pub(crate) fn bucket(&self) -> Option<usize> {
+        self.bucket
+    }
+
+    /// A step of padding alone: it runs like any other, and leaves nothing behind.
+    pub(crate) fn only_padding(bucket: usize) -> Self {
+        let mut input = Self::default();
+        input.clear();
+        input.pad_to(bucket);
+        input
     }
 
     /// Fills it for a step that has begun. `drawn_by` gives the row of the step before that draws a sequence's last token,
-    /// for sequences whose last token is in flight.
-    pub(crate) fn fill(&mut self, state: &State, plan: &Plan, drawn_by: impl Fn(SeqId) -> u32) {
+    /// for sequences whose last token is in flight. A step that only decodes is padded to the next of `buckets`.
+    pub(crate) fn fill(
+        &mut self,
+        state: &State,
+        plan: &Plan,
+        buckets: &Buckets,
+        drawn_by: impl Fn(SeqId) -> u32,
+    ) {
         self.clear();
         (self.num_seqs, self.num_decodes) = (plan.num_seqs(), plan.decode.len());
         let rows = || {
@@ -92,6 +121,28 @@ impl StepInput {
                 self.logit_rows.push(self.ids.len() as u32 - 1);
             }
         }
+        self.num_logits = self.logit_rows.len();
+        if plan.prefill.is_empty()
+            && let Some(bucket) = buckets.fitting(self.num_seqs)
+        {
+            self.pad_to(bucket);
+        }
+    }
+
+    /// Appends padding sequences, as [`Batch`] describes them, to a step of decodes; the block table has no rows for them.
+    fn pad_to(&mut self, bucket: usize) {
+        debug_assert!(self.ids.len() == self.num_decodes && self.num_seqs == self.num_decodes);
+        for row in self.ids.len()..bucket {
+            self.ids.push(NO_TOKEN);
+            self.fed_from.push(KNOWN);
+            self.positions.push(0);
+            self.slots.push(NO_SLOT);
+            self.query_start.push(row as u32 + 1);
+            self.context_len.push(0);
+            self.context_start.push(self.context_start[row]);
+            self.logit_rows.push(row as u32);
+        }
+        self.bucket = Some(bucket);
     }
 
     fn clear(&mut self) {
@@ -109,6 +160,7 @@ impl StepInput {
             list.clear();
         }
         self.is_fed = false;
+        (self.num_seqs, self.num_decodes, self.num_logits, self.bucket) = (0, 0, 0, None);
         self.query_start.push(0);
         self.context_start.push(0);
     }
@@ -147,7 +199,8 @@ impl<B: Backend> Draws<B> {
     }
 }
 
-/// A rank's device tensors for the largest step.
+/// A rank's device tensors for the largest step. Every step uses the same ones, at the same places, so that a captured step
+/// finds its input.
 pub(crate) struct Inputs<B: Backend> {
     ids: Tensor<B>,
     fed_from: Tensor<B>,
@@ -156,12 +209,13 @@ pub(crate) struct Inputs<B: Backend> {
     query_start: Tensor<B>,
     context_len: Tensor<B>,
     context_start: Tensor<B>,
-    /// Flat; a step sees `[S, blocks of its longest sequence]`.
+    /// `[max_num_seqs, blocks of the longest context]`; a step writes the columns that its longest sequence uses.
     block_table: Tensor<B>,
     logit_rows: Tensor<B>,
     logits: Tensor<B>,
     /// One per step in flight.
     draws: Vec<Draws<B>>,
+    max_model_len: usize,
 }
 
 /// One step's views.
@@ -188,12 +242,13 @@ impl<B: Backend> Inputs<B> {
             query_start: u32s(seqs + 1)?,
             context_len: u32s(seqs)?,
             context_start: u32s(seqs + 1)?,
-            block_table: u32s(seqs * config.blocks_for(config.max_model_len))?,
+            block_table: backend.alloc(&[seqs, config.blocks_for(config.max_model_len)], DType::U32)?,
             logit_rows: u32s(seqs)?,
             logits: backend.alloc(&[seqs, vocab_size], DType::F32)?,
             draws: (0..config.depth)
                 .map(|_| Draws::alloc(backend, seqs, num_top))
                 .collect::<Result<_, _>>()?,
+            max_model_len: config.max_model_len,
         })
     }
 
@@ -207,38 +262,190 @@ impl<B: Backend> Inputs<B> {
         self.logits.rows(0..num_logits)
     }
 
-    /// Uploads the input of the step in `slot`.
+    /// Uploads the input of the step in `slot`, and gives its views: those of its captured size where it was padded.
     pub(crate) fn upload(&self, backend: &B, input: &StepInput, slot: usize) -> StepTensors<B> {
         let put = |tensor: &Tensor<B>, values: &[u32]| {
-            let view = tensor.rows(0..values.len());
-            backend.upload(HostSlice::U32(values), &view);
-            view
+            backend.upload(HostSlice::U32(values), &tensor.rows(0..values.len()));
         };
-        let ids = put(&self.ids, &input.ids);
+        put(&self.ids, &input.ids);
         if input.is_fed {
             let before = (slot + self.draws.len() - 1) % self.draws.len();
-            backend.feed_tokens(&self.draws[before].tokens, &put(&self.fed_from, &input.fed_from), &ids);
+            let rows = 0..input.ids.len();
+            put(&self.fed_from, &input.fed_from);
+            let (from, ids) = (self.fed_from.rows(rows.clone()), self.ids.rows(rows));
+            backend.feed_tokens(&self.draws[before].tokens, &from, &ids);
+        }
+        put(&self.positions, &input.positions);
+        put(&self.slots, &input.slots);
+        put(&self.query_start, &input.query_start);
+        put(&self.context_len, &input.context_len);
+        put(&self.context_start, &input.context_start);
+        put(&self.logit_rows, &input.logit_rows);
+        let width = input.block_table.len().checked_div(input.num_seqs).unwrap_or(0);
+        let used = self.block_table.rows(0..input.num_seqs).narrow(1, 0..width);
+        if input.num_seqs > 0 {
+            backend.upload(HostSlice::U32(&input.block_table), &used);
+        }
+        if let Some(bucket) = input.bucket {
+            return self.decodes(bucket);
         }
         let (num_seqs, num_decodes) = (input.num_seqs, input.num_decodes);
-        let width = input.block_table.len() / num_seqs;
-        let batch = Batch {
-            positions: put(&self.positions, &input.positions),
-            slots: put(&self.slots, &input.slots),
-            query_start: put(&self.query_start, &input.query_start),
-            context_len: put(&self.context_len, &input.context_len),
-            context_start: put(&self.context_start, &input.context_start),
-            block_table: put(&self.block_table, &input.block_table).reshape(&[num_seqs, width]),
+        let context_len =
+            |range: std::ops::Range<usize>| input.context_len[range].iter().map(|&len| len as usize);
+        self.step(Sizes {
             num_tokens: input.ids.len(),
             num_seqs,
             num_decodes,
-            prefill_context_tokens: input.context_len[num_decodes..].iter().map(|&len| len as usize).sum(),
-            max_context_len: input.context_len.iter().max().map_or(0, |&len| len as usize),
-        };
+            num_logits: input.num_logits,
+            table_width: width,
+            prefill_context_tokens: context_len(num_decodes..num_seqs).sum(),
+            max_context_len: context_len(0..num_seqs).max().unwrap_or(0),
+        })
+    }
+
+    /// The views of a step of `bucket` decodes, which are the same whatever the step: it is captured with them.
+    pub(crate) fn decodes(&self, bucket: usize) -> StepTensors<B> {
+        self.step(Sizes {
+            num_tokens: bucket,
+            num_seqs: bucket,
+            num_decodes: bucket,
+            num_logits: bucket,
+            table_width: self.block_table.dim(1),
+            prefill_context_tokens: 0,
+            max_context_len: self.max_model_len,
+        })
+    }
+
+    fn step(&self, sizes: Sizes) -> StepTensors<B> {
+        let Sizes { num_tokens, num_seqs, num_decodes, num_logits, .. } = sizes;
         StepTensors {
-            ids,
-            batch,
-            logit_rows: put(&self.logit_rows, &input.logit_rows),
-            logits: self.logits(input.num_logits()),
+            ids: self.ids.rows(0..num_tokens),
+            batch: Batch {
+                positions: self.positions.rows(0..num_tokens),
+                slots: self.slots.rows(0..num_tokens),
+                query_start: self.query_start.rows(0..num_seqs + 1),
+                context_len: self.context_len.rows(0..num_seqs),
+                context_start: self.context_start.rows(0..num_seqs + 1),
+                block_table: self.block_table.rows(0..num_seqs).narrow(1, 0..sizes.table_width),
+                num_tokens,
+                num_seqs,
+                num_decodes,
+                prefill_context_tokens: sizes.prefill_context_tokens,
+                max_context_len: sizes.max_context_len,
+            },
+            logit_rows: self.logit_rows.rows(0..num_logits),
+            logits: self.logits(num_logits),
         }
+    }
+}
+
+/// What the views of a step depend on.
+#[derive(Clone, Copy)]
+struct Sizes {
+    num_tokens: usize,
+    num_seqs: usize,
+    num_decodes: usize,
+    num_logits: usize,
+    /// Columns of the block table.
+    table_width: usize,
+    prefill_context_tokens: usize,
+    max_context_len: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use r1_sched::{Limits, NewSequence, Outcome, begin, commit, plan};
+
+    use super::*;
+
+    /// Sequences of these lengths that have drawn a token each, and the plan that decodes them.
+    fn decoding(lens: &[usize]) -> (State, Plan) {
+        let config = SchedConfig {
+            block_size: 4,
+            num_blocks: 32,
+            max_num_seqs: 6,
+            max_num_batched_tokens: 64,
+            max_model_len: 24,
+            max_queued: 8,
+            depth: 2,
+            prefix_cache: None,
+            ..SchedConfig::default()
+        };
+        let mut state = State::new(config).expect("a small configuration");
+        for (id, &len) in lens.iter().enumerate() {
+            let sequence = NewSequence {
+                id: SeqId(id as u64),
+                prompt: vec![r1_core::TokenId(7); len],
+                max_new_tokens: 5,
+                priority: 0,
+                cache_salt: None,
+                run_ahead: true,
+            };
+            state.add(sequence).expect("room");
+        }
+        let limits: Limits = state.limits();
+        let prefill = plan(&state, &limits);
+        let step = begin(&mut state, &prefill);
+        let token = [r1_core::TokenId(9)];
+        let outcomes: Vec<_> = (prefill.prefill.iter())
+            .map(|chunk| Outcome { seq: chunk.seq, tokens: &token, finish: None })
+            .collect();
+        commit(&mut state, step, outcomes);
+        let decode = plan(&state, &limits);
+        assert_eq!((decode.decode.len(), decode.prefill.len()), (lens.len(), 0));
+        begin(&mut state, &decode);
+        (state, decode)
+    }
+
+    #[test]
+    fn decodes_are_padded_behind_their_rows() {
+        let (state, plan) = decoding(&[3, 9, 5]);
+        let mut input = StepInput::with_room(state.config());
+        input.fill(&state, &plan, &Buckets::default(), |_| unreachable!("every token is known"));
+        assert_eq!((input.bucket(), input.num_logits(), input.ids.len()), (None, 3, 3));
+        let alone = (input.positions.clone(), input.slots.clone(), input.block_table.clone());
+
+        input.fill(&state, &plan, &Buckets::up_to(6), |_| unreachable!("every token is known"));
+        assert_eq!((input.bucket(), input.num_logits(), input.num_seqs), (Some(4), 3, 3));
+        assert_eq!(input.ids, [9, 9, 9, NO_TOKEN]);
+        assert_eq!(input.positions, [&alone.0[..], &[0]].concat());
+        assert_eq!(input.slots, [&alone.1[..], &[NO_SLOT]].concat());
+        assert_eq!(input.block_table, alone.2, "padding has no row");
+        assert_eq!(input.query_start, [0, 1, 2, 3, 4]);
+        assert_eq!(input.context_len, [4, 10, 6, 0]);
+        assert_eq!(input.context_start, [0, 4, 14, 20, 20]);
+        assert_eq!(input.logit_rows, [0, 1, 2, 3]);
+        assert_eq!(input.fed_from, [KNOWN; 4]);
+        // Larger than the largest bucket: as it is.
+        input.fill(&state, &plan, &Buckets::up_to(2), |_| unreachable!("every token is known"));
+        assert_eq!((input.bucket(), input.ids.len()), (None, 3));
+    }
+
+    #[test]
+    fn a_prefill_is_not_padded() {
+        let mut state = decoding(&[3]).0;
+        let sequence = NewSequence {
+            id: SeqId(8),
+            prompt: vec![r1_core::TokenId(7); 6],
+            max_new_tokens: 5,
+            priority: 0,
+            cache_salt: None,
+            run_ahead: true,
+        };
+        state.add(sequence).expect("room");
+        let plan = plan(&state, &state.limits());
+        assert_eq!(plan.prefill.len(), 1);
+        begin(&mut state, &plan);
+        let mut input = StepInput::with_room(state.config());
+        input.fill(&state, &plan, &Buckets::up_to(6), |_| 0);
+        assert_eq!((input.bucket(), input.ids.len()), (None, 6 + plan.decode.len()));
+    }
+
+    #[test]
+    fn a_step_of_padding_has_no_sequence() {
+        let input = StepInput::only_padding(2);
+        assert_eq!((input.bucket(), input.num_logits(), input.num_seqs), (Some(2), 0, 0));
+        assert_eq!((&input.query_start[..], &input.context_start[..]), (&[0, 1, 2][..], &[0, 0, 0][..]));
+        assert!(input.block_table.is_empty());
     }
 }

@@ -2,12 +2,14 @@
 //! Non-generic outside, generic over the backend inside. Speaks token ids only; knows nothing of HTTP, text or JSON.
 #![forbid(unsafe_code)]
 
+mod buckets;
 mod config;
 mod events;
 mod handle;
 mod input;
 mod live;
 mod local;
+mod memory;
 mod one_batch;
 mod pipeline;
 mod rank;
@@ -20,7 +22,7 @@ pub use handle::{
     Command, EngineError, EngineInfo, Event, Generation, Handle, Inbox, Request, Stats, Status, SubmitError,
     TokenLogprobs,
 };
-pub use local::LocalRanks;
+pub use local::{Connect, LocalRanks, connect_in_host_memory};
 pub use one_batch::{OneBatch, OneBatchBench, OneBatchError, OneBatchTimes};
 pub use ranks::RankLoader;
 pub use serve::spawn;

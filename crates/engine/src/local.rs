@@ -1,8 +1,8 @@
-//! Ranks that are threads of this process and meet in host memory.
+//! Ranks that are threads of this process, each with a device of its own.
 
 use std::sync::Arc;
 
-use r1_backend::{Backend, Communicator};
+use r1_backend::{Backend, CommError, Communicator};
 use r1_comm::Local;
 use r1_core::Rank;
 use r1_model::{DeepSeek, ModelError, ModelOptions};
@@ -10,10 +10,25 @@ use r1_weights::{Checkpoint, ModelConfig};
 
 use crate::RankLoader;
 
+/// Makes a fresh group of the devices, one communicator each in their order. It is also told the number of elements of the
+/// largest tensor that they sum or gather.
+pub type Connect<B> =
+    Arc<dyn Fn(&[Arc<B>], usize) -> Result<Vec<Arc<dyn Communicator<B>>>, CommError> + Send + Sync>;
+
+/// Ranks that meet in host memory: any device can.
+pub fn connect_in_host_memory<B: Backend>() -> Connect<B> {
+    Arc::new(|devices, max_elements| {
+        let ranks = Local::group(devices.len(), max_elements).into_iter();
+        Ok(ranks.map(|rank| Arc::new(rank) as Arc<dyn Communicator<B>>).collect())
+    })
+}
+
 /// A checkpoint and a device for each rank.
 pub struct LocalRanks<B: Backend> {
     /// One per rank, at least one.
     pub devices: Vec<Arc<B>>,
+    /// How they reach each other.
+    pub connect: Connect<B>,
     /// Every rank reads its shard from it.
     pub checkpoint: Arc<Checkpoint>,
     /// What its config.json says.
@@ -22,11 +37,21 @@ pub struct LocalRanks<B: Backend> {
     pub options: ModelOptions,
 }
 
+impl<B: Backend> LocalRanks<B> {
+    /// Ranks that meet in host memory.
+    pub fn in_host_memory(
+        devices: Vec<Arc<B>>,
+        checkpoint: Arc<Checkpoint>,
+        config: ModelConfig,
+        options: ModelOptions,
+    ) -> Self {
+        Self { devices, connect: connect_in_host_memory(), checkpoint, config, options }
+    }
+}
+
 impl<B: Backend> RankLoader<B> for LocalRanks<B> {
-    fn connect(&self) -> Vec<Arc<dyn Communicator<B>>> {
-        let elements = self.options.max_collective_elements(&self.config);
-        let ranks = Local::group(self.devices.len(), elements).into_iter();
-        ranks.map(|rank| Arc::new(rank) as Arc<dyn Communicator<B>>).collect()
+    fn connect(&self) -> Result<Vec<Arc<dyn Communicator<B>>>, CommError> {
+        (self.connect)(&self.devices, self.options.max_collective_elements(&self.config))
     }
 
     fn load(

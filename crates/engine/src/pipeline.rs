@@ -135,7 +135,9 @@ impl<B: Backend> Pipeline<B> {
             cursor.set(row + 1);
             row as u32
         };
-        self.ranks.slot(slot).input_mut().fill(&self.state, &self.steps[slot].plan, drawn_by);
+        let mut input = self.ranks.slot(slot).input_mut();
+        input.fill(&self.state, &self.steps[slot].plan, self.ranks.buckets(), drawn_by);
+        drop(input);
         self.ranks.forward(slot);
 
         let vocab_size = self.ranks.model().config().vocab_size;

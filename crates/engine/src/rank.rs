@@ -15,7 +15,7 @@ use r1_sched::SchedConfig;
 
 use crate::TokenLogprobs;
 use crate::config::StartError;
-use crate::input::{Inputs, StepInput};
+use crate::input::{Inputs, StepInput, StepTensors};
 
 /// How the rows of a step are drawn.
 #[derive(Default)]
@@ -101,6 +101,9 @@ struct InFlight {
 
 /// A rank ready to run steps.
 pub(crate) struct Rank<B: Backend> {
+    /// Captured decode steps, by their number of sequences. They hold collectives of the group that the rank is in and the
+    /// addresses of its tensors, so they go first.
+    graphs: Vec<(usize, B::Graph)>,
     model: DeepSeek<B>,
     caches: Vec<LatentCache<B>>,
     inputs: Inputs<B>,
@@ -120,20 +123,62 @@ impl<B: Backend> Rank<B> {
         let caches = model.alloc_cache(config.num_blocks, config.block_size)?;
         let inputs = Inputs::alloc(&**model.backend(), config, model.config().vocab_size)?;
         let in_flight = slots.iter().map(|_| InFlight::default()).collect();
-        Ok(Self { model, caches, inputs, slots, in_flight, left: None })
+        Ok(Self { model, caches, inputs, slots, in_flight, graphs: Vec::new(), left: None })
     }
 
     pub(crate) fn model(&self) -> &DeepSeek<B> {
         &self.model
     }
 
-    /// Enqueues the forward pass of the step in `slot`.
+    /// Captures a decode step of each of these sizes, in this order, which every rank of the group does at the same time; the
+    /// rank has no other graphs then. A failure frees the ranks that wait for this one.
+    pub(crate) fn capture(&mut self, sizes: &[usize]) -> Result<(), Failure> {
+        let captured = catch_unwind(AssertUnwindSafe(|| self.try_capture(sizes)));
+        let failure = match captured {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => Failure::from(error),
+            Err(panic) => Failure::cause(panic_text(&*panic)),
+        };
+        self.leave(failure.clone());
+        Err(failure)
+    }
+
+    fn try_capture(&mut self, sizes: &[usize]) -> Result<(), StepError> {
+        self.graphs.clear();
+        let Some(&smallest) = sizes.first() else { return Ok(()) };
+        // One step runs eagerly first, so that what a device sets up when it is first used is there.
+        let padding = StepInput::only_padding(smallest);
+        let step = self.inputs.upload(&**self.model.backend(), &padding, 0);
+        self.run(&step);
+        self.model.finish()?;
+        for &num_seqs in sizes {
+            let step = self.inputs.decodes(num_seqs);
+            let graph = self.model.backend().capture(&mut || self.run(&step))?;
+            let name = self.model.backend().name();
+            let graph = graph.unwrap_or_else(|| panic!("{name} says that it captures, and gives no graph"));
+            self.graphs.push((num_seqs, graph));
+        }
+        // The input is still the padding. What a collective refused while it was captured is known now, too.
+        self.model.backend().replay(&self.graphs[0].1);
+        self.model.finish()
+    }
+
+    /// Enqueues a step, eagerly.
+    fn run(&self, step: &StepTensors<B>) {
+        let output = StageOutput::Logits { rows: &step.logit_rows, logits: &step.logits };
+        self.model.forward(&StageInput::Tokens(&step.ids), &step.batch, &self.caches, &output);
+    }
+
+    /// Enqueues the forward pass of the step in `slot`: as it was captured, where it was.
     pub(crate) fn forward(&mut self, slot: usize) {
         self.guarded(slot, |rank| {
+            let backend = &**rank.model.backend();
             let input = rank.slots[slot].input();
-            let step = rank.inputs.upload(&**rank.model.backend(), &input, slot);
-            let output = StageOutput::Logits { rows: &step.logit_rows, logits: &step.logits };
-            rank.model.forward(&StageInput::Tokens(&step.ids), &step.batch, &rank.caches, &output);
+            let step = rank.inputs.upload(backend, &input, slot);
+            match rank.graphs.iter().find(|(num_seqs, _)| Some(*num_seqs) == input.bucket()) {
+                Some((_, graph)) => backend.replay(graph),
+                None => rank.run(&step),
+            }
         });
     }
 
@@ -171,9 +216,15 @@ impl<B: Backend> Rank<B> {
     }
 
     fn fail(&mut self, slot: usize, failure: Failure) {
-        self.model.leave();
-        self.left = Some(failure.clone());
+        self.leave(failure.clone());
         self.in_flight[slot].failure = Some(failure);
+    }
+
+    /// Leaves the group, with the graphs that hold its collectives.
+    fn leave(&mut self, why: Failure) {
+        self.graphs.clear();
+        self.model.leave();
+        self.left = Some(why);
     }
 
     /// Waits for the step in `slot`; a step that was not sampled is closed first.
@@ -196,7 +247,7 @@ impl<B: Backend> Rank<B> {
         self.in_flight[slot].failure.take().map_or(Ok(()), Err)
     }
 
-    /// Goes on in a new group after a failure.
+    /// Goes on in a new group after a failure; nothing is captured in it yet.
     pub(crate) fn join(&mut self, comm: Arc<dyn Communicator<B>>) {
         self.model.join(comm);
         self.left = None;

@@ -5,19 +5,23 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
+use std::time::Instant;
 
-use r1_backend::{Backend, BackendError, Communicator};
+use r1_backend::{Backend, BackendError, CommError, Communicator, MemoryUse};
 use r1_core::Rank as RankId;
 use r1_model::{DeepSeek, ModelError};
 use r1_sched::SchedConfig;
 
+use crate::buckets::Buckets;
 use crate::config::{EngineConfig, StartError};
+use crate::memory::{Held, plan};
 use crate::rank::{Drawn, Failure, Rank, Slot};
 
 /// How the ranks of a model come to be.
 pub trait RankLoader<B: Backend>: Send + Sync + 'static {
-    /// A fresh group, one communicator per rank in order, at least one. Called once at the start and again after each failed step.
-    fn connect(&self) -> Vec<Arc<dyn Communicator<B>>>;
+    /// A fresh group, one communicator per rank in order, at least one. Called once at the start and again after each failed
+    /// step. A failure at the start refuses to start; later, no step can run any more.
+    fn connect(&self) -> Result<Vec<Arc<dyn Communicator<B>>>, CommError>;
 
     /// Loads one rank's shard; `progress` is told the share that is done, 0 to 1. Ranks are loaded side by side.
     fn load(
@@ -28,19 +32,23 @@ pub trait RankLoader<B: Backend>: Send + Sync + 'static {
     ) -> Result<DeepSeek<B>, ModelError>;
 }
 
-/// What a rank's thread is asked; every `Wait` and `Allocate` is answered.
+/// What a rank's thread is asked; every `Wait`, `Allocate`, `Capture` and `Memory` is answered.
 enum Job<B: Backend> {
     Allocate(SchedConfig, Arc<[Slot]>),
     Forward(usize),
     Sample(usize),
     Wait(usize),
     Join(Arc<dyn Communicator<B>>),
+    Capture(Buckets),
+    Memory,
 }
 
 enum Answer {
     Loaded(Result<Loaded, StartError>),
     Allocated(Result<(), StartError>),
     Waited(Result<(), Failure>),
+    Captured(Result<(), Failure>),
+    Memory(Option<MemoryUse>),
 }
 
 /// What a loaded rank says of itself.
@@ -62,6 +70,10 @@ pub(crate) struct Ranks<B: Backend> {
     others: Vec<Worker<B>>,
     slots: Arc<[Slot]>,
     loader: Arc<dyn RankLoader<B>>,
+    /// Sizes that decode steps are padded to.
+    buckets: Buckets,
+    /// They are captured.
+    captures: bool,
 }
 
 const GONE: &str = "the thread of a rank has ended";
@@ -73,7 +85,7 @@ impl<B: Backend> Ranks<B> {
         config: &EngineConfig,
         progress: &mut dyn FnMut(f32),
     ) -> Result<(Self, SchedConfig), StartError> {
-        let mut comms = loader.connect().into_iter();
+        let mut comms = loader.connect()?.into_iter();
         let first_comm = comms.next().expect("a group has at least one rank");
         let others: Vec<_> = comms
             .enumerate()
@@ -103,19 +115,78 @@ impl<B: Backend> Ranks<B> {
                 _ => return Err(StartError::RankEnded),
             }
         }
-        let kv_cache_bytes = first.model().kv_bytes_per_token() * sched.num_blocks * sched.block_size;
-        for (rank, of_rank) in loaded.iter().enumerate() {
-            let ranks = loaded.len();
-            tracing::info!(
-                weight_bytes = of_rank.weight_bytes,
-                kv_cache_bytes,
-                "rank {rank} of {ranks} holds {:.1} MiB of weights and {:.1} MiB of KV cache ({} tokens)",
-                mib(of_rank.weight_bytes),
-                mib(kv_cache_bytes),
-                sched.num_blocks * sched.block_size,
-            );
+        let captures = first.model().backend().capabilities().captures;
+        let mut ranks = Self { first, others, slots, loader, buckets: config.buckets(captures), captures };
+        ranks.capture().map_err(|(rank, failure)| StartError::Capture { rank, why: failure.why })?;
+        ranks.report(&loaded, &sched)?;
+        Ok((ranks, sched))
+    }
+
+    /// Captures decode steps in the group that the ranks are in, on all of them at once; gives the failure that caused the
+    /// others', where there are several.
+    fn capture(&mut self) -> Result<(), (RankId, Failure)> {
+        if !self.captures || self.buckets.sizes().is_empty() {
+            return Ok(());
         }
-        Ok((Self { first, others, slots, loader }, sched))
+        let start = Instant::now();
+        for worker in &self.others {
+            worker.ask(Job::Capture(self.buckets.clone()));
+        }
+        let mut failure = self.first.capture(self.buckets.sizes()).err().map(|failure| (RankId(0), failure));
+        for (i, worker) in self.others.iter().enumerate() {
+            let captured = match worker.answers.recv() {
+                Ok(Answer::Captured(captured)) => captured,
+                _ => Err(Failure::cause(GONE.into())),
+            };
+            if let Err(of_rank) = captured
+                && failure.as_ref().is_none_or(|(_, known)| known.is_consequence && !of_rank.is_consequence)
+            {
+                failure = Some((RankId(i + 1), of_rank));
+            }
+        }
+        if let Some(failure) = failure {
+            return Err(failure);
+        }
+        let sizes = self.buckets.sizes();
+        tracing::info!(
+            num_graphs = sizes.len(),
+            "captured decode steps of {sizes:?} sequences in {:.1} s",
+            start.elapsed().as_secs_f64()
+        );
+        Ok(())
+    }
+
+    /// Says where the memory of each rank went.
+    fn report(&self, loaded: &[Loaded], sched: &SchedConfig) -> Result<(), StartError> {
+        let kv_cache_tokens = sched.num_blocks * sched.block_size;
+        let kv_cache_bytes = self.model().kv_bytes_per_token() * kv_cache_tokens;
+        for (rank, &Loaded { weight_bytes, .. }) in loaded.iter().enumerate() {
+            let memory = match rank.checked_sub(1) {
+                None => self.model().backend().memory(),
+                Some(other) => {
+                    self.others[other].ask(Job::Memory);
+                    match self.others[other].answers.recv() {
+                        Ok(Answer::Memory(memory)) => memory,
+                        _ => return Err(StartError::RankEnded),
+                    }
+                }
+            };
+            let held = match memory {
+                Some(memory) => plan(Held { weight_bytes, kv_cache_bytes, kv_cache_tokens }, memory),
+                None => format!(
+                    "holds {:.1} MiB of weights and {:.1} MiB of KV cache ({kv_cache_tokens} tokens)",
+                    mib(weight_bytes),
+                    mib(kv_cache_bytes),
+                ),
+            };
+            tracing::info!(weight_bytes, kv_cache_bytes, "rank {rank} of {} {held}", loaded.len());
+        }
+        Ok(())
+    }
+
+    /// Sizes that decode steps are padded to.
+    pub(crate) fn buckets(&self) -> &Buckets {
+        &self.buckets
     }
 
     /// The first rank's shard.
@@ -169,14 +240,17 @@ impl<B: Backend> Ranks<B> {
         self.first.read(slot, drawn)
     }
 
-    /// Puts the ranks into a fresh group; no step may be in flight. Fails when a rank is gone for good.
+    /// Puts the ranks into a fresh group, and captures in it what was captured before; no step may be in flight. Fails when a
+    /// rank is gone for good, or the ranks no longer reach each other.
     pub(crate) fn rejoin(&mut self) -> Result<(), String> {
-        let mut comms = self.loader.connect().into_iter();
+        let mut comms = self.loader.connect().map_err(|error| error.to_string())?.into_iter();
         self.first.join(comms.next().expect("a group has at least one rank"));
         for (worker, comm) in self.others.iter().zip(comms) {
             worker.jobs.send(Job::Join(comm)).map_err(|_| GONE.to_owned())?;
         }
-        Ok(())
+        self.capture().map_err(|(rank, failure)| {
+            format!("rank {rank} cannot capture its decode steps again: {}", failure.why)
+        })
     }
 }
 
@@ -232,6 +306,12 @@ impl<B: Backend> Worker<B> {
                         let _ = answer.send(Answer::Waited(rank.wait(slot)));
                     }
                     Job::Join(comm) => rank.join(comm),
+                    Job::Capture(buckets) => {
+                        let _ = answer.send(Answer::Captured(rank.capture(buckets.sizes())));
+                    }
+                    Job::Memory => {
+                        let _ = answer.send(Answer::Memory(rank.model().backend().memory()));
+                    }
                 }
             }
         };

@@ -87,11 +87,6 @@ impl Range {
     pub(crate) fn at(&self) -> DevicePtr {
         self.arena.base.offset(self.start)
     }
-
-    /// Whether it was cut from that arena.
-    pub(crate) fn is_of(&self, arena: &Arc<Arena>) -> bool {
-        Arc::ptr_eq(&self.arena, arena)
-    }
 }
 
 impl Drop for Range {

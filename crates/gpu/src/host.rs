@@ -38,6 +38,46 @@ pub(crate) fn f32_to_e4m3(x: f32, fnuz: bool) -> u8 {
     if fnuz && code == 0 { 0 } else { sign | code }
 }
 
+/// `bytes` of `dtype` from F32, rounded to nearest even; no -0 in E4M3 where the device is `fnuz`.
+pub(crate) fn narrow(dtype: DType, values: &[f32], bytes: &mut [u8], fnuz: bool) {
+    match dtype {
+        DType::BF16 => {
+            let pairs = bytes.as_chunks_mut().0.iter_mut().zip(values);
+            pairs.for_each(|(bytes, &x)| *bytes = bf16::from_f32(x).to_le_bytes());
+        }
+        DType::F16 => {
+            let pairs = bytes.as_chunks_mut().0.iter_mut().zip(values);
+            pairs.for_each(|(bytes, &x)| *bytes = half::f16::from_f32(x).to_le_bytes());
+        }
+        DType::F8E4M3 => bytes.iter_mut().zip(values).for_each(|(code, &x)| *code = f32_to_e4m3(x, fnuz)),
+        DType::F32 => {
+            let quads = bytes.as_chunks_mut().0.iter_mut().zip(values);
+            quads.for_each(|(bytes, x)| *bytes = x.to_le_bytes());
+        }
+        DType::U32 => panic!("ids are no floats"),
+    }
+}
+
+/// F32 from `bytes` of `dtype`.
+pub(crate) fn widen(dtype: DType, bytes: &[u8], values: &mut [f32]) {
+    match dtype {
+        DType::BF16 => {
+            let pairs = values.iter_mut().zip(bytes.as_chunks().0);
+            pairs.for_each(|(x, &bytes)| *x = bf16::from_le_bytes(bytes).to_f32());
+        }
+        DType::F16 => {
+            let pairs = values.iter_mut().zip(bytes.as_chunks().0);
+            pairs.for_each(|(x, &bytes)| *x = half::f16::from_le_bytes(bytes).to_f32());
+        }
+        DType::F8E4M3 => values.iter_mut().zip(bytes).for_each(|(x, &code)| *x = e4m3_to_f32(code)),
+        DType::F32 => {
+            let quads = values.iter_mut().zip(bytes.as_chunks().0);
+            quads.for_each(|(x, &bytes)| *x = f32::from_le_bytes(bytes));
+        }
+        DType::U32 => panic!("ids are no floats"),
+    }
+}
+
 /// Calls `visit` with each run of rows of a view, and where its bytes stand among the dense ones.
 fn rows_of(tensor: &Tensor<Gpu>, mut visit: impl FnMut(Rows, usize)) {
     let size = tensor.dtype().size_bytes();
@@ -78,18 +118,14 @@ pub(crate) fn upload(gpu: &Gpu, src: HostSlice<'_>, dst: &Tensor<Gpu>) {
         }
         HostSlice::F32(values) => {
             check("upload", "dst", dst, values.len(), false);
-            match dst.dtype() {
-                DType::BF16 => values.iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect(),
-                DType::F16 => values.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect(),
-                DType::F8E4M3 => {
-                    let fnuz = gpu.driver.info().fnuz;
-                    values.iter().map(|&x| f32_to_e4m3(x, fnuz)).collect()
-                }
-                _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
-            }
+            let mut bytes = vec![0; values.len() * dst.dtype().size_bytes()];
+            narrow(dst.dtype(), values, &mut bytes, gpu.driver.info().fnuz);
+            bytes
         }
     };
-    rows_of(dst, |rows, from| gpu.note("upload", gpu.driver.write(&bytes[from..from + rows.size_bytes()], rows)));
+    rows_of(dst, |rows, from| {
+        gpu.note("upload", gpu.driver.write(&bytes[from..from + rows.size_bytes()], rows))
+    });
 }
 
 pub(crate) fn download(
@@ -102,6 +138,7 @@ pub(crate) fn download(
         HostSliceMut::U32(values) => check("download", "src", src, values.len(), true),
         HostSliceMut::F32(values) => check("download", "src", src, values.len(), false),
     }
+    gpu.settle_weights();
     let mut bytes = vec![0; src.num_elements() * src.dtype().size_bytes()];
     let mut result = Ok(());
     rows_of(src, |rows, from| {
@@ -114,21 +151,7 @@ pub(crate) fn download(
         HostSliceMut::U32(dst) => {
             dst.iter_mut().zip(bytes.as_chunks().0).for_each(|(dst, &src)| *dst = u32::from_le_bytes(src));
         }
-        HostSliceMut::F32(dst) => match src.dtype() {
-            DType::BF16 => {
-                let pairs = dst.iter_mut().zip(bytes.as_chunks().0);
-                pairs.for_each(|(dst, &src)| *dst = bf16::from_le_bytes(src).to_f32());
-            }
-            DType::F16 => {
-                let pairs = dst.iter_mut().zip(bytes.as_chunks().0);
-                pairs.for_each(|(dst, &src)| *dst = half::f16::from_le_bytes(src).to_f32());
-            }
-            DType::F8E4M3 => dst.iter_mut().zip(&bytes).for_each(|(dst, &src)| *dst = e4m3_to_f32(src)),
-            _ => {
-                let quads = dst.iter_mut().zip(bytes.as_chunks().0);
-                quads.for_each(|(dst, &src)| *dst = f32::from_le_bytes(src));
-            }
-        },
+        HostSliceMut::F32(dst) => widen(src.dtype(), &bytes, dst),
     }
     Ok(())
 }

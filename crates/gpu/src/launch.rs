@@ -74,7 +74,9 @@ impl Gpu {
         let args = unsafe {
             std::slice::from_raw_parts(std::ptr::from_ref(args).cast::<MaybeUninit<u8>>(), size_of::<A>())
         };
-        let launch = Launch { kernel, grid, warps: geometry.warps, shared_bytes: geometry.shared_bytes, args };
+        let launch =
+            Launch { kernel, grid, warps: geometry.warps, shared_bytes: geometry.shared_bytes, args };
+        self.settle_weights();
         self.note(kernel, self.driver.launch(&launch));
     }
 

@@ -4,35 +4,49 @@
 //! structs. Knows no models.
 
 mod arena;
+mod comm;
 mod driver;
 mod host;
 mod kernels;
 mod launch;
 mod ops;
+mod staging;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use r1_backend::{
-    Activation, Backend, BackendError, Batch, Capabilities, HeadWeight, HostSlice, HostSliceMut, HostTensor,
-    Experts, LatentCache, LogprobsOut, MoeScratch, MoeWeights, RopeTable, Routing, SamplingBatch, Tensor, Ticket, Weight,
+    Activation, AttentionKind, Backend, BackendError, Batch, Capabilities, Experts, HeadWeight, HostSlice,
+    HostSliceMut, HostTensor, LatentCache, LogprobsOut, MemoryUse, MlpScratch, MlpWeights, MoeScratch,
+    MoeWeights, QkvScratch, QkvWeights, RopeTable, Routing, SamplingBatch, Tensor, Ticket, Weight,
+    WeightFormat,
 };
 use r1_core::DType;
 
+pub use comm::Ranks;
 pub use driver::DriverError;
 
 use arena::Arena;
 use driver::emu::{Emu, EmuOptions};
-use driver::{DevicePtr, Driver, ReadOrder, RecordedGraph, Rows};
+use driver::{DevicePtr, Driver, ReadOrder, RecordedGraph};
+use staging::Staging;
 
 /// Of an emulated device: scratch is lent untouched, so it costs what is used.
 const EMU_SCRATCH_BYTES: usize = 64 << 20;
 /// Counters of [`Gpu::counters`].
 const COUNTERS: usize = 16_384;
 
+/// The host's memory.
+fn host_memory_bytes() -> usize {
+    // SAFETY: reads two numbers of the system.
+    let (pages, page_bytes) =
+        unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+    usize::try_from(pages).unwrap_or(0).saturating_mul(usize::try_from(page_bytes).unwrap_or(0))
+}
+
 /// Device memory of a tensor.
 pub struct Buffer {
-    range: arena::Range,
+    range: Arc<arena::Range>,
 }
 
 impl Buffer {
@@ -51,6 +65,9 @@ pub struct Gpu {
     scratch: arena::Range,
     scratch_bytes: usize,
     counters: arena::Range,
+    staging: Staging,
+    /// Parameters of the rows that are drawn from.
+    sampling: Mutex<ops::sample::Room>,
     /// The first failure since the last flush that was known when its work was enqueued.
     failure: Mutex<Option<BackendError>>,
 }
@@ -62,18 +79,30 @@ impl Gpu {
         Self::new(Arc::new(driver), memory_bytes, EMU_SCRATCH_BYTES)
     }
 
+    /// `devices` emulated devices that share the host: its cores, and half of its memory, which they only take as they use it.
+    pub fn emulated_on_host(threads: Option<usize>, devices: usize) -> Result<Vec<Self>, DriverError> {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = (threads.unwrap_or(cores) / devices).max(1);
+        let memory_bytes = host_memory_bytes() / 2 / devices;
+        (0..devices).map(|_| Self::emulated(threads, memory_bytes)).collect()
+    }
+
     fn new(driver: Arc<dyn Driver>, memory_bytes: usize, scratch_bytes: usize) -> Result<Self, DriverError> {
         let arena = Arena::new(driver.reserve(memory_bytes)?, memory_bytes);
         let counter_bytes = COUNTERS * size_of::<u32>();
+        let sampling_bytes = ops::sample::Room::USUAL_BYTES;
         let short = || DriverError::OutOfMemory {
-            requested_bytes: scratch_bytes + counter_bytes,
+            requested_bytes: scratch_bytes + counter_bytes + sampling_bytes,
             free_bytes: memory_bytes,
             total_bytes: driver.info().total_bytes,
         };
         let scratch = arena.take(scratch_bytes).ok_or_else(short)?;
         let counters = arena.take(counter_bytes).ok_or_else(short)?;
         driver.fill(counters.at(), counter_bytes, 0)?;
-        Ok(Self { driver, arena, scratch, scratch_bytes, counters, failure: Mutex::new(None) })
+        let sampling = Mutex::new(ops::sample::Room::new(arena.take(sampling_bytes).ok_or_else(short)?));
+        let staging = Staging::new(driver.clone());
+        let failure = Mutex::new(None);
+        Ok(Self { driver, arena, scratch, scratch_bytes, counters, staging, sampling, failure })
     }
 
     /// Most scratch memory that an operation may use.
@@ -93,6 +122,11 @@ impl Gpu {
         }
     }
 
+    /// Weights that are on their way come before what is enqueued next.
+    fn settle_weights(&self) {
+        self.note("import", self.staging.settle());
+    }
+
     /// Memory that holds anything.
     fn buffer(&self, shape: &[usize], dtype: DType) -> Result<(Buffer, usize), BackendError> {
         let size = shape.iter().try_fold(dtype.size_bytes(), |size, &dim| size.checked_mul(dim));
@@ -110,7 +144,7 @@ impl Gpu {
                 ),
             }
         })?;
-        Ok((Buffer { range }, size_bytes))
+        Ok((Buffer { range: Arc::new(range) }, size_bytes))
     }
 }
 
@@ -133,8 +167,16 @@ impl Backend for Gpu {
             cache_dtypes: vec![DType::F32, DType::BF16, DType::F8E4M3],
             fp8_activations: self.driver.info().fp8,
             asynchronous: true,
+            captures: true,
             batch_invariant: true,
+            weight_formats: vec![WeightFormat::Dense, WeightFormat::Fp8Block],
+            attention: vec![AttentionKind::Mla],
         }
+    }
+
+    fn memory(&self) -> Option<MemoryUse> {
+        let (total_bytes, used_bytes) = (self.arena.size_bytes(), self.arena.used_bytes());
+        Some(MemoryUse { total_bytes, used_bytes })
     }
 
     fn free_bytes(&self) -> Option<usize> {
@@ -148,11 +190,19 @@ impl Backend for Gpu {
     }
 
     fn import(&self, host: &HostTensor) -> Result<Tensor<Self>, BackendError> {
-        let (buffer, size_bytes) = self.buffer(host.shape(), host.dtype())?;
-        let written = self.driver.write(host.bytes(), Rows::dense(buffer.at(), size_bytes));
-        written.map_err(|error| self.failed("import", &error))?;
-        host.discard();
+        let (buffer, _) = self.buffer(host.shape(), host.dtype())?;
+        self.staging.load(host, &buffer.range).map_err(|error| self.failed("import", &error))?;
         Ok(Tensor::from_buffer(buffer, host.shape(), host.dtype()))
+    }
+
+    fn import_widened(
+        &self,
+        data: &HostTensor,
+        scales: &HostTensor,
+        block: [usize; 2],
+        offset: [usize; 2],
+    ) -> Result<Option<Tensor<Self>>, BackendError> {
+        ops::widen::import_widened(self, data, scales, block, offset).map(Some)
     }
 
     fn upload(&self, src: HostSlice<'_>, dst: &Tensor<Self>) {
@@ -168,10 +218,12 @@ impl Backend for Gpu {
     }
 
     fn flush(&self) -> Ticket {
+        self.settle_weights();
         let known = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
         let device = self.driver.info().name.clone();
         let mark = self.driver.mark();
-        let failed = move |error: DriverError| BackendError::Failed { device, op: "step", why: error.to_string() };
+        let failed =
+            move |error: DriverError| BackendError::Failed { device, op: "step", why: error.to_string() };
         match (known, mark) {
             (Some(failure), Ok(mark)) => Ticket::waiting(move || {
                 // Waited for all the same: what follows starts from a stream that is done.
@@ -279,7 +331,10 @@ impl Backend for Gpu {
         ops::experts::experts(self, x, ids, weights, experts, out);
     }
 
-    fn expert_table(&self, local: &[r1_backend::MlpWeights<Self>]) -> Result<Option<Tensor<Self>>, BackendError> {
+    fn expert_table(
+        &self,
+        local: &[r1_backend::MlpWeights<Self>],
+    ) -> Result<Option<Tensor<Self>>, BackendError> {
         ops::experts::expert_table(self, local).map(Some)
     }
 
@@ -295,6 +350,27 @@ impl Backend for Gpu {
 
     fn silu_mul(&self, gate_up: &Tensor<Self>, out: &Activation<Self>) {
         ops::norm::silu_mul(self, gate_up, out);
+    }
+
+    fn mla_qkv(
+        &self,
+        x: &Activation<Self>,
+        w: &QkvWeights<Self>,
+        scratch: &QkvScratch<Self>,
+        q: &Tensor<Self>,
+        kv_a: &Tensor<Self>,
+    ) {
+        ops::fused::mla_qkv(self, x, w, scratch, q, kv_a);
+    }
+
+    fn mlp(
+        &self,
+        x: &Activation<Self>,
+        w: &MlpWeights<Self>,
+        scratch: &MlpScratch<Self>,
+        out: &Tensor<Self>,
+    ) {
+        ops::fused::mlp(self, x, w, scratch, out);
     }
 
     fn add(&self, residual: &Tensor<Self>, x: &Tensor<Self>) {
@@ -335,8 +411,8 @@ impl Backend for Gpu {
         }
     }
 
-    fn replay(&self, graph: &Graph) -> Ticket {
+    fn replay(&self, graph: &Graph) {
+        self.settle_weights();
         self.note("replay", self.driver.replay(&graph.0));
-        self.flush()
     }
 }

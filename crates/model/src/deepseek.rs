@@ -206,8 +206,7 @@ impl<B: Backend> DeepSeek<B> {
     /// Bytes of KV cache per token on this rank: kv_lora_rank + qk_rope_head_dim values per layer, and scales where they are
     /// FP8; nothing expanded.
     pub fn kv_bytes_per_token(&self) -> usize {
-        let (latent, rope) = (self.config.kv_lora_rank, self.config.qk_rope_head_dim);
-        self.layers.len() * LatentCache::<B>::bytes_per_token(self.options.kv_cache_dtype(), latent, rope)
+        self.options.kv_bytes_per_token(&self.config, self.layers.len())
     }
 
     /// A paged cache for every layer of the stage.
@@ -300,9 +299,9 @@ impl<B: Backend> DeepSeek<B> {
 
         backend.rms_norm(&residual, &self.layers[0].input_norm, eps, &normed);
         for (i, (layer, cache)) in self.layers.iter().zip(caches).enumerate() {
-            layer.mla.forward(backend, &normed, &self.rope, batch, cache, &mla, &block_out);
-            let norm = &layer.post_attention_norm;
-            backend.all_reduce_add_norm(comm, &residual, &block_out, norm, eps, &normed);
+            let attended = layer.mla.forward(backend, &normed, &self.rope, batch, cache, &mla);
+            let (o_proj, norm) = (&layer.mla.o_proj, &layer.post_attention_norm);
+            backend.linear_add_norm(comm, attended, o_proj, &block_out, &residual, norm, eps, &normed);
             match &layer.feed_forward {
                 FeedForward::Dense(w) => {
                     backend.mlp(&normed, w, dense.as_ref().expect("a dense layer has scratch"), &block_out);

@@ -8,6 +8,7 @@ mod load;
 mod mla;
 mod options;
 mod registry;
+mod shard;
 
 pub use deepseek::{DeepSeek, StageInput, StageOutput};
 pub use error::{ModelError, StepError};

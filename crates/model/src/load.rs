@@ -7,6 +7,7 @@
 //! outputs all heads share.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use r1_backend::{
     Backend, Communicator, Experts, GroupScore, Groups, HostTensor, MlpWeights, MoeWeights, QkvWeights,
@@ -17,7 +18,7 @@ use r1_weights::{Checkpoint, HostLinear, ModelConfig, Partition, ScoringFunc, To
 
 use crate::deepseek::{DeepSeek, Embedding, FeedForward, Head, Layer, Workspace};
 use crate::mla::Mla;
-use crate::{MlaForm, ModelError, ModelOptions, WeightFormat};
+use crate::{MlaForm, ModelError, ModelOptions, WeightFormat, shard};
 
 const FLOAT: &[DType] = &[DType::F32, DType::BF16, DType::F16];
 
@@ -42,6 +43,8 @@ impl<B: Backend> DeepSeek<B> {
             tracing::warn!(tensors = ?verified.unexpected, "the checkpoint holds tensors that the model does not use");
         }
         let stage = options.layers.clone().unwrap_or(0..config.num_hidden_layers);
+        check_room(&*backend, checkpoint, config, &options, stage.len())?;
+        let started = Instant::now();
         let mut loader = Loader { backend: &*backend, checkpoint, config, options: &options, size_bytes: 0 };
         let embedding = match stage.start {
             0 => Some(loader.embedding()?),
@@ -61,12 +64,50 @@ impl<B: Backend> DeepSeek<B> {
             None
         };
         let weight_bytes = loader.size_bytes;
+        // What is copied behind the caller's back has arrived here, or failed.
+        backend.flush().wait()?;
+        let seconds = started.elapsed().as_secs_f64();
+        tracing::info!(
+            weight_bytes,
+            seconds,
+            "rank {} has its weights: {:.2} GiB in {seconds:.1} s, {:.2} GB/s",
+            options.rank.0,
+            weight_bytes as f64 / f64::from(1 << 30),
+            weight_bytes as f64 / 1e9 / seconds.max(1e-9),
+        );
         let rope = rope_table(&*backend, config, options.max_model_len)?;
         let workspace = Workspace::alloc(&*backend, config, &options, &layers, head.as_ref())?;
         let config = config.clone();
         let comm = Some(comm);
         Ok(Self { backend, comm, config, options, embedding, layers, head, rope, workspace, weight_bytes })
     }
+}
+
+/// Refuses, before a weight is read, what the device has no room for.
+fn check_room<B: Backend>(
+    backend: &B,
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    options: &ModelOptions,
+    num_layers: usize,
+) -> Result<(), ModelError> {
+    let Some(free_bytes) = backend.free_bytes() else { return Ok(()) };
+    let weight_bytes = shard::weight_bytes(checkpoint, config, options);
+    let max_model_len = options.max_model_len;
+    let context_bytes = options.kv_bytes_per_token(config, num_layers).saturating_mul(max_model_len);
+    if weight_bytes.saturating_add(context_bytes) > free_bytes {
+        let (device, rank, world) = (backend.name(), options.rank, options.world_size);
+        return Err(ModelError::TooLarge {
+            device,
+            rank,
+            world,
+            weight_bytes,
+            max_model_len,
+            context_bytes,
+            free_bytes,
+        });
+    }
+    Ok(())
 }
 
 /// Refuses what is valid but not built.
@@ -208,6 +249,9 @@ impl<B: Backend> Loader<'_, B> {
         let host = self.checkpoint.linear(prefix, n, k, self.config.quantization.as_ref(), partition)?;
         let host = match (self.options.weights, host) {
             (WeightFormat::WidenToBf16, fp8 @ HostLinear::Fp8Block { .. }) => {
+                if let Some(data) = self.widened(&fp8)? {
+                    return Ok(Weight::Dense { data });
+                }
                 let bytes =
                     fp8.to_f32().into_iter().flat_map(|x| half::bf16::from_f32(x).to_le_bytes()).collect();
                 let dense = HostTensor::from_vec(bytes, &fp8.shape(), DType::BF16);
@@ -226,6 +270,16 @@ impl<B: Backend> Loader<'_, B> {
                 offset,
             },
         })
+    }
+
+    /// FP8 blocks widened on the device, where it does that.
+    fn widened(&mut self, fp8: &HostLinear) -> Result<Option<Tensor<B>>, ModelError> {
+        let HostLinear::Fp8Block { data, scales, block, offset } = fp8 else { return Ok(None) };
+        let dense = self.backend.import_widened(data, scales, *block, *offset)?;
+        if let Some(dense) = &dense {
+            self.size_bytes += dense.num_elements() * DType::BF16.size_bytes();
+        }
+        Ok(dense)
     }
 
     fn lm_head(&mut self, embedding: Option<&Embedding<B>>) -> Result<Weight<B>, ModelError> {

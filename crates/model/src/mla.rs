@@ -75,34 +75,36 @@ impl<B: Backend> Mla<B> {
         }
     }
 
-    /// `out = attention(x) W_o`, `[T, D]`: this rank's part of the sum over ranks. Writes the batch's tokens to `cache`.
-    pub(crate) fn forward(
+    /// Attention up to its output projection: what that reads, `[T, H U]` in `scratch`. Writes the batch's tokens to `cache`.
+    pub(crate) fn forward<'s>(
         &self,
         backend: &B,
         x: &Activation<B>,
         rope: &RopeTable<B>,
         batch: &Batch<B>,
         cache: &LatentCache<B>,
-        scratch: &MlaScratch<B>,
-        out: &Tensor<B>,
-    ) {
+        scratch: &'s MlaScratch<B>,
+    ) -> &'s Activation<B> {
         let (nope, v_dim) = (self.nope_dim, self.w_uv.rows.len());
         let latent_dim = cache.latent_dim;
-        backend.mla_qkv(x, &self.qkv, &scratch.qkv, &scratch.q, &scratch.kv_a);
-        let q = scratch.q.split_last(&[self.num_heads, nope + cache.rope_dim()]);
-        let (q_nope, q_rope) = (q.narrow(2, 0..nope), q.narrow(2, nope..q.dim(2)));
-        backend.rope_cache(&q_rope, &scratch.kv_a, &self.kv_norm, self.eps, rope, batch, cache);
-
-        let attended = scratch.attended.dense.split_last(&[self.num_heads, v_dim]);
         let expands = self.expands(batch, scratch.max_expanded_tokens);
         // Decodes come first and have one row each, so their rows are the first `num_decodes` ones.
-        let absorbed = if expands { batch.decodes() } else { 0..batch.num_seqs };
+        let (absorbed, num_absorbed) = if expands {
+            (batch.decodes(), batch.num_decodes)
+        } else {
+            (0..batch.num_seqs, batch.num_tokens)
+        };
+        backend.mla_qkv(x, &self.qkv, &scratch.qkv, &scratch.q, &scratch.kv_a);
+        let q = scratch.q.split_last(&[self.num_heads, nope + cache.rope_dim()]);
+        let (kv_a, q_latent) = (&scratch.kv_a, scratch.q_latent.rows(0..num_absorbed));
+        backend.mla_absorb(&q, kv_a, &self.kv_norm, self.eps, rope, batch, cache, &self.w_uk, &q_latent);
         if !absorbed.is_empty() {
-            let rows = 0..if expands { batch.num_decodes } else { batch.num_tokens };
-            backend.per_head(&q_nope.rows(rows.clone()), &self.w_uk, &scratch.q_latent.rows(rows.clone()));
+            let q_rope = q.narrow(2, nope..q.dim(2));
             let (q_latent, o_latent) = (&scratch.q_latent, &scratch.o_latent);
-            backend.mla_attention(q_latent, &q_rope, cache, batch, absorbed, self.scale, o_latent);
-            backend.per_head(&o_latent.rows(rows.clone()), &self.w_uv, &attended.rows(rows));
+            let attended = scratch.attended.rows(0..num_absorbed);
+            backend.mla_attend(
+                q_latent, &q_rope, cache, batch, absorbed, self.scale, &self.w_uv, o_latent, &attended,
+            );
         }
         if expands {
             let rows = 0..batch.prefill_context_tokens;
@@ -117,10 +119,11 @@ impl<B: Backend> Mla<B> {
             backend.linear(&latent, &self.kv_b, &kv);
             let kv = kv.split_last(&[self.num_heads, nope + v_dim]);
             let k_rope = context.narrow(1, latent_dim..context.dim(1));
-            backend.mla_attention_expanded(&q, &kv, &k_rope, batch, batch.prefills(), self.scale, &attended);
+            let by_head = scratch.attended.dense.split_last(&[self.num_heads, v_dim]);
+            backend.mla_attention_expanded(&q, &kv, &k_rope, batch, batch.prefills(), self.scale, &by_head);
+            backend.quantize(&scratch.attended.rows(num_absorbed..batch.num_tokens));
         }
-        backend.quantize(&scratch.attended);
-        backend.linear(&scratch.attended, &self.o_proj, out);
+        &scratch.attended
     }
 }
 

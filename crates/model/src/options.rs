@@ -82,6 +82,12 @@ pub struct ModelOptions {
 }
 
 impl ModelOptions {
+    /// Bytes of KV cache per token over so many layers.
+    pub(crate) fn kv_bytes_per_token(&self, config: &ModelConfig, num_layers: usize) -> usize {
+        let (latent, rope) = (config.kv_lora_rank, config.qk_rope_head_dim);
+        num_layers * r1_backend::latent_bytes_per_token(self.kv_cache_dtype(), latent, rope)
+    }
+
     /// Element type of the latent cache, as [`LatentCache::alloc`](r1_backend::LatentCache::alloc) takes it.
     pub fn kv_cache_dtype(&self) -> DType {
         match self.kv_cache {

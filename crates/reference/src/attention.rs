@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use candle_core::{D, DType, Device, Result, Tensor};
-use r1_backend::{Batch, LatentCache, RopeTable};
+use r1_backend::{Batch, LatentCache, NO_SLOT, RopeTable};
 
 use crate::Reference;
 use crate::storage::{View, read, read_stored, read_u32, write};
@@ -44,7 +44,8 @@ pub(crate) fn rope_cache(
         }
     };
 
-    for (token, slot) in read_u32(&batch.slots)?.into_iter().enumerate() {
+    let slots = read_u32(&batch.slots)?.into_iter().enumerate();
+    for (token, slot) in slots.filter(|&(_, slot)| slot != NO_SLOT) {
         let (block, place) = (slot as usize / cache.block_size(), slot as usize % cache.block_size());
         for (part, values) in &parts {
             let entry = part.narrow(0, block..block + 1).narrow(1, place..place + 1);
@@ -55,18 +56,18 @@ pub(crate) fn rope_cache(
 }
 
 /// Where one sequence's rows and context lie.
-struct Sequence {
+pub(crate) struct Sequence {
     /// Its rows of the batch.
-    rows: Range<usize>,
+    pub(crate) rows: Range<usize>,
     /// Tokens it has in the cache.
-    context_len: usize,
+    pub(crate) context_len: usize,
     /// Its row of the block table.
-    blocks: View,
+    pub(crate) blocks: View,
     /// Its rows of what `gather_latent` makes of the requested sequences.
     gathered: Range<usize>,
 }
 
-fn sequences(batch: &Batch<Reference>, seqs: Range<usize>) -> Result<Vec<Sequence>> {
+pub(crate) fn sequences(batch: &Batch<Reference>, seqs: Range<usize>) -> Result<Vec<Sequence>> {
     let query_start = read_u32(&batch.query_start)?;
     let context_len = read_u32(&batch.context_len)?;
     let context_start = read_u32(&batch.context_start)?;
@@ -103,7 +104,7 @@ pub(crate) fn gather_latent(
     seqs: Range<usize>,
     out: &View,
 ) -> Result<()> {
-    for seq in sequences(batch, seqs)? {
+    for seq in sequences(batch, seqs)?.into_iter().filter(|seq| seq.context_len > 0) {
         let entries = cached(cache, &seq)?;
         write(&out.rows(seq.gathered), &entries)?;
     }
@@ -120,7 +121,7 @@ fn causal_mask(n: usize, context_len: usize) -> Result<Tensor> {
 }
 
 /// `softmax(q kᵀ scale) v` under the causal mask. `q` `[H, n, D]`, `k` `[H, context, D]`, `v` `[H, context, U]`; gives `[n, H, U]`.
-fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32) -> Result<Tensor> {
+pub(crate) fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scale: f32) -> Result<Tensor> {
     let mask = causal_mask(q.dim(1)?, k.dim(1)?)?;
     let scores = (q.contiguous()?.matmul(&k.transpose(1, 2)?.contiguous()?)? * f64::from(scale))?;
     let probabilities = candle_nn::ops::softmax(&scores.broadcast_add(&mask)?, D::Minus1)?;
@@ -138,6 +139,11 @@ pub(crate) fn absorbed(
 ) -> Result<()> {
     let heads = out.dim(1);
     for seq in sequences(batch, seqs)? {
+        if seq.context_len == 0 {
+            let out = out.rows(seq.rows);
+            write(&out, &Tensor::zeros(out.shape(), DType::F32, &Device::Cpu)?)?;
+            continue;
+        }
         let q_latent = read(&q_latent.rows(seq.rows.clone()))?;
         let q_rope = read(&q_rope.rows(seq.rows.clone()))?;
         let q = Tensor::cat(&[q_latent, q_rope], 2)?.transpose(0, 1)?;

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod attention;
+mod gqa;
 mod moe;
 mod order;
 mod sample;
@@ -18,9 +19,9 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{self as candle, D, DType, Device, Tensor};
 use r1_backend::{
-    Activation, Backend, BackendError, Batch, Capabilities, Experts, HeadForm, HeadWeight, HostSlice,
-    HostSliceMut, HostTensor, LatentCache, LogprobsOut, RopeTable, Routing, SamplingBatch, Ticket, Weight,
-    shape,
+    Activation, AttentionKind, Backend, BackendError, Batch, Capabilities, Experts, HeadForm, HeadWeight,
+    HostSlice, HostSliceMut, HostTensor, KvCache, LatentCache, LogprobsOut, RopeTable, Routing,
+    SamplingBatch, Ticket, Weight, WeightFormat, shape,
 };
 
 use crate::storage::{View, read, read_stored, read_u32, write};
@@ -144,11 +145,14 @@ impl Backend for Reference {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             activation_dtypes: vec![r1_core::DType::F32, r1_core::DType::BF16],
+            weight_formats: vec![WeightFormat::Dense, WeightFormat::Fp8Block, WeightFormat::Int4Group],
+            attention: vec![AttentionKind::Mla, AttentionKind::Gqa],
             cache_dtypes: vec![r1_core::DType::F32, r1_core::DType::BF16, r1_core::DType::F8E4M3],
             fp8_activations: true,
             asynchronous: false,
             // candle's matrix products choose their order of summation by shape.
             batch_invariant: false,
+            captures: false,
         }
     }
 
@@ -279,6 +283,32 @@ impl Backend for Reference {
         self.enqueue("mla_attention_expanded", result);
     }
 
+    fn rope_cache_gqa(
+        &self,
+        q: &View,
+        k: &View,
+        v: &View,
+        rope: &RopeTable<Self>,
+        batch: &Batch<Self>,
+        cache: &KvCache<Self>,
+    ) {
+        shape::rope_cache_gqa(q, k, v, rope, batch, cache);
+        self.enqueue("rope_cache_gqa", gqa::rope_cache(q, k, v, rope, batch, cache));
+    }
+
+    fn gqa_attention(
+        &self,
+        q: &View,
+        cache: &KvCache<Self>,
+        batch: &Batch<Self>,
+        seqs: Range<usize>,
+        scale: f32,
+        out: &View,
+    ) {
+        shape::gqa_attention(q, cache, batch, &seqs, out);
+        self.enqueue("gqa_attention", gqa::attention(q, cache, batch, seqs, scale, out));
+    }
+
     fn route(&self, logits: &View, bias: Option<&View>, routing: &Routing, ids: &View, weights: &View) {
         shape::route(logits, bias, routing, ids, weights);
         self.enqueue("route", moe::route(logits, bias, routing, ids, weights));
@@ -315,7 +345,7 @@ impl Backend for Reference {
         self.enqueue("logprobs", sample::logprobs(logits, tokens, out));
     }
 
-    fn replay(&self, graph: &Infallible) -> Ticket {
+    fn replay(&self, graph: &Infallible) {
         match *graph {}
     }
 }

@@ -1,10 +1,10 @@
 //! Weights and FP8 activations as F32 matrices. Knows the block formats, no operation.
 
 use candle_core::{D, Device, Result, Tensor};
-use r1_backend::{Activation, Fp8Activation, Weight};
+use r1_backend::{Activation, Fp8Activation, Int4Group, Weight};
 
 use crate::Reference;
-use crate::storage::{self, read};
+use crate::storage::{self, read, read_u32};
 
 /// Channels per activation scale.
 const BLOCK: usize = 128;
@@ -25,7 +25,20 @@ pub(crate) fn dequantized(w: &Weight<Reference>) -> Result<Tensor> {
             let scales = read(scales)?.index_select(&block_of(0)?, 0)?.index_select(&block_of(1)?, 1)?;
             read(data)? * scales
         }
+        Weight::Int4Group(w) => dequantized_int4(w),
     }
+}
+
+fn dequantized_int4(w: &Int4Group<Reference>) -> Result<Tensor> {
+    let (n, k) = (w.out_features(), w.in_features());
+    let codes: Vec<f32> = read_u32(&w.codes)?
+        .into_iter()
+        .flat_map(|word| (0..8).map(move |i| (word >> (4 * i) & 15) as f32))
+        .collect();
+    let group_of = Tensor::from_iter((0..k).map(|i| (i / w.group) as u32), &Device::Cpu)?;
+    let zeros = read(&w.zeros)?.index_select(&group_of, 1)?;
+    let scales = read(&w.scales)?.index_select(&group_of, 1)?;
+    (Tensor::from_vec(codes, (n, k), &Device::Cpu)? - zeros)? * scales
 }
 
 /// `x` as `w` meets it: dequantised from its FP8 form where both are FP8.

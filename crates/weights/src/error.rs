@@ -184,6 +184,26 @@ pub enum WeightsError {
         /// The file.
         file: String,
     },
+    /// The three tensors of an AWQ weight do not fit each other.
+    #[error(
+        "{prefix}: qweight, qzeros and scales {found:?} are no AWQ weight, which has [K, N / 8] and [K / group, N / 8] I32 (read as U32) and [K / group, N] F16, with a group that is a multiple of 8"
+    )]
+    AwqMismatch {
+        /// The layer.
+        prefix: String,
+        /// Shape and dtype of its qweight, qzeros and scales.
+        found: Box<[(Vec<usize>, DType); 3]>,
+    },
+    /// A group's scale that no quantiser writes.
+    #[error("{prefix}: AWQ scale {value} at {index:?} is not finite")]
+    AwqScale {
+        /// The layer.
+        prefix: String,
+        /// Group and output of the scale.
+        index: [usize; 2],
+        /// The scale.
+        value: f32,
+    },
     /// A dimension that cannot be shared out evenly.
     #[error("{tensor}: {dim} = {size} cannot be divided among {world} ranks")]
     NotDivisible {

@@ -8,6 +8,7 @@
 //! Knows no forward pass and no device.
 #![deny(unsafe_code)]
 
+mod awq;
 mod checkpoint;
 mod config;
 mod error;
@@ -22,6 +23,7 @@ mod linear;
 mod mapping;
 mod shapes;
 
+pub use awq::{HostInt4, repack_awq};
 pub use checkpoint::{Checkpoint, TensorInfo};
 pub use config::{
     Architecture, ConfigError, Fp8BlockConfig, ModelConfig, MoeConfig, ParamCounts, Rope, ScaleFmt,

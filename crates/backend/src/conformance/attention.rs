@@ -103,7 +103,10 @@ fn check_rope_cache<B: Backend>(
     let tokens = step.batch.num_tokens;
     let q_rope = Slab::normal(backend, random, &[tokens, sizes.heads, sizes.rope], dtype, Layout::Gaps, 1.0);
     let layout = LAYOUTS[random.below(2)];
-    let kv_a = Slab::normal(backend, random, &[tokens, sizes.entry()], dtype, layout, 1.0);
+    let mut values = random.normals(tokens * sizes.entry(), 1.0);
+    // A latent of zeros has a scale, too.
+    values[..sizes.latent].fill(0.0);
+    let kv_a = Slab::floats(backend, &[tokens, sizes.entry()], dtype, layout, &values);
 
     backend.rope_cache(&q_rope.view, &kv_a.view, &norm, EPS, &rope, &step.batch, &cache.cache);
     settle(backend, "rope_cache");
@@ -183,7 +186,7 @@ fn queries<B: Backend>(
 
 /// Compares the rows of `seqs`; all others must still be poison.
 #[track_caller]
-fn assert_rows<B: Backend>(
+pub(super) fn assert_rows<B: Backend>(
     what: &str,
     backend: &B,
     out: &Slab<B>,

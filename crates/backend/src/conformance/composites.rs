@@ -165,6 +165,37 @@ fn check_add_rms_norm<B: Backend>(
     assert_close("add_rms_norm: FP8 out", &own.2, &default.2, Tolerance::fp8_between());
 }
 
+/// [`Backend::linear_add_norm`].
+pub fn linear_add_norm<B: Backend>(backend: &B) {
+    cases(backend, "linear_add_norm", |random, dtype, format, fp8, rows| {
+        let (from, dim) = (70, 136);
+        let x = input(backend, random, &[rows, from], dtype, fp8);
+        let (w, _) = weight(backend, random, [dim, from], format);
+        let (norm, _) = imported(backend, random, &[dim], dtype, 1.0);
+        let residual = random.normals(rows * dim, 1.0);
+        let run = |default: bool| {
+            let residual = Slab::floats(backend, &[rows, dim], dtype, Layout::Dense, &residual);
+            let block_out = Slab::poison(backend, &[rows, dim], dtype, Layout::Dense);
+            let out = output(backend, &[rows, dim], dtype, fp8);
+            let twins = Twins { reduced: Mutex::default() };
+            let (x, b, r, o) = (&x.activation, &block_out.view, &residual.view, &out.activation);
+            if default {
+                composite::linear_add_norm(backend, &twins, x, &w, b, r, &norm, EPS, o);
+            } else {
+                backend.linear_add_norm(&twins, x, &w, b, r, &norm, EPS, o);
+            }
+            settle(backend, "linear_add_norm");
+            let sums = twins.reduced.into_inner().expect("no panic holds this lock");
+            assert!(!sums.is_empty(), "linear_add_norm: sums over the ranks");
+            (residual.read(backend), out.dense.read(backend), out.dequantized(backend).unwrap_or_default())
+        };
+        let (own, default) = (run(false), run(true));
+        assert_close("linear_add_norm: residual", &own.0, &default.0, tolerance(dtype, fp8));
+        assert_close("linear_add_norm: out", &own.1, &default.1, tolerance(dtype, fp8));
+        assert_close("linear_add_norm: FP8 out", &own.2, &default.2, Tolerance::fp8_between());
+    });
+}
+
 /// [`Backend::mla_qkv`], with one query matrix and with two.
 pub fn mla_qkv<B: Backend>(backend: &B) {
     cases(backend, "mla_qkv", |random, dtype, format, fp8, rows| {
@@ -291,6 +322,7 @@ pub fn capture<B: Backend>(backend: &B) {
             backend.add_rms_norm(&residual.view, &x.view, &weight.view, EPS, &activation);
         })
         .expect("capture");
+    assert_eq!(graph.is_some(), backend.capabilities().captures, "capture: what the capabilities say");
     let Some(graph) = graph else {
         assert_eq!(calls, 0, "capture: gave no graph but ran the step");
         residual.assert_unchanged(backend);
@@ -300,7 +332,8 @@ pub fn capture<B: Backend>(backend: &B) {
     residual.assert_unchanged(backend);
     for round in 1..=3 {
         backend.upload(HostSlice::F32(&[2.0; 24]), &x.view);
-        backend.replay(&graph).wait().expect("replay");
+        backend.replay(&graph);
+        settle(backend, "replay");
         assert_eq!(residual.read(backend), [2.0 * f64::from(round); 24], "replay {round}");
         assert_close("replay", &out.read(backend), &[1.0; 24], Tolerance::rounded_once(dtype));
     }

@@ -60,7 +60,8 @@ impl<B: Backend> Layer<B> {
                 norm_topk_prob: true,
                 routed_scaling_factor: 2.5,
             },
-            experts: Experts::new(backend, (0..EXPERTS).map(|_| expert()).collect(), 0, EXPERTS).expect("table"),
+            experts: Experts::new(backend, (0..EXPERTS).map(|_| expert()).collect(), 0, EXPERTS)
+                .expect("table"),
             shared: expert(),
         };
         Self { sizes, norms, qkv, kv_b, o, moe, rope: rope_table(backend, rope).0 }

@@ -107,6 +107,11 @@ pub fn traffic_honours_views<B: Backend>(backend: &B) {
     let ids = Slab::ids(backend, &[2, 3], &[1; 6]);
     backend.upload(HostSlice::U32(&[10, 11, 12]), &ids.view.rows(1..2));
     assert_eq!(ids.read_ids(backend), [1, 1, 1, 10, 11, 12]);
+    // Columns of a table whose rows lie further apart, as a step's block table does.
+    let table = Slab::ids(backend, &[3, 7], &[5; 21]);
+    backend.upload(HostSlice::U32(&[1, 2, 3, 4]), &table.view.rows(0..2).narrow(1, 0..2));
+    let expected = [[1, 2, 5, 5, 5, 5, 5], [3, 4, 5, 5, 5, 5, 5], [5; 7]];
+    assert_eq!(table.read_ids(backend), expected.concat(), "upload of columns");
     let mut row = [0; 3];
     backend.download(&ids.view.rows(1..2), HostSliceMut::U32(&mut row)).expect("download");
     assert_eq!(row, [10, 11, 12]);

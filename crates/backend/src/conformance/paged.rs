@@ -8,7 +8,7 @@ use super::naive;
 use super::random::Random;
 use super::rounding::round_to;
 use super::slab::{Layout, Slab};
-use crate::{Backend, Batch, Fp8Latent, LatentCache};
+use crate::{Backend, Batch, Fp8Latent, HostSlice, LatentCache, NO_SLOT};
 
 /// What one sequence brings to a step.
 #[derive(Clone, Copy, Debug)]
@@ -102,6 +102,19 @@ impl<B: Backend> Step<B> {
 
     /// The step in which turn `i` is that of sequence `seqs[i]` of `tables`.
     pub(super) fn of(backend: &B, tables: &Tables, turns: &[Turn], seqs: Vec<usize>) -> Self {
+        Self::build(backend, tables, turns, seqs, 0)
+    }
+
+    /// The step of all sequences of `tables`, which all decode, and of so many padding sequences.
+    pub(super) fn padded(backend: &B, tables: &Tables, turns: &[Turn], padding: usize) -> Self {
+        assert!(
+            padding == 0 || turns.iter().all(|turn| turn.new == 1),
+            "padding stands beside decodes alone"
+        );
+        Self::build(backend, tables, turns, (0..turns.len()).collect(), padding)
+    }
+
+    fn build(backend: &B, tables: &Tables, turns: &[Turn], seqs: Vec<usize>, padding: usize) -> Self {
         let mut query_start = vec![0];
         let mut context_start = vec![0];
         let mut positions = Vec::new();
@@ -114,11 +127,11 @@ impl<B: Backend> Step<B> {
                 slots.push(tables.slot(seq, position) as u32);
             }
         }
-        let context_len: Vec<u32> = turns.iter().map(|turn| (turn.cached + turn.new) as u32).collect();
-        let num_decodes = turns.iter().take_while(|turn| turn.new == 1).count();
+        let mut context_len: Vec<u32> = turns.iter().map(|turn| (turn.cached + turn.new) as u32).collect();
+        let num_decodes = turns.iter().take_while(|turn| turn.new == 1).count() + padding;
         let longest = context_len.iter().max().map_or(0, |len| *len as usize);
         let max_blocks = longest.div_ceil(tables.block_size) + 2;
-        let table: Vec<u32> = seqs
+        let mut table: Vec<u32> = seqs
             .iter()
             .zip(&context_len)
             .flat_map(|(&seq, &len)| {
@@ -127,9 +140,17 @@ impl<B: Backend> Step<B> {
                 (0..max_blocks).map(move |i| if i < used { tables.blocks[seq][i] as u32 } else { u32::MAX })
             })
             .collect();
+        for _ in 0..padding {
+            query_start.push(query_start[query_start.len() - 1] + 1);
+            context_start.push(context_start[context_start.len() - 1]);
+            positions.push(0);
+            slots.push(NO_SLOT);
+            context_len.push(0);
+        }
+        table.resize(table.len() + padding * max_blocks, u32::MAX);
 
         let ids = |shape: &[usize], values: &[u32]| Slab::ids(backend, shape, values);
-        let (num_tokens, num_seqs) = (positions.len(), turns.len());
+        let (num_tokens, num_seqs) = (positions.len(), turns.len() + padding);
         let inputs = vec![
             ids(&[num_tokens], &positions),
             ids(&[num_tokens], &slots),
@@ -152,7 +173,8 @@ impl<B: Backend> Step<B> {
             prefill_context_tokens: context_len[num_decodes..].iter().sum::<u32>() as usize,
             max_context_len: longest,
         };
-        let rows = query_start.windows(2).map(|pair| pair[0] as usize..pair[1] as usize).collect();
+        let rows =
+            query_start[..=turns.len()].windows(2).map(|pair| pair[0] as usize..pair[1] as usize).collect();
         Self { batch, turns: turns.to_vec(), rows, seqs, inputs }
     }
 
@@ -244,6 +266,22 @@ impl<B: Backend> CacheSlab<B> {
         let host: Vec<_> = slabs.iter().map(|slab| slab.host.clone()).collect();
         let host = entries_of(sizes, &host);
         Self { cache, sizes, slabs, host }
+    }
+
+    /// Everything that the cache holds as it lies there, poison included.
+    pub(super) fn contents(&self, backend: &B) -> Vec<f64> {
+        self.slabs.iter().flat_map(|slab| slab.read(backend)).collect()
+    }
+
+    /// Puts back what [`contents`](CacheSlab::contents) gave.
+    pub(super) fn restore(&self, backend: &B, contents: &[f64]) {
+        let mut rest = contents;
+        for slab in &self.slabs {
+            let (part, others) = rest.split_at(slab.view.num_elements());
+            let values: Vec<f32> = part.iter().map(|&value| value as f32).collect();
+            backend.upload(HostSlice::F32(&values), &slab.view);
+            rest = others;
+        }
     }
 
     /// The entries of a sequence's first `len` tokens, as they were put in.

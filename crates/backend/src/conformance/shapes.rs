@@ -16,7 +16,7 @@ use crate::{
 
 /// Runs `operation`, which must panic with `argument: `.
 #[track_caller]
-fn refuses(operation_and_argument: &str, operation: impl FnOnce()) {
+pub(super) fn refuses(operation_and_argument: &str, operation: impl FnOnce()) {
     let panic: Box<dyn Any + Send> = match catch_unwind(AssertUnwindSafe(operation)) {
         Err(panic) => panic,
         Ok(()) => panic!("{operation_and_argument}: a wrong shape was taken"),
@@ -34,6 +34,8 @@ pub fn shape_panics<B: Backend>(backend: &B) {
         rows_and_matrices(backend, random);
         attention(backend, random);
         routing_and_sampling(backend, random);
+        super::gqa::shape_panics(backend, random);
+        super::int4::shape_panics(backend, random);
     });
 }
 

@@ -54,6 +54,9 @@ impl<'a> WeightIn<'a> {
                 data: In::new(op, arg, data),
                 scales: Some((In::new(op, arg, scales), *block, *offset)),
             },
+            Weight::Int4Group(_) => unreachable!(
+                "{op}: {arg} is an int4 weight, which the check of shapes lets through to `ops::int4` alone"
+            ),
         }
     }
 

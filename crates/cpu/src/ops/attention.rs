@@ -59,7 +59,9 @@ pub(crate) fn mla_attention(
         // The last sequence that begins at or before the token; sequences without rows begin where the next one does.
         let seq = query_start[..=seqs.end].partition_point(|&start| start as usize <= token) - 1;
         let later = query_start[seq + 1] as usize - token - 1;
-        let seen = (context_len[seq] as usize).checked_sub(later).filter(|&seen| seen > 0);
+        let context = context_len[seq] as usize;
+        // Padding has a row and no context.
+        let seen = context.checked_sub(later).filter(|&seen| seen > 0 || context == 0);
         Task {
             token,
             heads: head..(head + per_group).min(heads),
@@ -106,7 +108,8 @@ pub(crate) fn mla_attention(
                     parts.part(group * wave * state_floats, splits * state_floats),
                 )
             };
-            let last = begin + splits == task.splits() && splits > 0;
+            // A row without context has its zeros written by the first wave.
+            let last = begin + splits == task.splits() && (splits > 0 || begin == 0);
             cpu.isa.run(Merge { task, begin, state, parts, state_floats, out: last.then_some(out) });
         });
     }
@@ -116,7 +119,7 @@ pub(crate) fn mla_attention(
 struct Task<'a> {
     token: usize,
     heads: Range<usize>,
-    /// Cached tokens that it sees.
+    /// Cached tokens that it sees; none where it is padding.
     seen: usize,
     pages: Pages<'a>,
     /// Latent and rope parts of the queries.

@@ -19,6 +19,9 @@ pub(crate) fn linear(cpu: &Cpu, x: &Activation<Cpu>, w: &Weight<Cpu>, out: &Tens
     const OP: &str = "linear";
     shape::linear(x, w, out);
     refuse_fp8(OP, "x", x);
+    if let Weight::Int4Group(w) = w {
+        return super::int4::linear(cpu, x, w, out);
+    }
     let (x, w) = (In::new(OP, "x", &x.dense), WeightIn::new(OP, "w", w));
     let mut out = Out::new(OP, "out", out);
     let (w, out) = (w.rows(), out.mat());

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use r1_backend::{Batch, LatentCache, RopeTable, Tensor, shape};
+use r1_backend::{Batch, LatentCache, NO_SLOT, RopeTable, Tensor, shape};
 
 use super::latent::{EntriesMut, LatentOut};
 use super::norm::normed;
@@ -112,7 +112,7 @@ impl Kernel for WriteCache<'_> {
         let (num_blocks, block_size) = (self.cache.num_blocks(), self.cache.block_size());
         let latent = self.norm.len();
         let [row, out] = self.bufs;
-        for (token, &slot) in self.slots.iter().enumerate() {
+        for (token, &slot) in self.slots.iter().enumerate().filter(|(_, slot)| **slot != NO_SLOT) {
             let slot = slot as usize;
             if slot % self.owner.1 != self.owner.0 {
                 continue;

@@ -65,11 +65,13 @@ impl<'a> State<'a> {
         }
     }
 
-    /// Row `i` of the result.
+    /// Row `i` of the result; zeros where it has seen nothing.
     #[inline(always)]
     pub(crate) fn finish<S: Simd>(&mut self, s: S, i: usize) -> &[f32] {
         let row = &mut self.acc[i * self.width..][..self.width];
-        slice::scale(s, row, 1.0 / self.sum[i]);
+        if self.sum[i] != 0.0 {
+            slice::scale(s, row, 1.0 / self.sum[i]);
+        }
         row
     }
 }

@@ -6,6 +6,10 @@ pub(crate) mod emu;
 use std::any::Any;
 use std::fmt;
 use std::mem::MaybeUninit;
+use std::sync::Arc;
+
+use r1_backend::CommError;
+use r1_core::DType;
 
 /// A failure of a driver, in the user's words.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -134,6 +138,52 @@ pub(crate) trait Mark: Send {
 /// A recorded list of work.
 pub(crate) type RecordedGraph = Box<dyn Any + Send>;
 
+/// What ranks do together; as [`Communicator`](r1_backend::Communicator) has it, on dense ranges.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Collective {
+    /// `out` is `x`.
+    AllReduce,
+    /// `out` has world_size times the elements of `x`, rank by rank.
+    AllGather,
+    /// `x` has world_size times the elements of `out`.
+    ReduceScatter,
+    AllToAll,
+    /// `out` is `x`.
+    Broadcast {
+        root: usize,
+    },
+    Send {
+        to: usize,
+    },
+    /// `out` is `x`.
+    Recv {
+        from: usize,
+    },
+}
+
+/// Dense ranges of a collective.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CollectiveArgs {
+    pub(crate) what: Collective,
+    pub(crate) x: DevicePtr,
+    pub(crate) out: DevicePtr,
+    /// Of `x`.
+    pub(crate) elements: usize,
+    pub(crate) dtype: DType,
+}
+
+/// One rank's end of a group: collectives enqueued on its device's stream, and captured like launches.
+pub(crate) trait Collectives: Send + Sync {
+    /// Enqueues one on `driver`, which is this rank's.
+    fn enqueue(&self, driver: &dyn Driver, args: CollectiveArgs) -> Result<(), DriverError>;
+
+    /// The first failure of a collective that has run, since the last call.
+    fn failure(&self) -> Result<(), CommError>;
+
+    /// Takes no further part: ranks that wait for this one stop waiting, and work that is still enqueued does nothing.
+    fn leave(&self);
+}
+
 /// One device with one stream. Calls enqueue and return; a failure of what was enqueued surfaces from a [`Mark`] or a read.
 pub(crate) trait Driver: Send + Sync + 'static {
     /// What it is.
@@ -168,4 +218,7 @@ pub(crate) trait Driver: Send + Sync + 'static {
 
     /// Enqueues what was recorded.
     fn replay(&self, graph: &RecordedGraph) -> Result<(), DriverError>;
+
+    /// Itself, for who makes a group of several of a kind.
+    fn as_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync>;
 }

@@ -22,6 +22,7 @@ pub(super) struct WeightArgs {
     block: [u32; 2],
     offset: [u32; 2],
     is_vectorizable: u32,
+    range_len: u32,
 }
 
 #[derive(Clone, Copy)]
@@ -42,13 +43,16 @@ pub(super) struct GemmArgs {
     first_tiles: u32,
     transposed: u32,
     weights: [WeightArgs; 2],
+    partials: DevicePtr,
+    counters: DevicePtr,
+    ranges: u32,
 }
 
 // SAFETY: the twin of tile::Args.
 unsafe impl Args for GemmArgs {}
 
 /// A kernel's tile: `Shape` in tile.cuh.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Tile {
     rows: usize,
     cols: usize,
@@ -60,6 +64,8 @@ const SHORT: Tile = Tile { rows: 16, cols: 32, warps: 2, stages: 4 };
 const MIDDLE: Tile = Tile { rows: 64, cols: 32, warps: 4, stages: 3 };
 const TALL: Tile = Tile { rows: 64, cols: 128, warps: 8, stages: 2 };
 const SIMT: Tile = Tile { rows: 16, cols: 64, warps: 4, stages: 1 };
+/// `sizeof(gemm::SimtShared)`.
+const SIMT_SHARED_BYTES: usize = 4 * (16 * 32 + 32 * 65);
 
 impl Tile {
     /// `sizeof(tile::Shared)` for activations and weights of these sizes.
@@ -70,7 +76,8 @@ impl Tile {
         let w = w_rows * (w_cols * w_bytes + 16);
         let wide = if x_bytes == w_bytes { 8 * x_bytes } else { w_rows * (w_cols * x_bytes + 16) };
         let scales = 4 * (self.rows + self.cols);
-        (self.stages * (x + w + scales) + wide).next_multiple_of(16)
+        const FLAG_BYTES: usize = 16;
+        (self.stages * (x + w + scales) + wide + FLAG_BYTES).next_multiple_of(16)
     }
 }
 
@@ -104,7 +111,7 @@ pub(super) struct Operand<'a> {
     pub(super) x: Tensor<Gpu>,
     /// `[T, ceil(a / 128)]`, of E4M3.
     pub(super) scales: Option<&'a Tensor<Gpu>>,
-    /// Head `h` has the weight's rows from `h * rows_per_head + first_row` on.
+    /// Head `h` has the weight's rows from `h * rows_per_head + first_row` on; 0 of a linear.
     pub(super) rows_per_head: usize,
     pub(super) first_row: usize,
     /// The sum goes over the weight's rows.
@@ -132,6 +139,7 @@ fn weight_args(operand: &Operand<'_>, w: &Weight<Gpu>, out: &Tensor<Gpu>) -> Wei
         Weight::Fp8Block { scales, block, offset, .. } => {
             (ptr(scales), stride(scales, 0), block.map(|size| size as u32), offset.map(|size| size as u32))
         }
+        Weight::Int4Group(_) => unreachable!("int4 weights have a kernel of their own"),
     };
     WeightArgs {
         data: ptr(data),
@@ -146,6 +154,11 @@ fn weight_args(operand: &Operand<'_>, w: &Weight<Gpu>, out: &Tensor<Gpu>) -> Wei
         block,
         offset,
         is_vectorizable: u32::from(is_vectorizable(data) && steps_are_aligned(operand, w)),
+        range_len: if operand.rows_per_head == 0 {
+            range_len(data.dim(0), data.dim(1))
+        } else {
+            operand.x.dim(2)
+        } as u32,
     }
 }
 
@@ -155,19 +168,34 @@ fn steps_are_aligned(operand: &Operand<'_>, w: &Weight<Gpu>) -> bool {
     const LANES: usize = 16;
     let Weight::Fp8Block { block, offset, .. } = w else { return true };
     if operand.transposed {
-        [block[0], offset[0] + operand.first_row, operand.rows_per_head].iter().all(|x| x.is_multiple_of(LANES))
+        [block[0], offset[0] + operand.first_row, operand.rows_per_head]
+            .iter()
+            .all(|x| x.is_multiple_of(LANES))
     } else {
         [block[1], offset[1]].iter().all(|x| x.is_multiple_of(LANES))
     }
 }
 
-/// Enqueues the products of one operand with one weight or two of the same format. `outs` `[T, H, b]`.
-pub(super) fn gemm(gpu: &Gpu, operand: &Operand<'_>, weights: &[(&Weight<Gpu>, Tensor<Gpu>)]) {
+/// Length of the ranges that a sum over `k` is cut into, so that a weight with few outputs keeps a large GPU busy at one token. Depends on the
+/// weight alone: with it the order of the sum does.
+fn range_len(n: usize, k: usize) -> usize {
+    /// Short tiles that keep a large GPU busy.
+    const ENOUGH_TILES: usize = 160;
+    const SHORTEST_RANGE: usize = 512;
+    /// A range ends where a step does.
+    const STEP: usize = 128;
+    let ranges = (k / SHORTEST_RANGE).min(ENOUGH_TILES / n.div_ceil(SHORT.cols).max(1)).max(1);
+    if ranges == 1 { k } else { k.div_ceil(ranges).next_multiple_of(STEP) }
+}
+
+/// Ranges of a weight.
+fn num_ranges(args: &GemmArgs, weight: &WeightArgs) -> u32 {
+    args.k.div_ceil(weight.range_len.max(1))
+}
+
+/// The arguments for one operand and one weight or two of the same format, all but where sums of ranges go. `outs` `[T, H, b]`.
+fn gemm_args(operand: &Operand<'_>, weights: &[(&Weight<Gpu>, Tensor<Gpu>)]) -> GemmArgs {
     let x = &operand.x;
-    let tokens = x.dim(0);
-    let w_dtype = weights[0].0.data().dtype();
-    let kind = Kind::of(x.dtype(), w_dtype);
-    let (kernel, tile) = choose(kind, operand.transposed, tokens);
     let aligned = weights.iter().all(|(w, _)| steps_are_aligned(operand, w));
     let mut args = GemmArgs {
         x: ptr(x),
@@ -176,7 +204,7 @@ pub(super) fn gemm(gpu: &Gpu, operand: &Operand<'_>, weights: &[(&Weight<Gpu>, T
         x_scale_stride: operand.scales.map_or(0, |scales| stride(scales, 0)),
         x_head_stride: stride(x, 1),
         out_head_stride: stride(&weights[0].1, 1),
-        num_tokens: tokens as u32,
+        num_tokens: x.dim(0) as u32,
         k: x.dim(2) as u32,
         rows_per_head: operand.rows_per_head as u32,
         first_row: operand.first_row as u32,
@@ -185,29 +213,59 @@ pub(super) fn gemm(gpu: &Gpu, operand: &Operand<'_>, weights: &[(&Weight<Gpu>, T
         first_tiles: u32::MAX,
         transposed: u32::from(operand.transposed),
         weights: [WeightArgs::default(); 2],
+        partials: DevicePtr::default(),
+        counters: DevicePtr::default(),
+        ranges: 1,
     };
-    let mut tiles = 0;
     for (index, (w, out)) in weights.iter().enumerate() {
-        if index == 1 {
-            args.first_tiles = tiles as u32;
-        }
         args.weights[index] = weight_args(operand, w, out);
-        tiles += out.dim(2).div_ceil(tile.cols);
+    }
+    args
+}
+
+/// Room for the sums of ranges that `blocks` short tiles make.
+fn spread_ranges(gpu: &Gpu, args: &mut GemmArgs, num_weights: usize, blocks: usize) {
+    args.ranges =
+        args.weights[..num_weights].iter().map(|weight| num_ranges(args, weight)).max().unwrap_or(1);
+    if args.ranges > 1 {
+        args.partials =
+            gpu.scratch(blocks * args.ranges as usize * SHORT.rows * SHORT.cols * size_of::<f32>());
+        args.counters = gpu.counters();
+    }
+}
+
+/// Enqueues the products of one operand with one weight or two of the same format. `outs` `[T, H, b]`.
+pub(super) fn gemm(gpu: &Gpu, operand: &Operand<'_>, weights: &[(&Weight<Gpu>, Tensor<Gpu>)]) {
+    let x = &operand.x;
+    let (tokens, heads) = (x.dim(0), x.dim(1));
+    let w_dtype = weights[0].0.data().dtype();
+    let mut args = gemm_args(operand, weights);
+    let is_cut = args.weights[..weights.len()].iter().any(|weight| num_ranges(&args, weight) > 1);
+    let kind = Kind::of(x.dtype(), w_dtype);
+    let (kernel, tile) = choose(kind, operand.transposed, tokens, is_cut);
+    let tiles_of = |index: usize| weights.get(index).map_or(0, |(_, out)| out.dim(2).div_ceil(tile.cols));
+    let tiles = tiles_of(0) + tiles_of(1);
+    if weights.len() == 2 {
+        args.first_tiles = tiles_of(0) as u32;
+    }
+    if tile == SHORT && kind != Kind::Simt {
+        spread_ranges(gpu, &mut args, weights.len(), tiles);
     }
     let shared_bytes = match kind {
-        Kind::Simt => 4 * (16 * 32 + 32 * 65),
+        Kind::Simt => SIMT_SHARED_BYTES,
         _ => tile.shared_bytes(x.dtype().size_bytes(), w_dtype.size_bytes(), operand.transposed),
     };
-    let grid = [tiles, tokens.div_ceil(tile.rows), x.dim(1)];
+    let grid = [tiles, tokens.div_ceil(tile.rows), heads * args.ranges as usize];
     gpu.launch(kernel, Geometry { grid, warps: tile.warps, shared_bytes }, &args);
 }
 
 /// The kernel for so many rows; all of a kind sum in the same order.
-fn choose(kind: Kind, transposed: bool, tokens: usize) -> (&'static str, Tile) {
-    let tile = match tokens {
-        0..=16 => SHORT,
-        17..=64 => MIDDLE,
-        _ => TALL,
+fn choose(kind: Kind, transposed: bool, tokens: usize, is_cut: bool) -> (&'static str, Tile) {
+    let (index, tile) = match tokens {
+        0..=16 => (0, SHORT),
+        // Sums of ranges beside the range's own would cost the tall tile half of its warps.
+        _ if tokens <= 64 || is_cut => (1, MIDDLE),
+        _ => (2, TALL),
     };
     let kernels = match (kind, transposed) {
         (Kind::Simt, _) => return ("gemm_simt", SIMT),
@@ -217,11 +275,6 @@ fn choose(kind: Kind, transposed: bool, tokens: usize) -> (&'static str, Tile) {
         (Kind::W8, true) => ["per_head_w8_short", "per_head_w8_middle", "per_head_w8_tall"],
         (Kind::Bf16, true) => ["per_head_bf16_short", "per_head_bf16_middle", "per_head_bf16_tall"],
         (Kind::Fp8, true) => unreachable!("a matrix per head meets dense activations"),
-    };
-    let index = match tokens {
-        0..=16 => 0,
-        17..=64 => 1,
-        _ => 2,
     };
     (kernels[index], tile)
 }
@@ -240,4 +293,54 @@ pub(crate) fn linear_pair(gpu: &Gpu, x: &Activation<Gpu>, pair: [(&Weight<Gpu>, 
     }
     let pair = pair.map(|(w, out)| (w, out.split_last(&[1, out.dim(1)])));
     gemm(gpu, &Operand::of_linear(x, first.0), &pair);
+}
+
+/// Most rows of a short tile.
+pub(super) const SHORT_ROWS: usize = SHORT.rows;
+/// Columns of each of two weights that share a short tile.
+const PAIR_COLS: usize = SHORT.cols / 2;
+
+/// What a kernel of `kernels/mlp.cu` shares with the linears.
+pub(super) struct PairLaunch {
+    pub(super) kernel: &'static str,
+    pub(super) geometry: Geometry,
+    pub(super) args: GemmArgs,
+}
+
+/// A short tile of two weights of the same `x`, side by side; `None` where their formats or this device want two linears. `out` `[T, N]`: what
+/// each gives, for its shape.
+pub(super) fn pair_launch(
+    gpu: &Gpu,
+    x: &Activation<Gpu>,
+    [left, right]: [&Weight<Gpu>; 2],
+    out: &Tensor<Gpu>,
+) -> Option<PairLaunch> {
+    let is_alike = match (left, right) {
+        (Weight::Dense { data: left }, Weight::Dense { data: right }) => left.dtype() == right.dtype(),
+        (
+            Weight::Fp8Block { block: left, offset: left_offset, .. },
+            Weight::Fp8Block { block: right, offset: right_offset, .. },
+        ) => left[1] == right[1] && left_offset[1] == right_offset[1],
+        _ => false,
+    };
+    let operand = Operand::of_linear(x, left);
+    let kernel = match Kind::of(operand.x.dtype(), left.data().dtype()) {
+        Kind::Fp8 => "gate_up_fp8",
+        Kind::W8 => "gate_up_w8",
+        Kind::Bf16 => "gate_up_bf16",
+        Kind::Simt => return None,
+    };
+    let blocks = out.dim(1).div_ceil(PAIR_COLS);
+    if !is_alike || x.dense.dim(0) > SHORT_ROWS || 2 * blocks > crate::COUNTERS {
+        return None;
+    }
+    let out = out.split_last(&[1, out.dim(1)]);
+    let mut args = gemm_args(&operand, &[(left, out.clone()), (right, out)]);
+    spread_ranges(gpu, &mut args, 2, blocks);
+    args.counters = gpu.counters();
+    let [x_bytes, w_bytes] = [operand.x.dtype(), left.data().dtype()].map(DType::size_bytes);
+    let shared_bytes =
+        SHORT.shared_bytes(x_bytes, w_bytes, false) + SHORT.rows * SHORT.cols * size_of::<f32>();
+    let geometry = Geometry { grid: [blocks, 1, args.ranges as usize], warps: SHORT.warps, shared_bytes };
+    Some(PairLaunch { kernel, geometry, args })
 }

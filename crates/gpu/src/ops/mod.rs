@@ -3,6 +3,7 @@
 pub(crate) mod attention;
 pub(crate) mod expanded;
 pub(crate) mod experts;
+pub(crate) mod fused;
 pub(crate) mod linear;
 pub(crate) mod logprobs;
 pub(crate) mod norm;
@@ -11,3 +12,4 @@ pub(crate) mod rope;
 pub(crate) mod route;
 pub(crate) mod rows;
 pub(crate) mod sample;
+pub(crate) mod widen;

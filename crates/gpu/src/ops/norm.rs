@@ -10,7 +10,7 @@ use crate::launch::{Args, Geometry, dtype_code, is_vectorizable, ptr, stride};
 pub(super) const EIGHT: usize = 8;
 /// Eights that a thread of a norm keeps, `HELD` in norm.cu.
 const HELD: usize = 4;
-/// Most threads of a block.
+/// Most threads of a norm's block.
 const MAX_THREADS: usize = 1024;
 
 /// The twin of `Fp8Out` in eight.cuh.
@@ -26,7 +26,7 @@ pub(super) struct Fp8Out {
 }
 
 impl Fp8Out {
-    fn of(fp8: Option<&Fp8Activation<Gpu>>) -> Self {
+    pub(super) fn of(fp8: Option<&Fp8Activation<Gpu>>) -> Self {
         fp8.map_or_else(Self::default, |fp8| Self {
             codes: ptr(&fp8.data),
             scales: ptr(&fp8.scales),
@@ -38,22 +38,27 @@ impl Fp8Out {
     }
 }
 
-/// Warps for a row of `dim` columns of which each thread holds [`HELD`] eights at most; they depend on nothing else. `None`: the row
-/// is too long for a block.
-pub(super) fn norm_warps(gpu: &Gpu, dim: usize) -> Option<u32> {
+/// Warps for a row of `dim` columns of which each thread holds [`HELD`] eights at most; they depend on nothing else.
+///
+/// # Errors
+/// A row that is too long for a block of `max_threads`.
+pub(super) fn norm_warps(
+    gpu: &Gpu,
+    kernel: &'static str,
+    dim: usize,
+    max_threads: usize,
+) -> Result<u32, DriverError> {
     // More threads than these would shorten no wait for memory.
     const USUAL_THREADS: usize = 256;
     let warp = gpu.warp_size() as usize;
     let eights = dim.div_ceil(EIGHT).max(1);
     let warps = eights.div_ceil(HELD * warp).max(eights.div_ceil(warp).min(USUAL_THREADS / warp));
-    (warps * warp <= MAX_THREADS).then_some(warps as u32)
-}
-
-pub(super) fn too_long(kernel: &str, dim: usize) -> DriverError {
-    DriverError::Kernel {
-        kernel: kernel.to_owned(),
-        why: format!("rows of {dim} values are too long, it takes {} at most", MAX_THREADS * HELD * EIGHT),
+    if warps * warp > max_threads {
+        let why =
+            format!("rows of {dim} values are too long, it takes {} at most", max_threads * HELD * EIGHT);
+        return Err(DriverError::Kernel { kernel: kernel.to_owned(), why });
     }
+    Ok(warps as u32)
 }
 
 /// `sizeof(BlockScratch)` in gpu.cuh.
@@ -113,8 +118,9 @@ fn launch_norm(
     out: &Activation<Gpu>,
 ) {
     let dim = x.dim(1);
-    let Some(warps) = norm_warps(gpu, dim) else {
-        return gpu.note(kernel, Err(too_long(kernel, dim)));
+    let warps = match norm_warps(gpu, kernel, dim, MAX_THREADS) {
+        Ok(warps) => warps,
+        Err(error) => return gpu.note(kernel, Err(error)),
     };
     let args = NormArgs {
         x: ptr(x),

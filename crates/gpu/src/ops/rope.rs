@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use r1_backend::{Batch, LatentCache, RopeTable, Tensor, shape};
 
-use super::norm::{BLOCK_SCRATCH_BYTES, EIGHT, norm_warps, too_long};
+use super::norm::{BLOCK_SCRATCH_BYTES, EIGHT, norm_warps};
 use crate::Gpu;
 use crate::driver::DevicePtr;
 use crate::launch::{Args, Geometry, dtype_code, is_vectorizable, ptr, stride};
@@ -100,10 +100,12 @@ pub(crate) fn rope_cache(
     cache: &LatentCache<Gpu>,
 ) {
     const OP: &str = "rope_cache";
+    const MAX_THREADS: usize = 256;
     shape::rope_cache(q_rope, kv_a, norm, rope, batch, cache);
     let (heads, rope_dim) = (q_rope.dim(1), q_rope.dim(2));
-    let Some(warps) = norm_warps(gpu, cache.latent_dim) else {
-        return gpu.note(OP, Err(too_long(OP, cache.latent_dim)));
+    let warps = match norm_warps(gpu, OP, cache.latent_dim, MAX_THREADS) {
+        Ok(warps) => warps,
+        Err(error) => return gpu.note(OP, Err(error)),
     };
     let args = CacheArgs {
         q_rope: ptr(q_rope),

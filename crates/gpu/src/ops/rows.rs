@@ -86,7 +86,8 @@ pub(crate) fn feed_tokens(gpu: &Gpu, drawn: &Tensor<Gpu>, from: &Tensor<Gpu>, id
     shape::feed_tokens(drawn, from, ids);
     const WARPS: u32 = 4;
     let tokens = ids.dim(0);
-    let args = FeedTokensArgs { drawn: ptr(drawn), from: ptr(from), ids: ptr(ids), num_tokens: tokens as u32 };
+    let args =
+        FeedTokensArgs { drawn: ptr(drawn), from: ptr(from), ids: ptr(ids), num_tokens: tokens as u32 };
     let threads = (WARPS * gpu.warp_size()) as usize;
     gpu.launch("feed_tokens", Geometry::blocks(tokens.div_ceil(threads), WARPS), &args);
 }
@@ -118,4 +119,35 @@ pub(crate) fn add(gpu: &Gpu, residual: &Tensor<Gpu>, x: &Tensor<Gpu>) {
         x_dtype: dtype_code(x.dtype()),
     };
     gpu.launch("add", Geometry::blocks(x.dim(0), 4), &args);
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct InterleaveArgs {
+    x: DevicePtr,
+    out: DevicePtr,
+    out_stride: i64,
+    num_ranks: u32,
+    num_rows: u32,
+    n: u32,
+    dtype: u32,
+}
+
+// SAFETY: the twin of rows::InterleaveArgs.
+unsafe impl Args for InterleaveArgs {}
+
+/// `out [rows, ranks * n]` from `gathered [ranks, rows, n]`.
+pub(crate) fn interleave(gpu: &Gpu, gathered: DevicePtr, [ranks, n]: [usize; 2], out: &Tensor<Gpu>) {
+    let rows = out.dim(0);
+    let args = InterleaveArgs {
+        x: gathered,
+        out: ptr(out),
+        out_stride: stride(out, 0),
+        num_ranks: ranks as u32,
+        num_rows: rows as u32,
+        n: n as u32,
+        dtype: dtype_code(out.dtype()),
+    };
+    let geometry = Geometry { grid: [rows, ranks, 1], warps: 4, shared_bytes: 0 };
+    gpu.launch("interleave", geometry, &args);
 }

@@ -100,7 +100,8 @@ impl Work {
 impl Blocks {
     /// As many threads as that, the stream's own included.
     pub(super) fn new(threads: usize) -> io::Result<Self> {
-        let shared = Arc::new(Shared { state: Mutex::default(), begun: Condvar::new(), ended: Condvar::new() });
+        let shared =
+            Arc::new(Shared { state: Mutex::default(), begun: Condvar::new(), ended: Condvar::new() });
         let helpers = (1..threads)
             .map(|i| {
                 let shared = shared.clone();

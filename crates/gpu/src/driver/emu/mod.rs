@@ -2,8 +2,12 @@
 //! it runs what a GPU would run, far slower.
 
 mod blocks;
+mod ranks;
 mod stream;
 
+pub(crate) use ranks::EmuRank;
+
+use std::any::Any;
 use std::collections::HashMap;
 use std::mem::MaybeUninit;
 use std::ptr;
@@ -52,7 +56,8 @@ pub(crate) struct Emu {
 
 impl Emu {
     pub(crate) fn new(options: EmuOptions) -> Result<Self, DriverError> {
-        let spawn = |error: std::io::Error| DriverError::Call { call: "start a thread", why: error.to_string() };
+        let spawn =
+            |error: std::io::Error| DriverError::Call { call: "start a thread", why: error.to_string() };
         let blocks = Blocks::new(options.threads).map_err(spawn)?;
         let stream = Stream::new(blocks).map_err(spawn)?;
         Ok(Self {
@@ -189,7 +194,8 @@ impl Driver for Emu {
 
     fn end_capture(&self) -> Result<RecordedGraph, DriverError> {
         let list = self.recording.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let list = list.ok_or(DriverError::Call { call: "end_capture", why: "nothing is captured".into() })?;
+        let list =
+            list.ok_or(DriverError::Call { call: "end_capture", why: "nothing is captured".into() })?;
         Ok(Box::new(Arc::new(list)))
     }
 
@@ -197,5 +203,9 @@ impl Driver for Emu {
         let list: &Arc<Vec<Command>> = graph.downcast_ref().expect("a graph that this driver recorded");
         self.enqueue(Command::Replay(list.clone()));
         Ok(())
+    }
+
+    fn as_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
+        self
     }
 }

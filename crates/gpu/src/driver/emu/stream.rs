@@ -92,7 +92,8 @@ pub(super) struct Stream {
 
 impl Stream {
     pub(super) fn new(blocks: Blocks) -> io::Result<Self> {
-        let shared = Arc::new(Shared { queue: Mutex::default(), pushed: Condvar::new(), idle: Condvar::new() });
+        let shared =
+            Arc::new(Shared { queue: Mutex::default(), pushed: Condvar::new(), idle: Condvar::new() });
         let run = {
             let shared = shared.clone();
             move || work(&shared, &blocks)
@@ -173,7 +174,9 @@ fn run(command: &Command, blocks: &Blocks, failure: &mut Option<DriverError>) {
             }
         }
         // SAFETY: bytes of this device's memory, which lives longer than the stream.
-        Command::Fill { at, size_bytes, byte } => unsafe { ptr::write_bytes(at.0 as *mut u8, *byte, *size_bytes) },
+        Command::Fill { at, size_bytes, byte } => unsafe {
+            ptr::write_bytes(at.0 as *mut u8, *byte, *size_bytes)
+        },
         Command::Copy { from, to, size_bytes } => {
             // SAFETY: bytes of this device's memory, which lives longer than the stream; they may overlap.
             unsafe { ptr::copy(from.0 as *const u8, to.0 as *mut u8, *size_bytes) };
