@@ -78,4 +78,4 @@ DEVICE void row(const Args& a) {
 
 }  // namespace logprobs
 
-R1_KERNEL(logprobs, logprobs::Args, logprobs::row, 1024 / WARP)
+R1_KERNEL(logprobs_rows, logprobs::Args, logprobs::row, 1024 / WARP)

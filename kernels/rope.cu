@@ -180,5 +180,5 @@ DEVICE void gather(const GatherArgs& a) {
 
 }  // namespace rope
 
-R1_KERNEL(rope_cache, rope::CacheArgs, rope::rope_cache, 256 / WARP)
+R1_KERNEL(rope_cache, rope::CacheArgs, rope::rope_cache, 4)
 R1_KERNEL(gather_latent, rope::GatherArgs, rope::gather, 4)

@@ -156,4 +156,4 @@ DEVICE void draw(const Args& a) {
 
 }  // namespace sample
 
-R1_KERNEL(sample, sample::Args, sample::draw, 1024 / WARP)
+R1_KERNEL(sample_rows, sample::Args, sample::draw, 1024 / WARP)

@@ -6,8 +6,16 @@ use r1_backend::{CommError, Communicator, Tensor};
 use r1_core::DType;
 
 use crate::Gpu;
+#[cfg(feature = "cuda")]
+use crate::driver::cuda::Cuda;
+#[cfg(any(feature = "cuda", feature = "rocm"))]
+use crate::driver::device::Device;
 use crate::driver::emu::{Emu, EmuRank};
-use crate::driver::{Collective, CollectiveArgs, Collectives, DevicePtr, DriverError};
+#[cfg(feature = "rocm")]
+use crate::driver::hip::Hip;
+#[cfg(any(feature = "cuda", feature = "rocm"))]
+use crate::driver::nccl::NcclRank;
+use crate::driver::{Alone, Collective, CollectiveArgs, Collectives, DevicePtr, Driver, DriverError};
 use crate::launch::ptr;
 use crate::ops;
 
@@ -29,33 +37,34 @@ impl Gpu {
     /// A group of these devices, one communicator per device in order; `max_elements` is the largest tensor that is summed or
     /// gathered. Devices of different kinds make no group.
     pub fn group(devices: &[Arc<Self>], max_elements: usize) -> Result<Vec<Ranks>, DriverError> {
-        let world_size = devices.len();
-        let emulated: Option<Vec<Arc<Emu>>> =
-            devices.iter().map(|gpu| gpu.driver.clone().as_any().downcast().ok()).collect();
-        let Some(emulated) = emulated else {
-            return Err(DriverError::Unusable {
-                why: "these devices cannot exchange data; take --tp 1, or devices of one kind".into(),
-            });
-        };
-        let ends = EmuRank::group(emulated, max_elements).into_iter().enumerate();
-        Ok(ends.map(|(rank, end)| Ranks { rank, world_size, collectives: Box::new(end) }).collect())
+        if devices.len() == 1 {
+            return Ok(ranks(vec![Alone]));
+        }
+        if let Some(emulated) = of_kind::<Emu>(devices) {
+            return Ok(ranks(EmuRank::group(emulated, max_elements)));
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(cuda) = of_kind::<Device<Cuda>>(devices) {
+            return Ok(ranks(NcclRank::group(cuda)?));
+        }
+        #[cfg(feature = "rocm")]
+        if let Some(hip) = of_kind::<Device<Hip>>(devices) {
+            return Ok(ranks(NcclRank::group(hip)?));
+        }
+        let why = "these devices cannot exchange data; take --tp 1, or devices of one kind".into();
+        Err(DriverError::Unusable { why })
     }
 }
 
-/// What connects devices in messages.
-const TRANSPORT: &str = "GPU collectives";
+/// The drivers of all devices, where they are of that kind.
+fn of_kind<D: Driver>(devices: &[Arc<Gpu>]) -> Option<Vec<Arc<D>>> {
+    devices.iter().map(|gpu| gpu.driver.clone().as_any().downcast().ok()).collect()
+}
 
-impl Gpu {
-    /// [`group`](Gpu::group) as communicators, for who starts ranks.
-    pub fn connect(
-        devices: &[Arc<Self>],
-        max_elements: usize,
-    ) -> Result<Vec<Arc<dyn Communicator<Self>>>, CommError> {
-        let group = Self::group(devices, max_elements);
-        let group =
-            group.map_err(|error| CommError::Connect { transport: TRANSPORT, why: error.to_string() })?;
-        Ok(group.into_iter().map(|rank| Arc::new(rank) as Arc<dyn Communicator<Self>>).collect())
-    }
+fn ranks<C: Collectives + 'static>(ends: Vec<C>) -> Vec<Ranks> {
+    let world_size = ends.len();
+    let rank = |(rank, end)| Ranks { rank, world_size, collectives: Box::new(end) };
+    ends.into_iter().enumerate().map(rank).collect()
 }
 
 impl Ranks {

@@ -5,6 +5,7 @@
 
 mod arena;
 mod comm;
+mod devices;
 mod driver;
 mod host;
 mod kernels;
@@ -24,6 +25,7 @@ use r1_backend::{
 use r1_core::DType;
 
 pub use comm::Ranks;
+pub use devices::{Found, devices};
 pub use driver::DriverError;
 
 use arena::Arena;
@@ -153,7 +155,7 @@ impl Backend for Gpu {
     type Graph = Graph;
 
     fn name(&self) -> &'static str {
-        "emu"
+        self.driver.info().driver
     }
 
     fn describe(&self) -> String {

@@ -33,9 +33,11 @@ fn large_tensors_arrive_whole_and_in_order() {
 #[test]
 fn fp8_blocks_are_widened_to_the_nearest_bf16() {
     let gpu = Gpu::emulated(2, 128 << 20).expect("an emulated device");
-    for ([rows, cols], block, offset) in
-        [([3usize, 5], [128usize, 128], [0usize, 0]), ([200, 1500], [128, 128], [64, 100]), ([64, 2048], [16, 32], [3, 31])]
-    {
+    for ([rows, cols], block, offset) in [
+        ([3usize, 5], [128usize, 128], [0usize, 0]),
+        ([200, 1500], [128, 128], [64, 100]),
+        ([64, 2048], [16, 32], [3, 31]),
+    ] {
         let codes: Vec<u8> =
             (0..rows * cols).map(|i| ((i * 37 + i / 251) % 127) as u8 | (i % 2 << 7) as u8).collect();
         let blocks = [0, 1].map(|i: usize| ([rows, cols][i] + offset[i]).div_ceil(block[i]));

@@ -1,7 +1,15 @@
 //! What a device's driver must do, and what the backend may ask of it: memory, one stream, launches, graphs. Knows no
 //! operation and no tensor.
 
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+#[cfg(any(feature = "cuda", feature = "rocm", test))]
+pub(crate) mod device;
 pub(crate) mod emu;
+#[cfg(feature = "rocm")]
+pub(crate) mod hip;
+#[cfg(any(feature = "cuda", feature = "rocm"))]
+pub(crate) mod nccl;
 
 use std::any::Any;
 use std::fmt;
@@ -112,6 +120,8 @@ impl fmt::Debug for Launch<'_> {
 /// What a device is.
 #[derive(Clone, Debug)]
 pub(crate) struct DeviceInfo {
+    /// `cuda`, `rocm` or `emu`.
+    pub(crate) driver: &'static str,
     /// As the vendor calls it.
     pub(crate) name: String,
     /// `sm_90`, `gfx942`, `emu`.
@@ -120,6 +130,8 @@ pub(crate) struct DeviceInfo {
     pub(crate) warp_size: u32,
     /// Multiprocessors, for geometry that fills the device.
     pub(crate) num_multiprocessors: u32,
+    /// Most shared memory that a block can have.
+    pub(crate) max_shared_bytes: usize,
     /// Memory that is there, and of it what may be taken now.
     pub(crate) total_bytes: usize,
     pub(crate) free_bytes: usize,
@@ -127,6 +139,31 @@ pub(crate) struct DeviceInfo {
     pub(crate) fp8: bool,
     /// FP8 is FNUZ: -0 must not reach it.
     pub(crate) fnuz: bool,
+}
+
+/// How many devices CUDA has.
+pub(crate) fn cuda_devices() -> Result<usize, DriverError> {
+    #[cfg(feature = "cuda")]
+    return cuda::count();
+    #[cfg(not(feature = "cuda"))]
+    Err(not_built("cuda"))
+}
+
+/// How many devices HIP has.
+pub(crate) fn hip_devices() -> Result<usize, DriverError> {
+    #[cfg(feature = "rocm")]
+    return hip::count();
+    #[cfg(not(feature = "rocm"))]
+    Err(not_built("rocm"))
+}
+
+#[cfg(not(all(feature = "cuda", feature = "rocm")))]
+fn not_built(feature: &str) -> DriverError {
+    let why = format!(
+        "this program was built without the feature `{feature}`: build it with `cargo build --release --features {feature}`, \
+         for which tools/gpu/toolchain.sh installs the compiler"
+    );
+    DriverError::Unusable { why }
 }
 
 /// A point of the stream that can be waited for.
@@ -182,6 +219,21 @@ pub(crate) trait Collectives: Send + Sync {
 
     /// Takes no further part: ranks that wait for this one stop waiting, and work that is still enqueued does nothing.
     fn leave(&self);
+}
+
+/// A group of one: its collectives are copies, which need nobody.
+pub(crate) struct Alone;
+
+impl Collectives for Alone {
+    fn enqueue(&self, _driver: &dyn Driver, args: CollectiveArgs) -> Result<(), DriverError> {
+        panic!("{:?} of a single rank", args.what)
+    }
+
+    fn failure(&self) -> Result<(), CommError> {
+        Ok(())
+    }
+
+    fn leave(&self) {}
 }
 
 /// One device with one stream. Calls enqueue and return; a failure of what was enqueued surfaces from a [`Mark`] or a read.

@@ -53,5 +53,5 @@ pub(crate) fn logprobs(gpu: &Gpu, logits: &Tensor<Gpu>, tokens: &Tensor<Gpu>, ou
         unused: 0,
     };
     let geometry = Geometry { grid: [rows, 1, 1], warps: row_warps(gpu, vocab), shared_bytes: SHARED_BYTES };
-    gpu.launch(OP, geometry, &args);
+    gpu.launch("logprobs_rows", geometry, &args);
 }

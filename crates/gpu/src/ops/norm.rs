@@ -52,7 +52,8 @@ pub(super) fn norm_warps(
     const USUAL_THREADS: usize = 256;
     let warp = gpu.warp_size() as usize;
     let eights = dim.div_ceil(EIGHT).max(1);
-    let warps = eights.div_ceil(HELD * warp).max(eights.div_ceil(warp).min(USUAL_THREADS / warp));
+    let usual_warps = USUAL_THREADS.min(max_threads) / warp;
+    let warps = eights.div_ceil(HELD * warp).max(eights.div_ceil(warp).min(usual_warps));
     if warps * warp > max_threads {
         let why =
             format!("rows of {dim} values are too long, it takes {} at most", max_threads * HELD * EIGHT);

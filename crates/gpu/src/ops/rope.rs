@@ -100,7 +100,7 @@ pub(crate) fn rope_cache(
     cache: &LatentCache<Gpu>,
 ) {
     const OP: &str = "rope_cache";
-    const MAX_THREADS: usize = 256;
+    const MAX_THREADS: usize = 128;
     shape::rope_cache(q_rope, kv_a, norm, rope, batch, cache);
     let (heads, rope_dim) = (q_rope.dim(1), q_rope.dim(2));
     let warps = match norm_warps(gpu, OP, cache.latent_dim, MAX_THREADS) {

@@ -55,8 +55,8 @@ impl Room {
     }
 }
 
-/// The twin of `sample::Row`, in words.
-const ROW_WORDS: usize = 20;
+/// `sizeof(sample::Row)`.
+const ROW_BYTES: usize = 20 * size_of::<u32>();
 
 fn put(host: &mut Vec<u8>, words: impl IntoIterator<Item = u32>) {
     words.into_iter().for_each(|word| host.extend_from_slice(&word.to_le_bytes()));
@@ -87,7 +87,7 @@ fn pack(host: &mut Vec<u8>, sampling: &SamplingBatch, copies: &[u32], vocab: usi
         put(host, floats.into_iter().chain([row.top_k]).chain(penalties).chain([copy]));
         put(host, halves(row.seed).into_iter().chain(halves(row.position)).chain(lists));
         put(host, [mask, 0, 0, 0]);
-        debug_assert_eq!(host.len() - before, ROW_WORDS * size_of::<u32>());
+        assert_eq!(host.len() - before, ROW_BYTES);
     }
     for row in &sampling.rows {
         let mut bias = sampling.bias[row.bias.clone()].to_vec();
@@ -182,7 +182,6 @@ pub(crate) fn sample(gpu: &Gpu, logits: &Tensor<Gpu>, sampling: &SamplingBatch, 
         Ok(at) => at,
         Err(error) => return gpu.note(OP, Err(error)),
     };
-    const ROW_BYTES: usize = ROW_WORDS * size_of::<u32>();
     let adjusted = gpu.scratch(copies_at_once.min(sampling.rows.len()) * copy_stride * size_of::<f32>());
     let ends = starts[1..].iter().copied().chain([sampling.rows.len()]);
     for (start, end) in starts.iter().copied().zip(ends) {
@@ -198,7 +197,11 @@ pub(crate) fn sample(gpu: &Gpu, logits: &Tensor<Gpu>, sampling: &SamplingBatch, 
             vectors: row_vectors(logits),
         };
         let warps = row_warps(gpu, vocab);
-        gpu.launch(OP, Geometry { grid: [end - start, 1, 1], warps, shared_bytes: SHARED_BYTES }, &args);
+        gpu.launch(
+            "sample_rows",
+            Geometry { grid: [end - start, 1, 1], warps, shared_bytes: SHARED_BYTES },
+            &args,
+        );
     }
 }
 

@@ -62,10 +62,12 @@ impl Emu {
         let stream = Stream::new(blocks).map_err(spawn)?;
         Ok(Self {
             info: DeviceInfo {
+                driver: "emu",
                 name: format!("emulated GPU ({} host threads)", options.threads),
                 arch: "emu".into(),
                 warp_size: 32,
                 num_multiprocessors: options.threads as u32,
+                max_shared_bytes: 160 << 10,
                 total_bytes: options.memory_bytes,
                 free_bytes: options.memory_bytes,
                 fp8: true,
@@ -165,7 +167,7 @@ impl Driver for Emu {
         if launch.grid.iter().zip(limits).any(|(&size, most)| size == 0 || size > most) {
             return refuse(format!("a grid of {:?} blocks", launch.grid));
         }
-        if launch.shared_bytes > 160 << 10 {
+        if launch.shared_bytes > self.info.max_shared_bytes {
             return refuse(format!("{} bytes of shared memory, 160 KiB are there", launch.shared_bytes));
         }
         let mut args = [MaybeUninit::uninit(); MAX_ARGS_BYTES];

@@ -16,10 +16,10 @@ pub(super) const MAX_ARGS_BYTES: usize = 512;
 
 /// An argument struct, aligned as one.
 #[repr(align(16))]
-pub(super) struct Args(pub(super) [MaybeUninit<u8>; MAX_ARGS_BYTES]);
+pub(crate) struct Args(pub(super) [MaybeUninit<u8>; MAX_ARGS_BYTES]);
 
 /// A launch as it is recorded.
-pub(super) struct LaunchCommand {
+pub(crate) struct LaunchCommand {
     pub(super) name: &'static str,
     pub(super) entry: unsafe extern "C" fn(*const c_void),
     pub(super) grid: [u32; 3],
