@@ -18,7 +18,7 @@ use crate::{COUNTERS, Gpu};
 pub(super) use args::SortArgs;
 pub(crate) use args::expert_table;
 
-use args::{Expert, ExpertsArgs, is_pair};
+use args::{Expert, ExpertsArgs, is_supported};
 
 /// Columns of hidden per block of gate and up, and of the output per block of down.
 const HIDDEN_COLS: usize = 32;
@@ -387,7 +387,7 @@ pub(crate) fn moe_layer(
     scratch: &MoeScratch<Gpu>,
     out: &Tensor<Gpu>,
 ) {
-    if !is_pair(&w.shared) {
+    if !is_supported(&w.shared) {
         return composite::moe_layer(gpu, x, w, scratch, out);
     }
     shape::experts(x, &scratch.ids, &scratch.weights, &w.experts, out);
