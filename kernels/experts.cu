@@ -137,7 +137,7 @@ template <u32 STEP, class T, class At>
 DEVICE void copy_rows(T* to, u32 ld, u32 rows, u32 len, bool is_vectorizable, At at) {
     if (is_vectorizable) {
         constexpr u32 PER = 16 / sizeof(T), CHUNKS = STEP / PER;
-        UNROLL for (u32 c = thread_id(); c < rows * CHUNKS; c += THREADS) {
+        for (u32 c = thread_id(); c < rows * CHUNKS; c += THREADS) {
             const u32 row = c / CHUNKS, col = c % CHUNKS * PER;
             const T* from = at(row);
             async_copy16(to + row * ld + col, from + col, from && col < len);

@@ -128,4 +128,4 @@ DEVICE void choose(const Args& a) {
 
 }  // namespace route
 
-R1_KERNEL(route, route::Args, route::choose, 1)
+R1_KERNEL(moe_route, route::Args, route::choose, 1)

@@ -92,5 +92,5 @@ pub(super) fn route_and_sort(
         sort: sort.unwrap_or_default(),
     };
     let geometry = Geometry { grid: [logits.dim(0), 1, 1], warps: 1, shared_bytes: SHARED_BYTES };
-    gpu.launch("route", geometry, &args);
+    gpu.launch("moe_route", geometry, &args);
 }
