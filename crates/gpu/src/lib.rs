@@ -116,7 +116,17 @@ impl Gpu {
         let sampling = Mutex::new(ops::sample::Room::new(arena.take(sampling_bytes).ok_or_else(short)?));
         let staging = Staging::new(driver.clone());
         let failure = Mutex::new(None);
-        Ok(Self { driver, arena, scratch, scratch_bytes, counters, staging, sampling, recorded: Mutex::new(None), failure })
+        Ok(Self {
+            driver,
+            arena,
+            scratch,
+            scratch_bytes,
+            counters,
+            staging,
+            sampling,
+            recorded: Mutex::new(None),
+            failure,
+        })
     }
 
     /// Most scratch memory that an operation may use.
