@@ -42,7 +42,10 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         bail!("--api-key is empty; no client can send an empty key");
     }
     let source = Source::open(&args.model)?;
-    let device = AnyDevice::open(&args.model)?;
+    let (device, note) = AnyDevice::open(&args.model)?;
+    if let Some(note) = note {
+        tracing::info!("{note}");
+    }
     let (seqs, tokens) = (args.model.max_num_seqs, args.model.max_num_batched_tokens);
     let launch = Launch::new(&args.model, &source, &device, seqs, tokens)?;
     let model = served_model(args, &source)?;
