@@ -144,7 +144,7 @@ PYTHON
     ) && [[ -n $tflops ]] && ceiling=(--matmul-tflops "$tflops")
 fi
 timeout 120 "$here/r1-gpu-check" bench "$device" "${allow_ptx[@]}" "${ceiling[@]}" 2>&1 | tee "$work/bench" | sed '/^|/d'
-row "kernel benches" "${PIPESTATUS[0]}" "$(grep -c '^| [a-z]' "$work/bench") kernels, below"
+row "kernel benches" "${PIPESTATUS[0]}" "$(grep '^|' "$work/bench" | tail -n +3 | wc -l) kernels, the table above"
 
 echo
 grep '^|' "$work/bench"
