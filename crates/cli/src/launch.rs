@@ -42,7 +42,8 @@ impl AnyDevice {
                 Ok(count) => {
                     let device = if found.driver == "cuda" { Device::Cuda } else { Device::Rocm };
                     let reasons = absent.into_iter().map(|why| format!("; {why}")).collect::<String>();
-                    let note = format!("--device auto takes {}, which shows {count} GPUs{reasons}", found.driver);
+                    let note =
+                        format!("--device auto takes {}, which shows {count} GPUs{reasons}", found.driver);
                     return Ok((Self::open_one(args, device)?, Some(note)));
                 }
                 Err(why) => absent.push(format!("{}: {why}", found.driver)),

@@ -182,7 +182,7 @@ impl Backend for Gpu {
 
     fn describe(&self) -> String {
         let info = self.driver.info();
-        format!("{}: {}", self.name(), info.name)
+        format!("{}: {} ({})", self.name(), info.name, info.arch)
     }
 
     fn capabilities(&self) -> Capabilities {
