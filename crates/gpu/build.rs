@@ -33,7 +33,8 @@ fn has_feature(name: &str) -> bool {
 fn embed(constant: &str, images: &[device::Image]) -> String {
     let mut text = format!("/// Compiled kernel files.\npub(crate) static {constant}: &[Image] = &[\n");
     for image in images {
-        let (names, file) = (names(&image.source), image.source.file_name().expect("a kernel file"));
+        let (names, file) = (names(&image.source), image.source.file_name().and_then(|name| name.to_str()));
+        let file = file.expect("a kernel file's name");
         writeln!(
             text,
             "    Image {{ file: {file:?}, arch: {:?}, kernels: &{names:?}, bytes: &Aligned(*include_bytes!({:?})) }},",

@@ -66,7 +66,11 @@ impl Gpu {
         let room = || self.arena.take(size_bytes);
         let (Some(from), Some(to)) = (room(), room()) else {
             let (free_bytes, total_bytes) = (self.arena.largest_free_bytes(), self.arena.size_bytes());
-            return Err(DriverError::OutOfMemory { requested_bytes: 2 * size_bytes, free_bytes, total_bytes });
+            return Err(DriverError::OutOfMemory {
+                requested_bytes: 2 * size_bytes,
+                free_bytes,
+                total_bytes,
+            });
         };
         let mut best = Duration::MAX;
         for _ in 0..5 {
