@@ -41,16 +41,14 @@ impl AnyDevice {
             match found.devices {
                 Ok(count) => {
                     let device = if found.driver == "cuda" { Device::Cuda } else { Device::Rocm };
-                    let reasons = absent.into_iter().map(|why| format!("; {why}")).collect::<String>();
-                    let note =
-                        format!("--device auto takes {}, which shows {count} GPUs{reasons}", found.driver);
-                    return Ok((Self::open_one(args, device)?, Some(note)));
+                    absent.insert(0, format!("--device auto takes {}, which shows {count} GPUs", found.driver));
+                    return Ok((Self::open_one(args, device)?, Some(absent.join("; "))));
                 }
                 Err(why) => absent.push(format!("{}: {why}", found.driver)),
             }
         }
-        let note = format!("--device auto takes the CPU; {}", absent.join("; "));
-        Ok((Self::open_one(args, Device::Cpu)?, Some(note)))
+        absent.insert(0, "--device auto takes the CPU".into());
+        Ok((Self::open_one(args, Device::Cpu)?, Some(absent.join("; "))))
     }
 
     fn open_one(args: &ModelArgs, device: Device) -> Result<Self> {
