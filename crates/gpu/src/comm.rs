@@ -56,6 +56,21 @@ impl Gpu {
     }
 }
 
+/// What connects devices in messages.
+const TRANSPORT: &str = "GPU collectives";
+
+impl Gpu {
+    /// [`group`](Gpu::group) as communicators, for who starts ranks.
+    pub fn connect(
+        devices: &[Arc<Self>],
+        max_elements: usize,
+    ) -> Result<Vec<Arc<dyn Communicator<Self>>>, CommError> {
+        let group = Self::group(devices, max_elements);
+        let group = group.map_err(|error| CommError::Connect { transport: TRANSPORT, why: error.to_string() })?;
+        Ok(group.into_iter().map(|rank| Arc::new(rank) as Arc<dyn Communicator<Self>>).collect())
+    }
+}
+
 /// The drivers of all devices, where they are of that kind.
 fn of_kind<D: Driver>(devices: &[Arc<Gpu>]) -> Option<Vec<Arc<D>>> {
     devices.iter().map(|gpu| gpu.driver.clone().as_any().downcast().ok()).collect()
