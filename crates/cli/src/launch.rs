@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::thread;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use r1_backend::Backend;
 use r1_core::{DType, Rank};
 use r1_cpu::{Cpu, CpuOptions};
 use r1_engine::{Connect, EngineConfig, connect_in_host_memory};
-use r1_gpu::Gpu;
+use r1_gpu::{DriverError, Gpu};
 use r1_model::{Fp8Compute, KvCacheFormat, MlaForm, ModelOptions, WeightFormat};
 use r1_reference::Reference;
 
@@ -53,13 +53,30 @@ impl AnyDevice {
             Device::Reference => {
                 Ok(Self::Reference((0..ranks).map(|_| Arc::new(Reference::new())).collect()))
             }
-            Device::Cuda => bail!("--device cuda is not in this build yet; --device cpu runs everywhere"),
-            Device::Rocm => bail!("--device rocm is not in this build yet; --device cpu runs everywhere"),
+            Device::Cuda | Device::Rocm if args.threads.is_some() => {
+                bail!("--threads does not bind a GPU; leave it out or take --device cpu")
+            }
+            Device::Cuda => {
+                let open = |ordinal| Gpu::cuda(ordinal, GPU_MEMORY_SHARE, args.allow_ptx);
+                Self::gpus("cuda", ranks, open)
+            }
+            Device::Rocm => Self::gpus("rocm", ranks, |ordinal| Gpu::rocm(ordinal, GPU_MEMORY_SHARE)),
             Device::Emu => {
                 let devices = Gpu::emulated_on_host(args.threads.map(usize::from), ranks)?;
                 Ok(Self::Gpu(devices.into_iter().map(Arc::new).collect()))
             }
         }
+    }
+
+    /// A GPU for each rank, the first ones that the driver lists.
+    fn gpus(
+        device: &str,
+        ranks: usize,
+        open: impl Fn(usize) -> Result<Gpu, DriverError>,
+    ) -> Result<Self> {
+        let open = |ordinal| open(ordinal).map(Arc::new);
+        let gpus = (0..ranks).map(open).collect::<Result<_, _>>();
+        Ok(Self::Gpu(gpus.with_context(|| format!("--device {device} cannot be used"))?))
     }
 
     /// Whether it has FP8 arithmetic; `None` for what is no GPU.
@@ -89,6 +106,9 @@ impl AnyDevice {
         }
     }
 }
+
+/// Of a GPU's memory; the rest is left to its driver, for graphs, collectives and the code of kernels.
+const GPU_MEMORY_SHARE: f64 = 0.95;
 
 /// Tokens per block of the KV cache; what two prompts have in common is shared in whole blocks.
 const BLOCK_SIZE: usize = 64;
