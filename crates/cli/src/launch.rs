@@ -41,7 +41,8 @@ impl AnyDevice {
             match found.devices {
                 Ok(count) => {
                     let device = if found.driver == "cuda" { Device::Cuda } else { Device::Rocm };
-                    absent.insert(0, format!("--device auto takes {}, which shows {count} GPUs", found.driver));
+                    absent
+                        .insert(0, format!("--device auto takes {}, which shows {count} GPUs", found.driver));
                     return Ok((Self::open_one(args, device)?, Some(absent.join("; "))));
                 }
                 Err(why) => absent.push(format!("{}: {why}", found.driver)),
