@@ -120,10 +120,6 @@ pub(crate) struct ModelArgs {
     #[arg(long)]
     pub(crate) allow_ptx: bool,
 
-    /// Let NVIDIA's driver compile the kernels for a GPU newer than those that they were compiled for.
-    #[arg(long)]
-    pub(crate) allow_ptx: bool,
-
     /// Tokens that the KV cache holds [default: what is useful and fits].
     #[arg(long, value_name = "TOKENS", value_parser = at_least_one)]
     pub(crate) max_total_tokens: Option<usize>,
