@@ -9,8 +9,8 @@ use r1_gpu::Gpu;
 use r1_model::{Fp8Compute, MlaForm, StageInput, StageOutput};
 use r1_tests::{Load, emulated, tiny_dir};
 
-/// Of a layer with a dense MLP, and of one with experts; the goal is 10.
-const MAX_LAUNCHES: [usize; 2] = [0, 0];
+/// Of a layer with a dense MLP, and of one with experts. 10 is the goal.
+const MAX_LAUNCHES: [usize; 2] = [13, 15];
 
 /// Kernels of a captured step that decodes `num_seqs` sequences through these layers of the bundled model, in what GPUs run by
 /// default.
@@ -63,13 +63,14 @@ fn launches(layers: Range<usize>, num_seqs: usize) -> Vec<&'static str> {
 #[test]
 fn a_layer_of_a_captured_decode_step_has_few_launches() {
     for num_seqs in [1, 4] {
-        let [one, two, three] = [1, 2, 3].map(|end| launches(0..end, num_seqs));
-        let edges = launches(0..4, num_seqs).len() - three.len();
-        // The first layer is dense; what stands before and behind the layers is no layer's.
-        let alone = launches(1..2, num_seqs);
-        eprintln!("{one:?}\n{two:?}\n{alone:?} {edges}");
-        let found = [one.len(), two.len() - one.len()];
-        assert_eq!(three.len() - two.len(), found[1], "layers of experts are alike");
-        assert_eq!(found, MAX_LAUNCHES, "{num_seqs} sequences: {one:?}, {two:?}");
+        // The first layer is dense. Two launches are no layer's: the embedding, and the norm before the first layer or behind the
+        // last one, which is that of the next.
+        let [dense, both, more] = [1, 2, 3].map(|end| launches(0..end, num_seqs));
+        assert_eq!(more.len() - both.len(), both.len() - dense.len(), "layers of experts are alike");
+        let found = [dense.len() - 2, both.len() - dense.len()];
+        assert!(
+            found.iter().zip(MAX_LAUNCHES).all(|(&found, most)| found <= most),
+            "{num_seqs} sequences: {found:?} launches a layer, of {both:?}"
+        );
     }
 }
