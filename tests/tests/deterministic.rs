@@ -270,14 +270,14 @@ fn emulated(ranks: usize, kv_cache: KvCacheFormat) {
     let engine = Tiny {
         max_num_batched_tokens: 7,
         max_num_seqs: 4,
-        max_model_len: 96,
-        num_blocks: Some(6),
+        max_model_len: 128,
+        num_blocks: Some(128 / BLOCK_SIZE),
         depth: 1,
         max_captured_seqs: 0,
         ..emu()
     };
     let engine = engine.start_emulated();
-    let first = engine.submit(request(prompt(3, LEN), 32)).expect("accepted");
+    let first = engine.submit(request(prompt(3, LEN), 60)).expect("accepted");
     let second = engine.submit(mine()).expect("accepted");
     let (_, second) = (read(first), read(second));
     assert!(engine.stats().preemptions_total > 0, "nothing was preempted");
