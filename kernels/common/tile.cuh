@@ -55,7 +55,7 @@ struct Args {
     /// For the kernel that takes both forms at run time.
     u32 transposed;
     Weight weights[2];
-    /// Of short tiles: sums of ranges, [blocks in x, ranges, BM * BN], and a counter per block in x. Several heads have one range.
+    /// Of short tiles: sums of ranges, [blocks in y, blocks in x, ranges, BM * BN], and a counter per block in y and x. Several heads have one range.
     float* partials;
     u32* counters;
     u32 ranges;
@@ -92,8 +92,8 @@ struct IsSame<A, A> {
 };
 
 /// Activations X (bf16, e4m3) and a weight W (the same, or e4m3 or int4x2 widened to bf16); WARPS_M x WARPS_N warps with tiles of TM x TN each.
-/// PAIRED: the tile's right half is the second weight's.
-template <class X_, class W_, bool KN_, int WARPS_M_, int WARPS_N_, int TM_, int TN_, int STAGES_, bool PAIRED_ = false>
+/// PAIRED: the tile's right half is the second weight's. HELPERS: warps more that only copy, for blocks that do something else afterwards.
+template <class X_, class W_, bool KN_, int WARPS_M_, int WARPS_N_, int TM_, int TN_, int STAGES_, bool PAIRED_ = false, int HELPERS_ = 0>
 struct Shape {
     typedef X_ X;
     typedef W_ W;
@@ -104,7 +104,9 @@ struct Shape {
     static constexpr bool HAS_X_SCALES = IsSame<X, e4m3>::value;
     static constexpr int WARPS_N = WARPS_N_, TM = TM_, TN = TN_, STAGES = STAGES_;
     static constexpr int BM = WARPS_M_ * TM, BN = WARPS_N * TN;
-    static constexpr u32 THREADS = WARPS_M_ * WARPS_N_ * WARP;
+    static constexpr int HELPERS = HELPERS_;
+    /// Those that multiply come first.
+    static constexpr u32 MULTIPLIERS = WARPS_M_ * WARPS_N_ * WARP, THREADS = MULTIPLIERS + HELPERS * WARP;
     /// 128 bytes of activations; of 4-bit codes AWQ's group.
     static constexpr int STEP = INT4 ? 128 : 128 / sizeof(X);
     /// Numbers per element of the weight's data.
@@ -254,7 +256,9 @@ DEVICE void product(const Args& a, const Weight& weight, const Place& at, u32 be
             b = mem.wide;
         }
         const X* tile_x = mem.x[slot] + row0 * S::LDX;
-        if constexpr (S::HAS_W_SCALES) {
+        if (S::HELPERS > 0 && thread >= S::MULTIPLIERS) {
+            // Copies only.
+        } else if constexpr (S::HAS_W_SCALES) {
             WarpAcc<S::TM, S::TN> part;
             part.clear();
             if constexpr (S::KN) {
@@ -294,14 +298,31 @@ DEVICE bool product_of_ranges(const Args& a, const Weight& weight, const Place& 
     product<S, false>(a, weight, at, range * weight.range_len, min_of(a.k, (range + 1) * weight.range_len), mem, sum);
     if (ranges == 1) return true;
     // Each thread reads what threads in its place wrote.
-    float* partials = a.partials + i64(block_x()) * a.ranges * (S::BM * S::BN) + thread_id();
-    UNROLL for (int i = 0; i < sum.SIZE; ++i) partials[(range * sum.SIZE + i) * S::THREADS] = sum.v[i];
-    if (!is_last_block(a.counters + block_x(), ranges, mem.flag[0])) return false;
+    const u32 number = block_y() * grid_x() + block_x();
+    float* partials = a.partials + i64(number) * a.ranges * (S::BM * S::BN) + thread_id();
+    const bool multiplies = S::HELPERS == 0 || thread_id() < S::MULTIPLIERS;
+    if (multiplies) {
+        UNROLL for (int i = 0; i < sum.SIZE; ++i) partials[(range * sum.SIZE + i) * S::MULTIPLIERS] = sum.v[i];
+    }
+    if (!is_last_block(a.counters + number, ranges, mem.flag[0])) return false;
     sum.clear();
-    for (u32 r = 0; r < ranges; ++r) {
-        UNROLL for (int i = 0; i < sum.SIZE; ++i) sum.v[i] += partials[(r * sum.SIZE + i) * S::THREADS];
+    if (multiplies) {
+        for (u32 r = 0; r < ranges; ++r) {
+            UNROLL for (int i = 0; i < sum.SIZE; ++i) sum.v[i] += partials[(r * sum.SIZE + i) * S::MULTIPLIERS];
+        }
     }
     return true;
+}
+
+/// The tile to the weight's `out`, rounded.
+template <class S>
+DEVICE void store(const Args& a, const Weight& weight, const Place& at, const WarpAcc<S::TM, S::TN>& sum) {
+    if (S::HELPERS > 0 && thread_id() >= S::MULTIPLIERS) return;
+    const u32 t0 = at.t0 + warp_id() / S::WARPS_N * S::TM, n0 = at.n0 + warp_id() % S::WARPS_N * S::TN;
+    UNROLL for (int i = 0; i < sum.SIZE; ++i) {
+        const u32 t = t0 + sum.row(i), n = n0 + sum.col(i);
+        if (t < a.num_tokens && n < weight.n) store_float(weight.out, weight.out_dtype, t * weight.out_stride + at.head * a.out_head_stride + n, sum.v[i]);
+    }
 }
 
 enum Ranges {
@@ -313,10 +334,10 @@ enum Ranges {
     SPREAD,
 };
 
-/// A whole kernel: grid [tiles of n, of one weight after the other; tiles of t; heads, each with its ranges where they are spread].
+/// Grid [tiles of n, of one weight after the other; tiles of t; heads, each with its ranges where they are spread]. True where the block wrote a
+/// tile of `out`: one block does per tile.
 template <class S, Ranges RANGES>
-DEVICE void gemm(const Args& a) {
-    Shared<S>& mem = shared<Shared<S>>();
+DEVICE bool linear(const Args& a, Shared<S>& mem) {
     const bool second = block_x() >= a.first_tiles;
     const Weight& weight = a.weights[second ? 1 : 0];
     const u32 tile_n = block_x() - (second ? a.first_tiles : 0);
@@ -328,12 +349,14 @@ DEVICE void gemm(const Args& a) {
     } else {
         product<S, RANGES == FOLDED>(a, weight, at, 0, a.k, mem, sum);
     }
-    if (!whole) return;
-    const u32 t0 = at.t0 + warp_id() / S::WARPS_N * S::TM, n0 = at.n0 + warp_id() % S::WARPS_N * S::TN;
-    UNROLL for (int i = 0; i < sum.SIZE; ++i) {
-        const u32 t = t0 + sum.row(i), n = n0 + sum.col(i);
-        if (t < a.num_tokens && n < weight.n) store_float(weight.out, weight.out_dtype, t * weight.out_stride + at.head * a.out_head_stride + n, sum.v[i]);
-    }
+    if (whole) store<S>(a, weight, at, sum);
+    return whole;
+}
+
+/// A whole kernel.
+template <class S, Ranges RANGES>
+DEVICE void gemm(const Args& a) {
+    linear<S, RANGES>(a, shared<Shared<S>>());
 }
 
 // One row tile of 16 for few tokens, many blocks over n; 64 rows, still many blocks; 64 x 128 for prefill.

@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use r1_backend::{
-    Activation, AttentionKind, Backend, BackendError, Batch, Capabilities, Experts, HeadWeight, HostSlice,
+    Activation, AttentionKind, Backend, BackendError, Batch, Capabilities, Communicator, Experts, HeadWeight, HostSlice,
     HostSliceMut, HostTensor, KvCache, LatentCache, LogprobsOut, MemoryUse, MlpScratch, MlpWeights,
     MoeScratch, MoeWeights, QkvScratch, QkvWeights, RopeTable, Routing, SamplingBatch, Tensor, Ticket,
     Weight, WeightFormat,
@@ -409,6 +409,35 @@ impl Backend for Gpu {
         kv_a: &Tensor<Self>,
     ) {
         ops::fused::mla_qkv(self, x, w, scratch, q, kv_a);
+    }
+
+    fn mla_absorb(
+        &self,
+        q: &Tensor<Self>,
+        kv_a: &Tensor<Self>,
+        norm: &Tensor<Self>,
+        eps: f32,
+        rope: &RopeTable<Self>,
+        batch: &Batch<Self>,
+        cache: &LatentCache<Self>,
+        w_uk: &HeadWeight<Self>,
+        q_latent: &Tensor<Self>,
+    ) {
+        ops::absorb::mla_absorb(self, q, kv_a, norm, eps, rope, batch, cache, w_uk, q_latent);
+    }
+
+    fn linear_add_norm(
+        &self,
+        comm: &dyn Communicator<Self>,
+        x: &Activation<Self>,
+        w: &Weight<Self>,
+        block_out: &Tensor<Self>,
+        residual: &Tensor<Self>,
+        norm: &Tensor<Self>,
+        eps: f32,
+        out: &Activation<Self>,
+    ) {
+        ops::linear_norm::linear_add_norm(self, comm, x, w, block_out, residual, norm, eps, out);
     }
 
     fn mlp(

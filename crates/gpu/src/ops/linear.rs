@@ -130,7 +130,7 @@ pub(super) struct Operand<'a> {
 
 impl<'a> Operand<'a> {
     /// What the weights of a linear meet: the FP8 form where both have one.
-    fn of_linear(x: &'a Activation<Gpu>, w: &Weight<Gpu>) -> Self {
+    pub(super) fn of_linear(x: &'a Activation<Gpu>, w: &Weight<Gpu>) -> Self {
         let (x, scales) = match (&x.fp8, w) {
             (Some(Fp8Activation { data, scales, .. }), Weight::Fp8Block { .. }) => (data, Some(scales)),
             _ => (&x.dense, None),
@@ -253,7 +253,7 @@ fn gemm_args(operand: &Operand<'_>, weights: &[(&Weight<Gpu>, Tensor<Gpu>)]) -> 
     args
 }
 
-/// Room for the sums of ranges that `blocks` short tiles make.
+/// Room for the sums of ranges that `blocks` short tiles make, and their counters.
 fn spread_ranges(gpu: &Gpu, args: &mut GemmArgs, num_weights: usize, blocks: usize) {
     args.ranges =
         args.weights[..num_weights].iter().map(|weight| num_ranges(args, weight)).max().unwrap_or(1);
@@ -279,7 +279,7 @@ pub(super) fn gemm(gpu: &Gpu, operand: &Operand<'_>, weights: &[(&Weight<Gpu>, T
         args.first_tiles = tiles_of(0) as u32;
     }
     if tile == SHORT {
-        spread_ranges(gpu, &mut args, weights.len(), tiles);
+        spread_ranges(gpu, &mut args, weights.len(), tiles * tokens.div_ceil(tile.rows));
     }
     let shared_bytes = match (is_int4, kind) {
         (true, _) => tile.shared_bytes([16, 4], false),
@@ -335,6 +335,95 @@ pub(crate) fn linear_pair(gpu: &Gpu, x: &Activation<Gpu>, pair: [(&Weight<Gpu>, 
     }
     let pair = pair.map(|(w, out)| (w, out.split_last(&[1, out.dim(1)])));
     gemm(gpu, &Operand::of_linear(x, first.0), &pair);
+}
+
+/// Most rows that a launch with more to do than a product is for.
+pub(super) const FEW_ROWS: usize = 64;
+
+/// The tiles of [`FewRows`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// Ranges of k side by side.
+    Short,
+    Middle,
+    /// Of `gemm_simt`.
+    Numbers,
+}
+
+/// A product of few rows whose kernel goes on, or has other blocks beside it. Bits as from [`gemm`].
+pub(super) struct FewRows {
+    pub(super) kind: Kind,
+    pub(super) form: Form,
+    pub(super) args: GemmArgs,
+    /// Tiles of columns and of rows; heads or ranges.
+    pub(super) grid: [usize; 3],
+    /// Of the product alone.
+    pub(super) shared_bytes: usize,
+    /// Counters that are left, and where they begin.
+    pub(super) counters: DevicePtr,
+    pub(super) num_counters: usize,
+}
+
+impl FewRows {
+    /// For one weight or two; `None` where they want kernels of their own. `always_short`: for any number of rows. `outs` `[T, H, b]`.
+    pub(super) fn new(
+        gpu: &Gpu,
+        operand: &Operand<'_>,
+        weights: &[(&Weight<Gpu>, Tensor<Gpu>)],
+        always_short: bool,
+    ) -> Option<Self> {
+        let (x, w) = (&operand.x, weights[0].0);
+        let is_odd =
+            |w: &Weight<Gpu>| matches!(w, Weight::Int4Group(_)) || w.data().dtype() != weights[0].0.data().dtype();
+        if weights.iter().any(|(w, _)| is_odd(w)) {
+            return None;
+        }
+        let (tokens, heads) = (x.dim(0), x.dim(1));
+        let mut args = gemm_args(operand, weights);
+        let is_cut = args.weights[..weights.len()].iter().any(|weight| num_ranges(&args, weight) > 1);
+        let kind = Kind::of(x.dtype(), w.data().dtype());
+        let (form, tile) = if kind == Kind::Simt {
+            (Form::Numbers, SIMT)
+        } else if tokens <= SHORT.rows || is_cut || always_short {
+            (Form::Short, SHORT)
+        } else {
+            (Form::Middle, MIDDLE)
+        };
+        let tiles: Vec<usize> = weights.iter().map(|(_, out)| out.dim(2).div_ceil(tile.cols)).collect();
+        if weights.len() == 2 {
+            args.first_tiles = tiles[0] as u32;
+        }
+        let (columns, rows) = (tiles.iter().sum::<usize>(), tokens.div_ceil(tile.rows));
+        let mut taken = 0;
+        if form == Form::Short {
+            spread_ranges(gpu, &mut args, weights.len(), columns * rows);
+            taken = columns * rows;
+        }
+        Some(Self {
+            kind,
+            form,
+            grid: [columns, rows, heads * args.ranges as usize],
+            args,
+            shared_bytes: match form {
+                Form::Numbers => SIMT_SHARED_BYTES,
+                _ => tile.shared_bytes(bits_of(x, w), operand.transposed),
+            },
+            counters: gpu.counters().offset(taken * size_of::<u32>()),
+            num_counters: crate::COUNTERS.checked_sub(taken)?,
+        })
+    }
+
+    /// Tiles of columns of the first weight.
+    pub(super) fn first_columns(&self) -> usize {
+        self.grid[0].min(self.args.first_tiles as usize)
+    }
+
+    /// Blocks of a tile of rows that stay for what comes after it, `useful` at most; `blocks` write it. All that wait for
+    /// others are fewer than what the device runs at once.
+    pub(super) fn finishers(&self, gpu: &Gpu, blocks: usize, useful: usize) -> u32 {
+        let waiting = gpu.num_multiprocessors() / 2 / self.grid[1].max(1);
+        waiting.min(blocks).min(useful).max(1) as u32
+    }
 }
 
 /// Most rows of a short tile.
