@@ -231,7 +231,8 @@ fn emu_in_bf16_w8a8_is_as_close_as_torch() {
         let bound = 2.0 * golden.fact("/gaps/bf16/mean_abs") + golden.fact("/gaps/w8a8/mean_abs");
         for form in [MlaForm::Absorbed, MlaForm::Expanded] {
             let fp8 = Fp8Compute::WeightsAndActivations;
-            let model = Load { dtype: DType::BF16, fp8, ..Load::f32(form) }.open(backend.clone(), &golden.dir);
+            let model =
+                Load { dtype: DType::BF16, fp8, ..Load::f32(form) }.open(backend.clone(), &golden.dir);
             for logits in teacher_force(&model, &[64, 1].map(|chunk| Feed { tokens: &ids, chunk })) {
                 let gap = Gap::between(&logits, &expected, expected.len() / ids.len());
                 assert!(gap.mean_abs < bound, "{name} {form:?}: {gap:?}, bound {bound}");

@@ -12,8 +12,8 @@ use r1_backend::{Backend, CommError, Communicator};
 use r1_comm::Local;
 use r1_core::DType;
 use r1_cpu::{Cpu, CpuOptions};
-use r1_gpu::Gpu;
 use r1_engine::{Connect, connect_in_host_memory};
+use r1_gpu::Gpu;
 use r1_model::{DeepSeek, MlaForm, StepError};
 use r1_reference::Reference;
 use r1_tests::{
@@ -264,9 +264,8 @@ fn two_ranks<B: Backend>(
     };
     thread::scope(|scope| {
         let ranks = devices.iter().cloned().zip(first).zip(second);
-        let threads: Vec<_> = ranks
-            .map(|((device, first), second)| scope.spawn(move || run(device, first, second)))
-            .collect();
+        let threads: Vec<_> =
+            ranks.map(|((device, first), second)| scope.spawn(move || run(device, first, second))).collect();
         threads.into_iter().map(|thread| thread.join().expect("a rank ends")).collect()
     })
 }

@@ -108,8 +108,14 @@ fn emu_in_bf16_w8a8_answers_like_transformers() {
     assert!(clear.len() > 30);
     let fp8 = Fp8Compute::WeightsAndActivations;
     for max_captured_seqs in [usize::MAX, 0] {
-        let tiny =
-            Tiny { dtype: DType::BF16, fp8, max_captured_seqs, depth: 2, max_num_seqs: 16, ..Tiny::default() };
+        let tiny = Tiny {
+            dtype: DType::BF16,
+            fp8,
+            max_captured_seqs,
+            depth: 2,
+            max_num_seqs: 16,
+            ..Tiny::default()
+        };
         let every = if max_captured_seqs == 0 { 4 } else { 1 };
         let asked: Vec<_> = clear.iter().step_by(every).cloned().collect();
         answers(&tiny.start_emulated(), &asked);

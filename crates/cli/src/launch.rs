@@ -69,11 +69,7 @@ impl AnyDevice {
     }
 
     /// A GPU for each rank, the first ones that the driver lists.
-    fn gpus(
-        device: &str,
-        ranks: usize,
-        open: impl Fn(usize) -> Result<Gpu, DriverError>,
-    ) -> Result<Self> {
+    fn gpus(device: &str, ranks: usize, open: impl Fn(usize) -> Result<Gpu, DriverError>) -> Result<Self> {
         let open = |ordinal| open(ordinal).map(Arc::new);
         let gpus = (0..ranks).map(open).collect::<Result<_, _>>();
         Ok(Self::Gpu(gpus.with_context(|| format!("--device {device} cannot be used"))?))
