@@ -97,7 +97,7 @@ DEVICE void stage_entry(const SplitArgs& a, SplitShared<E, CP, RP, TILE, CODES>&
             Bytes16 chunk = {{0, 0, 0, 0}};
             if (valid) chunk = *reinterpret_cast<const Bytes16*>(codes + c);
             float scale = CODES || !valid ? 1.0f : scales[c / FP8_GROUP];
-            alignas(16) E values[16];
+            alignas(16) E values[16] = {};
             UNROLL for (int i = 0; i < 16; ++i) values[i] = from_float<E>(to_float(e4m3{u8(chunk.words[i / 4] >> (i % 4 * 8))}) * scale);
             UNROLL for (int i = 0; i < 16; i += 16 / int(sizeof(E))) {
                 *reinterpret_cast<Bytes16*>(to + c + i) = *reinterpret_cast<const Bytes16*>(values + i);
@@ -146,10 +146,10 @@ DEVICE void split(const SplitArgs& a) {
     const u32 group = block_x(), split = block_y(), warp = warp_id(), lane = lane_id();
     const Pack pack = find_pack(a.seqs, a.first_pack + block_z());
     // The host sees to it that no pack has rows with splits of unlike length.
-    const u32 last_visible = pack.last_visible(), len = split_len(last_visible), first = split * len;
+    const u32 last_sees = pack.last_sees(), len = split_len(last_sees), first = split * len;
     // The block as a whole leaves.
-    if (!pack.here || (split > 0 && first >= last_visible)) return;
-    const u32 end = min_of(first + len, last_visible);
+    if (!pack.here || (split > 0 && first >= last_sees)) return;
+    const u32 end = min_of(first + len, last_sees);
     const u32 heads = min_of(a.heads - group * QUERIES, QUERIES), queries = pack.rows * heads;
 
     for (u32 q = warp; q < QUERIES; q += num_warps()) {
@@ -162,7 +162,7 @@ DEVICE void split(const SplitArgs& a) {
 
     constexpr int LANES = WARP / (QUERIES / WARPS);
     const u32 mine = warp * (QUERIES / WARPS) + lane / LANES, place = lane % LANES;
-    const u32 visible = mine < queries ? pack.visible + mine / heads : 0;
+    const u32 visible = mine < queries ? pack.sees(mine / heads) : 0;
     RunningSoftmax<LANES> softmax;
     WarpAcc<QUERIES, CP / WARPS> acc;
     acc.clear();
@@ -208,7 +208,7 @@ DEVICE void split(const SplitArgs& a) {
     UNROLL for (int i = 0; i < acc.SIZE; ++i) {
         u32 q = acc.row(i), c = warp * (CP / WARPS) + acc.col(i);
         if (q >= queries || c >= a.latent_dim) continue;
-        u32 sees = pack.visible + q / heads;
+        u32 sees = pack.sees(q / heads);
         if (num_splits(sees) > 1) {
             to[QUERIES * 2 + q * a.latent_dim + c] = acc.v[i];
         } else if (split == 0) {
@@ -216,7 +216,7 @@ DEVICE void split(const SplitArgs& a) {
             store_float(a.out, a.dtype, at, sees == 0 ? 0.0f : acc.v[i] / s.sum[q]);
         }
     }
-    if (num_splits(last_visible) > 1 && thread_id() < queries) {
+    if (num_splits(last_sees) > 1 && thread_id() < queries) {
         to[thread_id()] = s.most[thread_id()];
         to[QUERIES + thread_id()] = s.sum[thread_id()];
     }
@@ -228,7 +228,7 @@ DEVICE void combine(const SplitArgs& a) {
     const Pack pack = find_pack(a.seqs, a.first_pack + block_z());
     const u32 heads = min_of(a.heads - group * QUERIES, QUERIES);
     if (!pack.here || q >= pack.rows * heads) return;
-    const u32 splits = num_splits(pack.visible + q / heads);
+    const u32 splits = num_splits(pack.sees(q / heads));
     if (splits <= 1) return;
     const i64 at = (pack.row + q / heads) * a.out_row + (group * QUERIES + q % heads) * a.out_head;
     for (u32 c = thread_id(); c < a.latent_dim; c += num_threads()) {

@@ -50,7 +50,7 @@ DEVICE void attend(const ExpandedArgs& a) {
     const Pack pack = find_pack(a.seqs, block_x());
     // The block as a whole leaves.
     if (!pack.here) return;
-    const u32 end = pack.last_visible(), qk_dim = a.nope_dim + a.rope_dim;
+    const u32 end = pack.last_sees(), qk_dim = a.nope_dim + a.rope_dim;
     const i64 first_key = a.context_start[pack.seq] - a.context_start[a.seqs.first];
 
     const u32 my_rows = pack.rows > warp * 16 ? min_of(pack.rows - warp * 16, 16) : 0;
@@ -62,7 +62,7 @@ DEVICE void attend(const ExpandedArgs& a) {
 
     constexpr int LANES = WARP / 16;
     const u32 mine = lane / LANES, place = lane % LANES;
-    const u32 visible = mine < my_rows ? pack.visible + warp * 16 + mine : 0;
+    const u32 visible = mine < my_rows ? pack.sees(warp * 16 + mine) : 0;
     RunningSoftmax<LANES> softmax;
     WarpAcc<16, DV> acc;
     acc.clear();
@@ -109,7 +109,7 @@ DEVICE void attend(const ExpandedArgs& a) {
         if (q >= my_rows || c >= a.value_dim) continue;
         u32 row = warp * 16 + q;
         // A padding sequence sees nothing.
-        float value = pack.visible + row == 0 ? 0.0f : acc.v[i] / s.sum[warp][q];
+        float value = pack.sees(row) == 0 ? 0.0f : acc.v[i] / s.sum[warp][q];
         store_float(a.out, a.dtype, (pack.row + row) * a.out_row + head * a.out_head + c, value);
     }
 }

@@ -11,61 +11,14 @@
 // Traffic: each element once in and once out; rms_norm of BF16 4 T D bytes: T = 4096, D = 7168 cannot beat 27 us at 4.3 TB/s (H200, measured
 // copy), add_rms_norm 54 us; the FP8 form adds 1.03 T D bytes.
 // Oracle: crates/reference. Test: conformance::{rms_norm, rms_norm_range, add_rms_norm, silu_mul, quantize}, crates/gpu/tests/norm_bits.rs.
-#include "common/eight.cuh"
+#include "common/norm.cuh"
 
 namespace norms {
 
-/// Eights of a row that a thread keeps in registers between the sum and the result.
-constexpr u32 HELD = 4;
-
-struct Args {
-    const void* x;
-    /// For add_rms_norm.
-    void* residual;
-    const void* weight;
-    void* out;
-    Fp8Out fp8;
-    i64 x_stride, residual_stride, out_stride;
-    u32 dim, x_dtype, residual_dtype, weight_dtype, out_dtype;
-    u32 x_vectors, residual_vectors, weight_vectors, out_vectors;
-    float eps;
-};
-
-struct Shared {
-    BlockScratch sum;
-};
-
-/// One block per row, with HELD eights per thread at most.
+/// One block per row.
 template <bool ADD>
-DEVICE void norm_row(const Args& a) {
-    Shared& s = shared<Shared>();
-    i64 t = block_x();
-    float held[HELD][EIGHT];
-    float squares = 0.0f;
-    UNROLL for (u32 i = 0; i < HELD; ++i) {
-        u32 column = EIGHT * (thread_id() + i * num_threads());
-        u32 count = column < a.dim ? min_of(EIGHT, a.dim - column) : 0;
-        load8(a.x, a.x_dtype, t * a.x_stride + column, count, a.x_vectors != 0, held[i]);
-        if (ADD && count > 0) {
-            float before[EIGHT];
-            i64 at = t * a.residual_stride + column;
-            load8(a.residual, a.residual_dtype, at, count, a.residual_vectors != 0, before);
-            UNROLL for (u32 j = 0; j < EIGHT; ++j) held[i][j] = rounded_to(a.residual_dtype, before[j] + held[i][j]);
-            store8(a.residual, a.residual_dtype, at, count, a.residual_vectors != 0, held[i]);
-        }
-        UNROLL for (u32 j = 0; j < EIGHT; ++j) squares = fma_of(held[i][j], held[i][j], squares);
-    }
-    float inverse = rsqrt_of(block_sum(squares, s.sum) / float(a.dim) + a.eps);
-    UNROLL for (u32 i = 0; i < HELD; ++i) {
-        u32 column = EIGHT * (thread_id() + i * num_threads());
-        u32 count = column < a.dim ? min_of(EIGHT, a.dim - column) : 0;
-        float weight[EIGHT], normed[EIGHT];
-        load8(a.weight, a.weight_dtype, column, count, a.weight_vectors != 0, weight);
-        UNROLL for (u32 j = 0; j < EIGHT; ++j) normed[j] = rounded_to(a.out_dtype, held[i][j] * inverse * weight[j]);
-        store8(a.out, a.out_dtype, t * a.out_stride + column, count, a.out_vectors != 0, normed);
-        // The same for all threads of a block.
-        if (a.fp8.codes && EIGHT * i * num_threads() < a.dim) store_quantized(a.fp8, t, column, count, normed);
-    }
+DEVICE void norm(const Args& a) {
+    norm_row<ADD>(a, block_x(), num_threads(), shared<BlockScratch>());
 }
 
 struct SiluMulArgs {
@@ -110,7 +63,7 @@ DEVICE void quantize(const QuantizeArgs& a) {
 
 }  // namespace norms
 
-R1_KERNEL(rms_norm, norms::Args, norms::norm_row<false>, 1024 / WARP)
-R1_KERNEL(add_rms_norm, norms::Args, norms::norm_row<true>, 1024 / WARP)
+R1_KERNEL(rms_norm, norms::Args, norms::norm<false>, 1024 / WARP)
+R1_KERNEL(add_rms_norm, norms::Args, norms::norm<true>, 1024 / WARP)
 R1_KERNEL(silu_mul, norms::SiluMulArgs, norms::silu_mul, 4)
 R1_KERNEL(quantize, norms::QuantizeArgs, norms::quantize, 4)

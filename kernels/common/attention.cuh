@@ -15,11 +15,13 @@ struct Sequences {
     u32 num_decodes;
     u32 rows_per_pack;
 };
-/// Consecutive rows of one sequence. Row i of it sees the first `visible + i` tokens.
+/// Consecutive rows of one sequence, which is padding where it has no context.
 struct Pack {
-    bool here;
-    u32 seq, row, rows, visible;
-    DEVICE u32 last_visible() const { return visible + rows - 1; }
+    bool here, padding;
+    u32 seq, row, rows, first_sees;
+    /// How many tokens row i sees.
+    DEVICE u32 sees(u32 i) const { return padding ? 0 : first_sees + i; }
+    DEVICE u32 last_sees() const { return sees(rows - 1); }
 };
 /// Sequence by sequence; `here` is false past the last pack.
 DEVICE Pack find_pack(const Sequences& s, u32 index) {
@@ -33,11 +35,10 @@ DEVICE Pack find_pack(const Sequences& s, u32 index) {
             within -= packs;
         }
     }
-    if (seq >= s.end) return Pack{false, 0, 0, 0, 0};
+    if (seq >= s.end) return Pack{false, true, 0, 0, 0, 0};
     u32 start = s.query_start[seq], rows = s.query_start[seq + 1] - start, skip = within * s.rows_per_pack;
-    // Of a padding sequence 0 - 1 + 1.
-    u32 visible = s.context_len[seq] - rows + 1 + skip;
-    return Pack{true, seq, start + skip, min_of(s.rows_per_pack, rows - skip), visible};
+    u32 context = s.context_len[seq];
+    return Pack{true, context == 0, seq, start + skip, min_of(s.rows_per_pack, rows - skip), context - rows + 1 + skip};
 }
 
 /// Where a token of a sequence lies in a paged tensor.

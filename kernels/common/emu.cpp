@@ -4,6 +4,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 #include "emu.h"
 
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -120,6 +121,7 @@ struct Machine {
     u8* shared_memory = nullptr;
     u32 shared_room = 0;
     u64 random = 0;
+    u32 waits = 0;
     const char* trouble = nullptr;
     char words[256];
 
@@ -325,6 +327,15 @@ u32 r1_emu_shuffle(u32 x, u32 lane) {
     r1_emu_collective(shuffle_lanes, &arg);
     return arg.value;
 }
+void r1_emu_relax() {
+    // Half a minute and more: those waited for have failed.
+    constexpr u32 MOST = 1u << 26;
+    Machine& m = *running;
+    sched_yield();
+    if (++m.waits < MOST) return;
+    m.trouble = "it waits for blocks that do not come";
+    yield(m, R1_EMU_DONE);
+}
 float r1_emu_warp_sum(float x) {
     r1_emu_collective(sum_lanes, &x);
     return x;
@@ -355,6 +366,7 @@ extern "C" const char* r1_emu_run_block(KernelFn kernel, const void* args, const
     m.args = args;
     m.trouble = nullptr;
     m.random = seed;
+    m.waits = 0;
     m.context = {0, threads, {block[0], block[1], block[2]}, {grid[0], grid[1], grid[2]}, m.shared_memory, shared_bytes};
     for (u32 t = 0; t < threads; ++t) {
         u8* stack = m.stacks + STACK_BYTES * t;

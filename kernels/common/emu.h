@@ -28,5 +28,6 @@ void r1_emu_barrier(const char* file, int line, int kind);
 void r1_emu_collective(r1_emu_collective_fn fn, void* arg);
 void* r1_emu_shared(size_t bytes);
 u32 r1_emu_shuffle(u32 x, u32 lane);
+void r1_emu_relax();
 float r1_emu_warp_sum(float x);
 float r1_emu_warp_max(float x);

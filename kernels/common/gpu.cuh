@@ -337,6 +337,24 @@ DEVICE u64 atomic_add(u64* at, u64 value) {
     return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
 #endif
 }
+/// Sees what other blocks add.
+DEVICE u32 atomic_load(const u32* at) {
+#if R1_CUDA
+    return *static_cast<const volatile u32*>(at);
+#elif R1_HIP
+    return __hip_atomic_load(at, __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
+#else
+    return __atomic_load_n(at, __ATOMIC_RELAXED);
+#endif
+}
+/// In a loop that waits for another block.
+DEVICE void relax() {
+#if R1_HIP
+    __builtin_amdgcn_s_sleep(1);
+#elif R1_EMU
+    r1_emu_relax();
+#endif
+}
 
 /// Copies 16 bytes of device memory (both addresses aligned) to shared memory behind the thread's back; zeros where `valid` is false, and
 /// then `from` is not read. Complete after `async_wait` and a `sync_block`.
@@ -387,6 +405,30 @@ DEVICE bool is_last_block(u32* counter, u32 blocks, u32& flag) {
     bool last = flag != 0;
     if (last) fence_device();
     return last;
+}
+
+/// What `finisher` gives blocks that are done.
+constexpr u32 NOT_ME = 0xffffffffu;
+/// As `is_last_block`, for more work than one block should do: the last `count` of `blocks` to arrive wait until all have, and get numbers below
+/// `count`, each its own; the others get NOT_ME. `count` is at most `blocks` and far less than what the device runs at once, so that whoever is
+/// waited for runs.
+DEVICE u32 finisher(u32* counter, u32 blocks, u32 count, u32& flag) {
+    fence_device();
+    sync_block();
+    if (thread_id() == 0) {
+        // Wraps for those before the last.
+        u32 number = atomic_add(counter, 1) + count - blocks;
+        flag = number < count ? number : NOT_ME;
+        if (number < count) {
+            while (atomic_load(counter) < blocks) relax();
+            // The last one to leave makes the counter zero.
+            if (atomic_add(counter, 1) + 1 == blocks + count) *counter = 0;
+        }
+    }
+    sync_block();
+    u32 number = flag;
+    if (number != NOT_ME) fence_device();
+    return number;
 }
 
 #include "mma.cuh"

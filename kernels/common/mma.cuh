@@ -139,7 +139,7 @@ DEVICE void r1_mfma_bf16(float* c, r1_short4 a, r1_short4 b) {
 }
 DEVICE r1_short4 r1_row4(const bf16* at) {
     r1_short4 out;
-    UNROLL for (int i = 0; i < 4; ++i) out[i] = short(at[i].bits);
+    __builtin_memcpy(&out, __builtin_assume_aligned(at, 4), 8);
     return out;
 }
 
@@ -179,8 +179,8 @@ DEVICE void warp_mma(WarpAcc<M, N>& acc, const e4m3* a, int lda, const e4m3* b, 
                 float* c = acc.v + (m * (N / 16) + n) * 4;
 #if defined(__gfx942__)
                 long af, bf;
-                __builtin_memcpy(&af, pa, 8);
-                __builtin_memcpy(&bf, pb, 8);
+                __builtin_memcpy(&af, __builtin_assume_aligned(pa, 4), 8);
+                __builtin_memcpy(&bf, __builtin_assume_aligned(pb, 4), 8);
                 // FNUZ reads each code as half its OCP value.
                 r1_float4 part = {0.0f, 0.0f, 0.0f, 0.0f};
                 part = __builtin_amdgcn_mfma_f32_16x16x32_fp8_fp8(af, bf, part, 0, 0, 0);
@@ -223,6 +223,10 @@ struct R1EmuMma {
 template <int M, int N, int K>
 inline void r1_emu_mma(void** lanes, const float (*a)[K], const float (*b)[N]) {
     for (int m = 0; m < M; ++m) {
+        // Padding: few tokens, or few heads, would cost as much as many.
+        bool zeros = true;
+        for (int k = 0; k < K; ++k) zeros &= a[m][k] == 0.0f;
+        if (zeros) continue;
         float sum[N];
         for (int n = 0; n < N; ++n) sum[n] = 0.0f;
         for (int k = 0; k < K; ++k) {

@@ -9,19 +9,28 @@
 // own, and the last of a tile's blocks adds them; higher tiles take one range after the other.
 //
 // Steps are copied to shared memory STAGES - 1 ahead, 16 bytes at a time where the host promises alignment, else element by element.
-// E4M3 weights of BF16 activations are copied as codes and widened, exactly, one step before they are multiplied.
+// E4M3 and 4-bit weights of BF16 activations are copied as codes and widened, exactly, before they are multiplied.
 #pragma once
 #include "gpu.cuh"
 
 namespace tile {
 
-/// A weight and what it gives. Scales of 1 are not there: `scales` is read for E4M3 only.
+/// Two codes of 4 bits, the lower bits first. The number is (code - zero) * scale, zero and scale F16 per output and group of k.
+struct int4x2 {
+    u8 bits;
+};
+/// After the codes of gpu.cuh.
+constexpr u32 DTYPE_INT4 = 4;
+
+/// A weight and what it gives. Scales of 1 are not there: `scales` is read for E4M3 and 4-bit codes only.
 struct Weight {
     const void* data;
-    /// [blocks of rows, blocks of columns], F32.
-    const float* scales;
+    /// [blocks of rows, blocks of columns], F32; of 4-bit codes F16, as their zeros.
+    const void* scales;
+    const f16* zeros;
     void* out;
-    i64 stride, scale_stride, out_stride;
+    /// In elements of data: for 4-bit codes in pairs.
+    i64 stride, scale_stride, zero_stride, out_stride;
     /// Outputs.
     u32 n;
     u32 dtype, out_dtype;
@@ -46,7 +55,7 @@ struct Args {
     /// For the kernel that takes both forms at run time.
     u32 transposed;
     Weight weights[2];
-    /// Of short tiles: sums of ranges, [blocks in x, ranges, BM * BN], and a counter per block in x. Several heads have one range.
+    /// Of short tiles: sums of ranges, [blocks in y, blocks in x, ranges, BM * BN], and a counter per block in y and x. Several heads have one range.
     float* partials;
     u32* counters;
     u32 ranges;
@@ -82,29 +91,34 @@ struct IsSame<A, A> {
     static constexpr bool value = true;
 };
 
-/// Activations X (bf16, e4m3) and a weight W (the same, or e4m3 widened to bf16); WARPS_M x WARPS_N warps with tiles of TM x TN each.
-/// PAIRED: the tile's right half is the second weight's.
-template <class X_, class W_, bool KN_, int WARPS_M_, int WARPS_N_, int TM_, int TN_, int STAGES_, bool PAIRED_ = false>
+/// Activations X (bf16, e4m3) and a weight W (the same, or e4m3 or int4x2 widened to bf16); WARPS_M x WARPS_N warps with tiles of TM x TN each.
+/// PAIRED: the tile's right half is the second weight's. HELPERS: warps more that only copy, for blocks that do something else afterwards.
+template <class X_, class W_, bool KN_, int WARPS_M_, int WARPS_N_, int TM_, int TN_, int STAGES_, bool PAIRED_ = false, int HELPERS_ = 0>
 struct Shape {
     typedef X_ X;
     typedef W_ W;
     static constexpr bool KN = KN_, PAIRED = PAIRED_;
     static constexpr bool WIDENS = !IsSame<X, W>::value;
-    static constexpr bool HAS_W_SCALES = IsSame<W, e4m3>::value;
+    static constexpr bool INT4 = IsSame<W, int4x2>::value;
+    static constexpr bool HAS_W_SCALES = INT4 || IsSame<W, e4m3>::value;
     static constexpr bool HAS_X_SCALES = IsSame<X, e4m3>::value;
     static constexpr int WARPS_N = WARPS_N_, TM = TM_, TN = TN_, STAGES = STAGES_;
     static constexpr int BM = WARPS_M_ * TM, BN = WARPS_N * TN;
-    static constexpr u32 THREADS = WARPS_M_ * WARPS_N_ * WARP;
-    /// 128 bytes of activations.
-    static constexpr int STEP = 128 / sizeof(X);
+    static constexpr int HELPERS = HELPERS_;
+    /// Those that multiply come first.
+    static constexpr u32 MULTIPLIERS = WARPS_M_ * WARPS_N_ * WARP, THREADS = MULTIPLIERS + HELPERS * WARP;
+    /// 128 bytes of activations; of 4-bit codes AWQ's group.
+    static constexpr int STEP = INT4 ? 128 : 128 / sizeof(X);
+    /// Numbers per element of the weight's data.
+    static constexpr int PER = INT4 ? 2 : 1;
     /// Rows are an odd number of 16 bytes apart: no bank conflicts.
     static constexpr int LDX = STEP + 16 / sizeof(X);
     static constexpr int W_ROWS = KN ? STEP : BN, W_COLS = KN ? BN : STEP;
     /// As it is copied, and as it is multiplied.
-    static constexpr int LDW = W_COLS + 16 / sizeof(W), LDB = W_COLS + 16 / sizeof(X);
+    static constexpr int LDW = W_COLS / PER + 16 / sizeof(W), LDB = W_COLS + 16 / sizeof(X);
     /// Outputs per block.
     static constexpr int OUTPUTS = PAIRED ? BN / 2 : BN;
-    static_assert(!(PAIRED && KN), "rows of two weights");
+    static_assert(!(PAIRED && KN) && !(INT4 && (PAIRED || KN)), "what the kernels need");
 };
 
 template <class S>
@@ -115,6 +129,9 @@ struct alignas(16) Shared {
     float x_scales[S::STAGES][S::BM];
     float w_scales[S::STAGES][S::BN];
     u32 flag[4];
+    /// Of 4-bit codes: the words that hold an output's scale and zero, and the step's scales.
+    u32 half_scales[S::INT4 ? S::STAGES * S::BN : 4], half_zeros[S::INT4 ? S::STAGES * S::BN : 4];
+    float step_scales[S::INT4 ? S::BN : 4];
 };
 
 /// Enqueues ROWS x COLS elements at `from`, of which `rows` x `cols` are there; zeros for the others.
@@ -134,11 +151,21 @@ DEVICE void copy_tile(T* to, int ld, const T* from, i64 stride, u32 rows, u32 co
     }
 }
 
+/// Four numbers.
 DEVICE void widen(bf16* to, const e4m3* from) {
     UNROLL for (int i = 0; i < 4; ++i) to[i] = bf16{u16(bits_of(to_float(from[i])) >> 16)};
 }
 DEVICE void widen(e4m3*, const e4m3*) {}
 DEVICE void widen(bf16*, const bf16*) {}
+/// Four whole numbers, which BF16 holds.
+DEVICE void widen_int4(bf16* to, const int4x2* from, float zero) {
+    const u32 codes = from[0].bits | from[1].bits << 8;
+    UNROLL for (int i = 0; i < 4; ++i) to[i] = bf16{u16(bits_of(float(codes >> (4 * i) & 15) - zero) >> 16)};
+}
+
+/// F16 numbers are copied with their neighbour, as a word: allocations are of whole ones.
+DEVICE const u32* word_of(const f16* at) { return reinterpret_cast<const u32*>(reinterpret_cast<u64>(at) & ~u64(3)); }
+DEVICE float half_of(u32 word, const f16* at) { return to_float(f16{u16(word >> (reinterpret_cast<u64>(at) & 2) * 8)}); }
 
 /// Where a block's tile lies.
 struct Place {
@@ -160,11 +187,15 @@ DEVICE void product(const Args& a, const Weight& weight, const Place& at, u32 be
     const u32 thread = thread_id();
     const i64 scale_k = S::KN ? weight.scale_stride : 1;
     const float* my_w_scale = nullptr;
+    const f16 *half_scales = nullptr, *half_zeros = nullptr;
     const float* my_x_scale = nullptr;
-    if (S::HAS_W_SCALES) {
+    if (S::INT4) {
+        half_scales = static_cast<const f16*>(weight.scales) + at.n0 * weight.scale_stride;
+        half_zeros = weight.zeros + at.n0 * weight.zero_stride;
+    } else if (S::HAS_W_SCALES) {
         const Weight& mine = S::PAIRED && thread >= S::OUTPUTS ? a.weights[1] : weight;
         const u32 n = at.n0 + thread % S::OUTPUTS + (S::KN ? 0 : first_row) + mine.offset[S::KN ? 1 : 0];
-        my_w_scale = mine.scales + n / mine.block[S::KN ? 1 : 0] * (S::KN ? 1 : mine.scale_stride);
+        my_w_scale = static_cast<const float*>(mine.scales) + n / mine.block[S::KN ? 1 : 0] * (S::KN ? 1 : mine.scale_stride);
     }
     if (S::HAS_X_SCALES) my_x_scale = a.x_scales + (at.t0 + thread) * a.x_scale_stride;
 
@@ -175,14 +206,19 @@ DEVICE void product(const Args& a, const Weight& weight, const Place& at, u32 be
             if (S::KN) {
                 copy_tile<S::THREADS, S::W_ROWS, S::W_COLS>(mem.w[slot], S::LDW, w + steps.k * weight.stride, weight.stride, len, cols, weight.is_vectorizable);
             } else {
-                copy_tile<S::THREADS, S::OUTPUTS, S::W_COLS>(mem.w[slot], S::LDW, w + steps.k, weight.stride, cols, len, weight.is_vectorizable);
+                copy_tile<S::THREADS, S::OUTPUTS, S::W_COLS / S::PER>(mem.w[slot], S::LDW, w + steps.k / S::PER, weight.stride, cols, len / S::PER, weight.is_vectorizable);
             }
-            if (S::PAIRED) {
+            if (S::INT4 && thread < S::BN) {
+                async_copy4(&mem.half_scales[slot * S::BN + thread], word_of(half_scales + thread * weight.scale_stride + steps.k_block), thread < cols);
+                async_copy4(&mem.half_zeros[slot * S::BN + thread], word_of(half_zeros + thread * weight.zero_stride + steps.k_block), thread < cols);
+            } else if (S::HAS_W_SCALES && thread < S::BN) {
+                async_copy4(&mem.w_scales[slot][thread], my_w_scale + steps.k_block * scale_k, thread % S::OUTPUTS < cols);
+            }
+            if constexpr (S::PAIRED) {
                 const Weight& right = a.weights[1];
                 const W* from = static_cast<const W*>(right.data) + at.n0 * right.stride + steps.k;
                 copy_tile<S::THREADS, S::OUTPUTS, S::W_COLS>(mem.w[slot] + S::OUTPUTS * S::LDW, S::LDW, from, right.stride, cols, len, right.is_vectorizable);
             }
-            if (S::HAS_W_SCALES && thread < S::BN) async_copy4(&mem.w_scales[slot][thread], my_w_scale + steps.k_block * scale_k, thread % S::OUTPUTS < cols);
             if (S::HAS_X_SCALES && thread < S::BM) async_copy4(&mem.x_scales[slot][thread], my_x_scale + steps.k / 128, thread < rows);
             steps.advance();
         }
@@ -205,13 +241,24 @@ DEVICE void product(const Args& a, const Weight& weight, const Place& at, u32 be
         if (S::WIDENS) {
             for (u32 c = thread; c < u32(S::W_ROWS * S::W_COLS / 4); c += S::THREADS) {
                 u32 row = c / (S::W_COLS / 4), col = c % (S::W_COLS / 4) * 4;
-                widen(mem.wide + row * S::LDB + col, mem.w[slot] + row * S::LDW + col);
+                X* to = mem.wide + row * S::LDB + col;
+                const W* from = mem.w[slot] + row * S::LDW + col / S::PER;
+                if constexpr (S::INT4) {
+                    widen_int4(to, from, half_of(mem.half_zeros[slot * S::BN + row], half_zeros + row * weight.zero_stride + now.k_block));
+                } else {
+                    widen(to, from);
+                }
+            }
+            if (S::INT4 && thread < S::BN) {
+                mem.step_scales[thread] = half_of(mem.half_scales[slot * S::BN + thread], half_scales + thread * weight.scale_stride + now.k_block);
             }
             sync_block();
             b = mem.wide;
         }
         const X* tile_x = mem.x[slot] + row0 * S::LDX;
-        if constexpr (S::HAS_W_SCALES) {
+        if (S::HELPERS > 0 && thread >= S::MULTIPLIERS) {
+            // Copies only.
+        } else if constexpr (S::HAS_W_SCALES) {
             WarpAcc<S::TM, S::TN> part;
             part.clear();
             if constexpr (S::KN) {
@@ -220,7 +267,8 @@ DEVICE void product(const Args& a, const Weight& weight, const Place& at, u32 be
                 warp_mma<S::STEP>(part, tile_x, S::LDX, b + col0 * S::LDB, S::LDB);
             }
             UNROLL for (int i = 0; i < acc.SIZE; ++i) {
-                float scale = mem.w_scales[slot][col0 + acc.col(i)];
+                const u32 col = col0 + acc.col(i);
+                float scale = S::INT4 ? mem.step_scales[col] : mem.w_scales[slot][col];
                 if (S::HAS_X_SCALES) scale *= mem.x_scales[slot][row0 + acc.row(i)];
                 acc.v[i] = fma_of(part.v[i], scale, acc.v[i]);
             }
@@ -250,14 +298,31 @@ DEVICE bool product_of_ranges(const Args& a, const Weight& weight, const Place& 
     product<S, false>(a, weight, at, range * weight.range_len, min_of(a.k, (range + 1) * weight.range_len), mem, sum);
     if (ranges == 1) return true;
     // Each thread reads what threads in its place wrote.
-    float* partials = a.partials + i64(block_x()) * a.ranges * (S::BM * S::BN) + thread_id();
-    UNROLL for (int i = 0; i < sum.SIZE; ++i) partials[(range * sum.SIZE + i) * S::THREADS] = sum.v[i];
-    if (!is_last_block(a.counters + block_x(), ranges, mem.flag[0])) return false;
+    const u32 number = block_y() * grid_x() + block_x();
+    float* partials = a.partials + i64(number) * a.ranges * (S::BM * S::BN) + thread_id();
+    const bool multiplies = S::HELPERS == 0 || thread_id() < S::MULTIPLIERS;
+    if (multiplies) {
+        UNROLL for (int i = 0; i < sum.SIZE; ++i) partials[(range * sum.SIZE + i) * S::MULTIPLIERS] = sum.v[i];
+    }
+    if (!is_last_block(a.counters + number, ranges, mem.flag[0])) return false;
     sum.clear();
-    for (u32 r = 0; r < ranges; ++r) {
-        UNROLL for (int i = 0; i < sum.SIZE; ++i) sum.v[i] += partials[(r * sum.SIZE + i) * S::THREADS];
+    if (multiplies) {
+        for (u32 r = 0; r < ranges; ++r) {
+            UNROLL for (int i = 0; i < sum.SIZE; ++i) sum.v[i] += partials[(r * sum.SIZE + i) * S::MULTIPLIERS];
+        }
     }
     return true;
+}
+
+/// The tile to the weight's `out`, rounded.
+template <class S>
+DEVICE void store(const Args& a, const Weight& weight, const Place& at, const WarpAcc<S::TM, S::TN>& sum) {
+    if (S::HELPERS > 0 && thread_id() >= S::MULTIPLIERS) return;
+    const u32 t0 = at.t0 + warp_id() / S::WARPS_N * S::TM, n0 = at.n0 + warp_id() % S::WARPS_N * S::TN;
+    UNROLL for (int i = 0; i < sum.SIZE; ++i) {
+        const u32 t = t0 + sum.row(i), n = n0 + sum.col(i);
+        if (t < a.num_tokens && n < weight.n) store_float(weight.out, weight.out_dtype, t * weight.out_stride + at.head * a.out_head_stride + n, sum.v[i]);
+    }
 }
 
 enum Ranges {
@@ -269,10 +334,10 @@ enum Ranges {
     SPREAD,
 };
 
-/// A whole kernel: grid [tiles of n, of one weight after the other; tiles of t; heads, each with its ranges where they are spread].
+/// Grid [tiles of n, of one weight after the other; tiles of t; heads, each with its ranges where they are spread]. True where the block wrote a
+/// tile of `out`: one block does per tile.
 template <class S, Ranges RANGES>
-DEVICE void gemm(const Args& a) {
-    Shared<S>& mem = shared<Shared<S>>();
+DEVICE bool linear(const Args& a, Shared<S>& mem) {
     const bool second = block_x() >= a.first_tiles;
     const Weight& weight = a.weights[second ? 1 : 0];
     const u32 tile_n = block_x() - (second ? a.first_tiles : 0);
@@ -284,12 +349,14 @@ DEVICE void gemm(const Args& a) {
     } else {
         product<S, RANGES == FOLDED>(a, weight, at, 0, a.k, mem, sum);
     }
-    if (!whole) return;
-    const u32 t0 = at.t0 + warp_id() / S::WARPS_N * S::TM, n0 = at.n0 + warp_id() % S::WARPS_N * S::TN;
-    UNROLL for (int i = 0; i < sum.SIZE; ++i) {
-        const u32 t = t0 + sum.row(i), n = n0 + sum.col(i);
-        if (t < a.num_tokens && n < weight.n) store_float(weight.out, weight.out_dtype, t * weight.out_stride + at.head * a.out_head_stride + n, sum.v[i]);
-    }
+    if (whole) store<S>(a, weight, at, sum);
+    return whole;
+}
+
+/// A whole kernel.
+template <class S, Ranges RANGES>
+DEVICE void gemm(const Args& a) {
+    linear<S, RANGES>(a, shared<Shared<S>>());
 }
 
 // One row tile of 16 for few tokens, many blocks over n; 64 rows, still many blocks; 64 x 128 for prefill.
@@ -297,6 +364,9 @@ template <class X, class W, bool KN>
 using Short = Shape<X, W, KN, 1, 2, 16, 16, 4>;
 template <class X, class W>
 using Pair = Shape<X, W, false, 1, 2, 16, 16, 4, true>;
+// Of 4-bit codes, whose steps are twice as long.
+typedef Shape<bf16, int4x2, false, 1, 2, 16, 16, 4> ShortInt4;
+typedef Shape<bf16, int4x2, false, 4, 1, 16, 32, 2> MiddleInt4;
 template <class X, class W, bool KN>
 using Middle = Shape<X, W, KN, 4, 1, 16, 32, 3>;
 template <class X, class W, bool KN>

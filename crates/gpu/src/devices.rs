@@ -1,6 +1,8 @@
 //! Which devices there are, and how each is opened. A driver that was not compiled in, that is not installed or that has no
 //! device says so.
 
+use std::time::{Duration, Instant};
+
 use crate::driver::DriverError;
 use crate::{Gpu, driver};
 
@@ -57,6 +59,32 @@ impl Gpu {
         }
     }
 
+    /// Bytes per second that the device reads and writes when it only copies `size_bytes`, best of five times: the ceiling of
+    /// kernels that move bytes.
+    pub fn copy_bytes_per_s(&self, size_bytes: usize) -> Result<f64, DriverError> {
+        const RUNS: u32 = 8;
+        let room = || self.arena.take(size_bytes);
+        let (Some(from), Some(to)) = (room(), room()) else {
+            let (free_bytes, total_bytes) = (self.arena.largest_free_bytes(), self.arena.size_bytes());
+            return Err(DriverError::OutOfMemory {
+                requested_bytes: 2 * size_bytes,
+                free_bytes,
+                total_bytes,
+            });
+        };
+        let mut best = Duration::MAX;
+        for _ in 0..5 {
+            self.driver.mark()?.wait()?;
+            let start = Instant::now();
+            for _ in 0..RUNS {
+                self.driver.copy(from.at(), to.at(), size_bytes)?;
+            }
+            self.driver.mark()?.wait()?;
+            best = best.min(start.elapsed() / RUNS);
+        }
+        Ok(2.0 * size_bytes as f64 / best.as_secs_f64())
+    }
+
     #[cfg(any(feature = "cuda", feature = "rocm"))]
     fn on(driver: std::sync::Arc<dyn driver::Driver>, memory_fraction: f64) -> Result<Self, DriverError> {
         let memory_bytes = driver::device::usable_bytes(driver.info(), memory_fraction)?;
@@ -68,12 +96,14 @@ impl Gpu {
 mod tests {
     use super::*;
 
+    /// Whether this build has the driver.
+    const BUILT: [bool; 2] = [cfg!(feature = "cuda"), cfg!(feature = "rocm")];
+
     #[test]
     fn every_driver_counts_its_devices_or_says_why_there_are_none() {
         let found = devices();
         assert_eq!(found.each_ref().map(|found| found.driver), ["cuda", "rocm"]);
-        for Found { driver, devices } in found {
-            let is_built = if driver == "cuda" { cfg!(feature = "cuda") } else { cfg!(feature = "rocm") };
+        for (Found { driver, devices }, is_built) in found.into_iter().zip(BUILT) {
             match devices {
                 Ok(count) => assert!(is_built && count > 0, "{driver}: {count}"),
                 Err(error) => assert_eq!(

@@ -99,6 +99,11 @@ impl Gpu {
         self.driver.info().warp_size
     }
 
+    /// Multiprocessors: blocks that the device runs at once at least.
+    pub(crate) fn num_multiprocessors(&self) -> usize {
+        self.driver.info().num_multiprocessors as usize
+    }
+
     /// Counters that are zero before and after each launch, for kernels whose last block finishes the work: 16,384 of them.
     pub(crate) fn counters(&self) -> DevicePtr {
         self.counters.at()

@@ -17,10 +17,10 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use r1_backend::{
-    Activation, AttentionKind, Backend, BackendError, Batch, Capabilities, Experts, HeadWeight, HostSlice,
-    HostSliceMut, HostTensor, LatentCache, LogprobsOut, MemoryUse, MlpScratch, MlpWeights, MoeScratch,
-    MoeWeights, QkvScratch, QkvWeights, RopeTable, Routing, SamplingBatch, Tensor, Ticket, Weight,
-    WeightFormat,
+    Activation, AttentionKind, Backend, BackendError, Batch, Capabilities, Communicator, Experts, HeadWeight, HostSlice,
+    HostSliceMut, HostTensor, KvCache, LatentCache, LogprobsOut, MemoryUse, MlpScratch, MlpWeights,
+    MoeScratch, MoeWeights, QkvScratch, QkvWeights, RopeTable, Routing, SamplingBatch, Tensor, Ticket,
+    Weight, WeightFormat,
 };
 use r1_core::DType;
 
@@ -116,7 +116,17 @@ impl Gpu {
         let sampling = Mutex::new(ops::sample::Room::new(arena.take(sampling_bytes).ok_or_else(short)?));
         let staging = Staging::new(driver.clone());
         let failure = Mutex::new(None);
-        Ok(Self { driver, arena, scratch, scratch_bytes, counters, staging, sampling, recorded: Mutex::new(None), failure })
+        Ok(Self {
+            driver,
+            arena,
+            scratch,
+            scratch_bytes,
+            counters,
+            staging,
+            sampling,
+            recorded: Mutex::new(None),
+            failure,
+        })
     }
 
     /// Most scratch memory that an operation may use.
@@ -172,7 +182,7 @@ impl Backend for Gpu {
 
     fn describe(&self) -> String {
         let info = self.driver.info();
-        format!("{}: {}", self.name(), info.name)
+        format!("{}: {} ({})", self.name(), info.name, info.arch)
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -183,8 +193,8 @@ impl Backend for Gpu {
             asynchronous: true,
             captures: true,
             batch_invariant: true,
-            weight_formats: vec![WeightFormat::Dense, WeightFormat::Fp8Block],
-            attention: vec![AttentionKind::Mla],
+            weight_formats: vec![WeightFormat::Dense, WeightFormat::Fp8Block, WeightFormat::Int4Group],
+            attention: vec![AttentionKind::Mla, AttentionKind::Gqa],
         }
     }
 
@@ -300,6 +310,30 @@ impl Backend for Gpu {
         ops::attention::mla_attention(self, q_latent, q_rope, cache, batch, &seqs, scale, out);
     }
 
+    fn rope_cache_gqa(
+        &self,
+        q: &Tensor<Self>,
+        k: &Tensor<Self>,
+        v: &Tensor<Self>,
+        rope: &RopeTable<Self>,
+        batch: &Batch<Self>,
+        cache: &KvCache<Self>,
+    ) {
+        ops::gqa::rope_cache_gqa(self, q, k, v, rope, batch, cache);
+    }
+
+    fn gqa_attention(
+        &self,
+        q: &Tensor<Self>,
+        cache: &KvCache<Self>,
+        batch: &Batch<Self>,
+        seqs: Range<usize>,
+        scale: f32,
+        out: &Tensor<Self>,
+    ) {
+        ops::gqa::gqa_attention(self, q, cache, batch, &seqs, scale, out);
+    }
+
     fn gather_latent(
         &self,
         cache: &LatentCache<Self>,
@@ -375,6 +409,35 @@ impl Backend for Gpu {
         kv_a: &Tensor<Self>,
     ) {
         ops::fused::mla_qkv(self, x, w, scratch, q, kv_a);
+    }
+
+    fn mla_absorb(
+        &self,
+        q: &Tensor<Self>,
+        kv_a: &Tensor<Self>,
+        norm: &Tensor<Self>,
+        eps: f32,
+        rope: &RopeTable<Self>,
+        batch: &Batch<Self>,
+        cache: &LatentCache<Self>,
+        w_uk: &HeadWeight<Self>,
+        q_latent: &Tensor<Self>,
+    ) {
+        ops::absorb::mla_absorb(self, q, kv_a, norm, eps, rope, batch, cache, w_uk, q_latent);
+    }
+
+    fn linear_add_norm(
+        &self,
+        comm: &dyn Communicator<Self>,
+        x: &Activation<Self>,
+        w: &Weight<Self>,
+        block_out: &Tensor<Self>,
+        residual: &Tensor<Self>,
+        norm: &Tensor<Self>,
+        eps: f32,
+        out: &Activation<Self>,
+    ) {
+        ops::linear_norm::linear_add_norm(self, comm, x, w, block_out, residual, norm, eps, out);
     }
 
     fn mlp(

@@ -1,7 +1,7 @@
 //! Attention's results have the same bits whatever else is in the batch, however a prompt is cut into chunks, and whatever
 //! longest context the geometry is made for.
 
-use r1_backend::{Backend, Batch, Fp8Latent, HostSlice, HostSliceMut, LatentCache, Tensor, Ticket};
+use r1_backend::{Backend, Batch, Fp8Latent, HostSlice, HostSliceMut, KvCache, LatentCache, Tensor, Ticket};
 use r1_core::DType;
 use r1_gpu::Gpu;
 
@@ -181,6 +181,48 @@ fn absorbed_rows_ignore_batch_chunk_and_geometry() {
                 let turn = rows[row];
                 let alone = layer.run(&gpu, &[turn], 1, row, turn.context);
                 assert!(alone == whole[row * width..(row + 1) * width], "{what}: row {row} alone");
+            }
+        }
+    }
+}
+
+#[test]
+fn grouped_rows_ignore_batch_chunk_and_geometry() {
+    let gpu = emu();
+    let max_blocks = 1 + TURNS.iter().map(|turn| turn.context.div_ceil(BLOCK_SIZE)).max().unwrap_or(0);
+    let rows_of = |turns: &[Turn]| turns.iter().map(|turn| turn.rows).sum::<usize>();
+    for [heads, kv_heads, key, value] in [[6, 2, 10, 12], [20, 1, 128, 128]] {
+        for dtype in [DType::BF16, DType::F32] {
+            let entries = |dim: usize, seed: u32| {
+                let shape = [max_blocks * TURNS.len(), BLOCK_SIZE, kv_heads, dim];
+                floats(&gpu, &shape, dtype, &noise(shape.iter().product(), seed))
+            };
+            let cache = KvCache { k: entries(key, 1), v: entries(value, 2) };
+            let queries = noise(rows_of(&TURNS) * heads * key, 3);
+            let run = |turns: &[Turn], num_decodes: usize, first_row: usize, longest: usize| {
+                let batch = batch(&gpu, turns, num_decodes, longest);
+                let tokens = rows_of(turns);
+                let rows = &queries[first_row * heads * key..][..tokens * heads * key];
+                let q = floats(&gpu, &[tokens, heads, key], dtype, rows);
+                let out = gpu.alloc(&[tokens, heads, value], dtype).expect("room");
+                gpu.upload(HostSlice::F32(&vec![f32::NAN; out.num_elements()]), &out);
+                gpu.gqa_attention(&q, &cache, &batch, 0..turns.len(), SCALE, &out);
+                wait(gpu.flush());
+                let mut values = vec![0.0; out.num_elements()];
+                gpu.download(&out, HostSliceMut::F32(&mut values)).expect("a download");
+                values.into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            let what = format!("{heads} heads over {kv_heads} {dtype}");
+            let whole = run(&TURNS, NUM_DECODES, 0, 777);
+            assert!(whole.iter().all(|bits| !f32::from_bits(*bits).is_nan()), "{what}: a row is left out");
+            assert!(run(&TURNS, NUM_DECODES, 0, 100_000) == whole, "{what}: made for longer contexts");
+            // Splits of rows that prefill are added in one block, those of rows that decode by a second launch.
+            let rows = single_rows(&TURNS);
+            assert!(run(&rows, rows.len(), 0, 777) == whole, "{what}: rows as decodes");
+            let width = heads * value;
+            for row in [1, 4, 29, 43, 64] {
+                let alone = run(&rows[row..=row], 1, row, rows[row].context);
+                assert!(alone == whole[row * width..][..width], "{what}: row {row} alone");
             }
         }
     }

@@ -1,10 +1,8 @@
-//! The conformance suite on the emulated GPU: the kernels that a real one runs, compiled for the host.
+//! The conformance suite on the emulated GPU: the kernels that a real one runs, compiled for the host. With `R1_GPU_DEVICE` the
+//! same binary runs it on a real one.
 
-use r1_gpu::Gpu;
+mod device;
 
-/// Two threads run blocks, so that blocks overlap.
-fn emu() -> Gpu {
-    Gpu::emulated(2, 1 << 30).expect("an emulated device")
-}
+use device::device;
 
-r1_backend::conformance_tests!(&emu(), oracle: &r1_reference::Reference::new());
+r1_backend::conformance_tests!(&*device(), oracle: &r1_reference::Reference::new());

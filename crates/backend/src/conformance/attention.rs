@@ -197,6 +197,8 @@ pub(super) fn assert_rows<B: Backend>(
     let (mut found, mut expected) = (Vec::new(), Vec::new());
     for (row, (now, want)) in out.read(backend).chunks(width).zip(want).enumerate() {
         match want {
+            // Padding: its zeros are exact, and say nothing about how large the other rows' errors may be.
+            Some(want) if want.iter().all(|v| *v == 0.0) => assert_eq!(now, want, "{what}: row {row}"),
             Some(want) => {
                 found.extend_from_slice(now);
                 expected.extend_from_slice(want);

@@ -124,7 +124,6 @@ pub(crate) fn open(ordinal: usize, allow_ptx: bool) -> Result<Device<Cuda>, Driv
         name,
         arch: format!("sm_{major}{minor}"),
         warp_size: attribute(Attribute::CU_DEVICE_ATTRIBUTE_WARP_SIZE)? as u32,
-        num_multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
         max_shared_bytes: max_shared as usize,
         total_bytes,
         free_bytes,
@@ -440,7 +439,8 @@ impl Connected for Cuda {
 
     fn is_idle(&self, stream: Handle) -> bool {
         // SAFETY: a stream of this device.
-        unsafe { sys::cuStreamQuery(stream.0.cast()) } != CUresult::CUDA_ERROR_NOT_READY
+        let state = unsafe { sys::cuStreamQuery(stream.0.cast()) };
+        state != CUresult::CUDA_ERROR_NOT_READY
     }
 }
 

@@ -70,6 +70,7 @@ impl DevicePtr {
 
 /// Rows of bytes in device memory, dense on the host's side.
 #[derive(Clone, Copy, Debug)]
+#[allow(clippy::struct_field_names)] // a number of rows is what it is
 pub(crate) struct Rows {
     /// The first row.
     pub(crate) at: DevicePtr,
@@ -128,8 +129,6 @@ pub(crate) struct DeviceInfo {
     pub(crate) arch: String,
     /// Threads of a warp.
     pub(crate) warp_size: u32,
-    /// Multiprocessors, for geometry that fills the device.
-    pub(crate) num_multiprocessors: u32,
     /// Most shared memory that a block can have.
     pub(crate) max_shared_bytes: usize,
     /// Memory that is there, and of it what may be taken now.

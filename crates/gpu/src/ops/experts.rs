@@ -18,7 +18,7 @@ use crate::{COUNTERS, Gpu};
 pub(super) use args::SortArgs;
 pub(crate) use args::expert_table;
 
-use args::{Expert, ExpertsArgs, is_pair};
+use args::{Expert, ExpertsArgs, is_supported};
 
 /// Columns of hidden per block of gate and up, and of the output per block of down.
 const HIDDEN_COLS: usize = 32;
@@ -376,7 +376,7 @@ pub(crate) fn experts(
     layer.run(x, ids, weights, out);
 }
 
-/// Router, shared and routed experts; in decode four launches: the router's matrix, the choice and the sort, gate and up, down.
+/// Router, shared and routed experts; in decode three launches: the router with the choice and the sort, gate and up, down.
 ///
 /// The shared expert is one of the experts here, for any number of tokens, so that a token's bits are the same in a prefill
 /// and in a decode.
@@ -387,22 +387,22 @@ pub(crate) fn moe_layer(
     scratch: &MoeScratch<Gpu>,
     out: &Tensor<Gpu>,
 ) {
-    if !is_pair(&w.shared) {
+    if !is_supported(&w.shared) {
         return composite::moe_layer(gpu, x, w, scratch, out);
     }
     shape::experts(x, &scratch.ids, &scratch.weights, &w.experts, out);
     let router_input = Activation::dense(x.dense.clone());
-    linear::linear(gpu, &router_input, &w.router, &scratch.logits);
     let (ids, weights) = (&scratch.ids, &scratch.weights);
     let layer = Layer::new(gpu, x, ids.dim(1), &w.experts, Some(&w.shared)).expect("a shared expert");
     let tokens = ids.dim(0);
     if tokens <= FUSED_TOKENS && layer.fits(tokens) {
+        // The router's sums of ranges lie there too: they are read when the sort begins.
         let room = layer.room(tokens);
-        let sort = Some(layer.sort_args(ids, &room));
-        route::route_and_sort(gpu, &scratch.logits, w.bias.as_ref(), &w.routing, ids, weights, sort);
-        layer.sum(x, ids, weights, out, &room);
-    } else {
-        route::route(gpu, &scratch.logits, w.bias.as_ref(), &w.routing, ids, weights);
-        layer.run(x, ids, weights, out);
+        if route::router(gpu, &router_input, w, scratch, layer.sort_args(ids, &room)) {
+            return layer.sum(x, ids, weights, out, &room);
+        }
     }
+    linear::linear(gpu, &router_input, &w.router, &scratch.logits);
+    route::route(gpu, &scratch.logits, w.bias.as_ref(), &w.routing, ids, weights);
+    layer.run(x, ids, weights, out);
 }

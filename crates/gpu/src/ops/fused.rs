@@ -5,12 +5,13 @@ use r1_backend::{
 };
 
 use super::linear::{GemmArgs, PairLaunch, linear, linear_pair, pair_launch};
+use super::linear_norm::linear_norm;
 use super::norm::{Fp8Out, rms_norm, silu_mul};
 use crate::Gpu;
 use crate::driver::DevicePtr;
 use crate::launch::{Args, dtype_code, is_vectorizable, ptr, stride};
 
-/// The two projections of the hidden state in one launch.
+/// The two projections of the hidden state in one launch, with the norm of the first one's result where rows are few.
 pub(crate) fn mla_qkv(
     gpu: &Gpu,
     x: &Activation<Gpu>,
@@ -22,8 +23,11 @@ pub(crate) fn mla_qkv(
     match &w.q {
         QueryProjection::Direct(direct) => linear_pair(gpu, x, [(direct, q), (&w.kv_a, kv_a)]),
         QueryProjection::LowRank { a, norm, b } => {
-            linear_pair(gpu, x, [(a, &scratch.q_a), (&w.kv_a, kv_a)]);
-            rms_norm(gpu, &scratch.q_a, norm, w.eps, &scratch.q_a_normed);
+            let pair = [(a, &scratch.q_a), (&w.kv_a, kv_a)];
+            if !linear_norm(gpu, x, &pair, None, norm, w.eps, &scratch.q_a_normed) {
+                linear_pair(gpu, x, pair);
+                rms_norm(gpu, &scratch.q_a, norm, w.eps, &scratch.q_a_normed);
+            }
             linear(gpu, &scratch.q_a_normed, b, q);
         }
     }

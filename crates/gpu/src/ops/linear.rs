@@ -1,6 +1,6 @@
 //! Linears, and what all matrix products share: the choice of kernel and tile. Kernels: `kernels/gemm.cu`, `kernels/common/tile.cuh`.
 
-use r1_backend::{Activation, Fp8Activation, Tensor, Weight, shape};
+use r1_backend::{Activation, Fp8Activation, Int4Group, Tensor, Weight, shape};
 use r1_core::DType;
 
 use crate::Gpu;
@@ -12,9 +12,11 @@ use crate::launch::{Args, Geometry, dtype_code, is_vectorizable, ptr, stride};
 pub(super) struct WeightArgs {
     data: DevicePtr,
     scales: DevicePtr,
+    zeros: DevicePtr,
     out: DevicePtr,
     stride: i64,
     scale_stride: i64,
+    zero_stride: i64,
     out_stride: i64,
     n: u32,
     dtype: u32,
@@ -62,22 +64,30 @@ struct Tile {
 
 const SHORT: Tile = Tile { rows: 16, cols: 32, warps: 2, stages: 4 };
 const MIDDLE: Tile = Tile { rows: 64, cols: 32, warps: 4, stages: 3 };
+const MIDDLE_INT4: Tile = Tile { stages: 2, ..MIDDLE };
 const TALL: Tile = Tile { rows: 64, cols: 128, warps: 8, stages: 2 };
 const SIMT: Tile = Tile { rows: 16, cols: 64, warps: 4, stages: 1 };
 /// `sizeof(gemm::SimtShared)`.
 const SIMT_SHARED_BYTES: usize = 4 * (16 * 32 + 32 * 65);
+/// `tile::DTYPE_INT4`.
+const DTYPE_INT4: u32 = 4;
 
 impl Tile {
-    /// `sizeof(tile::Shared)` for activations and weights of these sizes.
-    fn shared_bytes(self, x_bytes: usize, w_bytes: usize, transposed: bool) -> usize {
-        let step = 128 / x_bytes;
-        let (w_rows, w_cols) = if transposed { (step, self.cols) } else { (self.cols, step) };
-        let x = self.rows * (step * x_bytes + 16);
-        let w = w_rows * (w_cols * w_bytes + 16);
-        let wide = if x_bytes == w_bytes { 8 * x_bytes } else { w_rows * (w_cols * x_bytes + 16) };
-        let scales = 4 * (self.rows + self.cols);
+    /// `sizeof(tile::Shared)` for activations and weights of so many bits.
+    fn shared_bytes(self, [x_bits, w_bits]: [usize; 2], transposed: bool) -> usize {
         const FLAG_BYTES: usize = 16;
-        (self.stages * (x + w + scales) + wide + FLAG_BYTES).next_multiple_of(16)
+        const INT4_BITS: usize = 4;
+        let is_int4 = w_bits == INT4_BITS;
+        let step = if is_int4 { 128 } else { 128 * 8 / x_bits };
+        // A row is 16 bytes longer than what it holds.
+        let row_bytes = |numbers: usize, bits: usize| numbers * bits / 8 + 16;
+        let (w_rows, w_cols) = if transposed { (step, self.cols) } else { (self.cols, step) };
+        let x = self.rows * row_bytes(step, x_bits);
+        let w = w_rows * row_bytes(w_cols, w_bits);
+        let wide = if x_bits == w_bits { x_bits } else { w_rows * row_bytes(w_cols, x_bits) };
+        let scales = 4 * (self.rows + self.cols);
+        let halves = if is_int4 { 4 * self.cols * (2 * self.stages + 1) } else { 3 * 16 };
+        (self.stages * (x + w + scales) + wide + FLAG_BYTES + halves).next_multiple_of(16)
     }
 }
 
@@ -120,7 +130,7 @@ pub(super) struct Operand<'a> {
 
 impl<'a> Operand<'a> {
     /// What the weights of a linear meet: the FP8 form where both have one.
-    fn of_linear(x: &'a Activation<Gpu>, w: &Weight<Gpu>) -> Self {
+    pub(super) fn of_linear(x: &'a Activation<Gpu>, w: &Weight<Gpu>) -> Self {
         let (x, scales) = match (&x.fp8, w) {
             (Some(Fp8Activation { data, scales, .. }), Weight::Fp8Block { .. }) => (data, Some(scales)),
             _ => (&x.dense, None),
@@ -133,46 +143,66 @@ impl<'a> Operand<'a> {
 /// A weight's side of the arguments; `out` `[T, H, b]`.
 fn weight_args(operand: &Operand<'_>, w: &Weight<Gpu>, out: &Tensor<Gpu>) -> WeightArgs {
     let data = w.data();
-    // Without scales: one block that never ends.
-    let (scales, scale_stride, block, offset) = match w {
-        Weight::Dense { .. } => (DevicePtr::default(), 0, [u32::MAX; 2], [0; 2]),
-        Weight::Fp8Block { scales, block, offset, .. } => {
-            (ptr(scales), stride(scales, 0), block.map(|size| size as u32), offset.map(|size| size as u32))
-        }
-        Weight::Int4Group(_) => unreachable!("int4 weights have a kernel of their own"),
-    };
-    WeightArgs {
+    let args = WeightArgs {
         data: ptr(data),
-        scales,
         out: ptr(out),
-        stride: stride(data, 0),
-        scale_stride,
         out_stride: stride(out, 0),
         n: out.dim(2) as u32,
-        dtype: dtype_code(data.dtype()),
         out_dtype: dtype_code(out.dtype()),
-        block,
-        offset,
         is_vectorizable: u32::from(is_vectorizable(data) && steps_are_aligned(operand, w)),
         range_len: if operand.rows_per_head == 0 {
-            range_len(data.dim(0), data.dim(1))
+            range_len(w.out_features(), w.in_features())
         } else {
             operand.x.dim(2)
         } as u32,
+        ..WeightArgs::default()
+    };
+    match w {
+        // Without scales: one block that never ends.
+        Weight::Dense { .. } => WeightArgs {
+            stride: stride(data, 0),
+            dtype: dtype_code(data.dtype()),
+            block: [u32::MAX; 2],
+            ..args
+        },
+        Weight::Fp8Block { scales, block, offset, .. } => WeightArgs {
+            scales: ptr(scales),
+            stride: stride(data, 0),
+            scale_stride: stride(scales, 0),
+            dtype: dtype_code(data.dtype()),
+            block: block.map(|size| size as u32),
+            offset: offset.map(|size| size as u32),
+            ..args
+        },
+        Weight::Int4Group(Int4Group { zeros, scales, group, .. }) => WeightArgs {
+            scales: ptr(scales),
+            zeros: ptr(zeros),
+            stride: stride(data, 0) * size_of::<u32>() as i64,
+            scale_stride: stride(scales, 0),
+            zero_stride: stride(zeros, 0),
+            dtype: DTYPE_INT4,
+            block: [1, *group as u32],
+            ..args
+        },
     }
 }
 
 /// Whether every step of the sum begins at a multiple of 16 bytes, given that the operands' rows do: steps end where a
 /// scale's block does.
 fn steps_are_aligned(operand: &Operand<'_>, w: &Weight<Gpu>) -> bool {
+    /// Of E4M3 and of 4-bit codes in 16 bytes.
     const LANES: usize = 16;
-    let Weight::Fp8Block { block, offset, .. } = w else { return true };
-    if operand.transposed {
-        [block[0], offset[0] + operand.first_row, operand.rows_per_head]
-            .iter()
-            .all(|x| x.is_multiple_of(LANES))
-    } else {
-        [block[1], offset[1]].iter().all(|x| x.is_multiple_of(LANES))
+    const INT4_LANES: usize = 32;
+    match w {
+        Weight::Dense { .. } => true,
+        Weight::Int4Group(w) => w.group.is_multiple_of(INT4_LANES),
+        Weight::Fp8Block { block, offset, .. } if operand.transposed => {
+            let rows = [block[0], offset[0] + operand.first_row, operand.rows_per_head];
+            rows.iter().all(|x| x.is_multiple_of(LANES))
+        }
+        Weight::Fp8Block { block, offset, .. } => {
+            [block[1], offset[1]].iter().all(|x| x.is_multiple_of(LANES))
+        }
     }
 }
 
@@ -223,7 +253,7 @@ fn gemm_args(operand: &Operand<'_>, weights: &[(&Weight<Gpu>, Tensor<Gpu>)]) -> 
     args
 }
 
-/// Room for the sums of ranges that `blocks` short tiles make.
+/// Room for the sums of ranges that `blocks` short tiles make, and their counters.
 fn spread_ranges(gpu: &Gpu, args: &mut GemmArgs, num_weights: usize, blocks: usize) {
     args.ranges =
         args.weights[..num_weights].iter().map(|weight| num_ranges(args, weight)).max().unwrap_or(1);
@@ -238,33 +268,33 @@ fn spread_ranges(gpu: &Gpu, args: &mut GemmArgs, num_weights: usize, blocks: usi
 pub(super) fn gemm(gpu: &Gpu, operand: &Operand<'_>, weights: &[(&Weight<Gpu>, Tensor<Gpu>)]) {
     let x = &operand.x;
     let (tokens, heads) = (x.dim(0), x.dim(1));
-    let w_dtype = weights[0].0.data().dtype();
     let mut args = gemm_args(operand, weights);
-    let is_cut = args.weights[..weights.len()].iter().any(|weight| num_ranges(&args, weight) > 1);
-    let kind = Kind::of(x.dtype(), w_dtype);
-    let (kernel, tile) = choose(kind, operand.transposed, tokens, is_cut);
+    let w = weights[0].0;
+    let kind = Kind::of(x.dtype(), w.data().dtype());
+    let is_int4 = x.dtype() == DType::BF16 && matches!(w, Weight::Int4Group(_));
+    let (kernel, tile) = if is_int4 { choose_int4(tokens) } else { choose(kind, operand.transposed, tokens) };
     let tiles_of = |index: usize| weights.get(index).map_or(0, |(_, out)| out.dim(2).div_ceil(tile.cols));
     let tiles = tiles_of(0) + tiles_of(1);
     if weights.len() == 2 {
         args.first_tiles = tiles_of(0) as u32;
     }
-    if tile == SHORT && kind != Kind::Simt {
-        spread_ranges(gpu, &mut args, weights.len(), tiles);
+    if tile == SHORT {
+        spread_ranges(gpu, &mut args, weights.len(), tiles * tokens.div_ceil(tile.rows));
     }
-    let shared_bytes = match kind {
-        Kind::Simt => SIMT_SHARED_BYTES,
-        _ => tile.shared_bytes(x.dtype().size_bytes(), w_dtype.size_bytes(), operand.transposed),
+    let shared_bytes = match (is_int4, kind) {
+        (true, _) => tile.shared_bytes([16, 4], false),
+        (_, Kind::Simt) => SIMT_SHARED_BYTES,
+        _ => tile.shared_bytes(bits_of(x, w), operand.transposed),
     };
     let grid = [tiles, tokens.div_ceil(tile.rows), heads * args.ranges as usize];
     gpu.launch(kernel, Geometry { grid, warps: tile.warps, shared_bytes }, &args);
 }
 
 /// The kernel for so many rows; all of a kind sum in the same order.
-fn choose(kind: Kind, transposed: bool, tokens: usize, is_cut: bool) -> (&'static str, Tile) {
+fn choose(kind: Kind, transposed: bool, tokens: usize) -> (&'static str, Tile) {
     let (index, tile) = match tokens {
         0..=16 => (0, SHORT),
-        // Sums of ranges beside the range's own would cost the tall tile half of its warps.
-        _ if tokens <= 64 || is_cut => (1, MIDDLE),
+        17..=64 => (1, MIDDLE),
         _ => (2, TALL),
     };
     let kernels = match (kind, transposed) {
@@ -279,6 +309,16 @@ fn choose(kind: Kind, transposed: bool, tokens: usize, is_cut: bool) -> (&'stati
     (kernels[index], tile)
 }
 
+/// As [`choose`], for BF16 activations and 4-bit codes.
+fn choose_int4(tokens: usize) -> (&'static str, Tile) {
+    if tokens <= SHORT.rows { ("gemm_int4_short", SHORT) } else { ("gemm_int4_middle", MIDDLE_INT4) }
+}
+
+/// Bits per number of what both hold.
+fn bits_of(x: &Tensor<Gpu>, w: &Weight<Gpu>) -> [usize; 2] {
+    [x.dtype(), w.data().dtype()].map(|dtype| 8 * dtype.size_bytes())
+}
+
 pub(crate) fn linear(gpu: &Gpu, x: &Activation<Gpu>, w: &Weight<Gpu>, out: &Tensor<Gpu>) {
     shape::linear(x, w, out);
     gemm(gpu, &Operand::of_linear(x, w), &[(w, out.split_last(&[1, out.dim(1)]))]);
@@ -286,13 +326,104 @@ pub(crate) fn linear(gpu: &Gpu, x: &Activation<Gpu>, w: &Weight<Gpu>, out: &Tens
 
 /// Two linears of the same `x` in one launch; two launches where they want different kernels.
 pub(crate) fn linear_pair(gpu: &Gpu, x: &Activation<Gpu>, pair: [(&Weight<Gpu>, &Tensor<Gpu>); 2]) {
-    pair.iter().for_each(|(w, out)| shape::linear(x, w, out));
+    for (w, out) in pair {
+        shape::linear(x, w, out);
+    }
     let [first, second] = pair;
     if first.0.data().dtype() != second.0.data().dtype() {
         return pair.iter().for_each(|(w, out)| linear(gpu, x, w, out));
     }
     let pair = pair.map(|(w, out)| (w, out.split_last(&[1, out.dim(1)])));
     gemm(gpu, &Operand::of_linear(x, first.0), &pair);
+}
+
+/// Most rows that a launch with more to do than a product is for.
+pub(super) const FEW_ROWS: usize = 64;
+
+/// The tiles of [`FewRows`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// Ranges of k side by side.
+    Short,
+    Middle,
+    /// Of `gemm_simt`.
+    Numbers,
+}
+
+/// A product of few rows whose kernel goes on, or has other blocks beside it. Bits as from [`gemm`].
+pub(super) struct FewRows {
+    pub(super) kind: Kind,
+    pub(super) form: Form,
+    pub(super) args: GemmArgs,
+    /// Tiles of columns and of rows; heads or ranges.
+    pub(super) grid: [usize; 3],
+    /// Of the product alone.
+    pub(super) shared_bytes: usize,
+    /// Counters that are left, and where they begin.
+    pub(super) counters: DevicePtr,
+    pub(super) num_counters: usize,
+}
+
+impl FewRows {
+    /// For one weight or two; `None` where they want kernels of their own. `always_short`: for any number of rows. `outs` `[T, H, b]`.
+    pub(super) fn new(
+        gpu: &Gpu,
+        operand: &Operand<'_>,
+        weights: &[(&Weight<Gpu>, Tensor<Gpu>)],
+        always_short: bool,
+    ) -> Option<Self> {
+        let (x, w) = (&operand.x, weights[0].0);
+        let is_odd =
+            |w: &Weight<Gpu>| matches!(w, Weight::Int4Group(_)) || w.data().dtype() != weights[0].0.data().dtype();
+        if weights.iter().any(|(w, _)| is_odd(w)) {
+            return None;
+        }
+        let (tokens, heads) = (x.dim(0), x.dim(1));
+        let mut args = gemm_args(operand, weights);
+        let is_cut = args.weights[..weights.len()].iter().any(|weight| num_ranges(&args, weight) > 1);
+        let kind = Kind::of(x.dtype(), w.data().dtype());
+        let (form, tile) = if kind == Kind::Simt {
+            (Form::Numbers, SIMT)
+        } else if tokens <= SHORT.rows || is_cut || always_short {
+            (Form::Short, SHORT)
+        } else {
+            (Form::Middle, MIDDLE)
+        };
+        let tiles: Vec<usize> = weights.iter().map(|(_, out)| out.dim(2).div_ceil(tile.cols)).collect();
+        if weights.len() == 2 {
+            args.first_tiles = tiles[0] as u32;
+        }
+        let (columns, rows) = (tiles.iter().sum::<usize>(), tokens.div_ceil(tile.rows));
+        let mut taken = 0;
+        if form == Form::Short {
+            spread_ranges(gpu, &mut args, weights.len(), columns * rows);
+            taken = columns * rows;
+        }
+        Some(Self {
+            kind,
+            form,
+            grid: [columns, rows, heads * args.ranges as usize],
+            args,
+            shared_bytes: match form {
+                Form::Numbers => SIMT_SHARED_BYTES,
+                _ => tile.shared_bytes(bits_of(x, w), operand.transposed),
+            },
+            counters: gpu.counters().offset(taken * size_of::<u32>()),
+            num_counters: crate::COUNTERS.checked_sub(taken)?,
+        })
+    }
+
+    /// Tiles of columns of the first weight.
+    pub(super) fn first_columns(&self) -> usize {
+        self.grid[0].min(self.args.first_tiles as usize)
+    }
+
+    /// Blocks of a tile of rows that stay for what comes after it, `useful` at most; `blocks` write it. All that wait for
+    /// others are fewer than what the device runs at once.
+    pub(super) fn finishers(&self, gpu: &Gpu, blocks: usize, useful: usize) -> u32 {
+        let waiting = gpu.num_multiprocessors() / 2 / self.grid[1].max(1);
+        waiting.min(blocks).min(useful).max(1) as u32
+    }
 }
 
 /// Most rows of a short tile.
@@ -338,9 +469,8 @@ pub(super) fn pair_launch(
     let mut args = gemm_args(&operand, &[(left, out.clone()), (right, out)]);
     spread_ranges(gpu, &mut args, 2, blocks);
     args.counters = gpu.counters();
-    let [x_bytes, w_bytes] = [operand.x.dtype(), left.data().dtype()].map(DType::size_bytes);
     let shared_bytes =
-        SHORT.shared_bytes(x_bytes, w_bytes, false) + SHORT.rows * SHORT.cols * size_of::<f32>();
+        SHORT.shared_bytes(bits_of(&operand.x, left), false) + SHORT.rows * SHORT.cols * size_of::<f32>();
     let geometry = Geometry { grid: [blocks, 1, args.ranges as usize], warps: SHORT.warps, shared_bytes };
     Some(PairLaunch { kernel, geometry, args })
 }

@@ -8,10 +8,10 @@ use crate::launch::{Args, Geometry, dtype_code, is_vectorizable, ptr, stride};
 
 /// Columns that a thread takes at once, `EIGHT` in eight.cuh.
 pub(super) const EIGHT: usize = 8;
-/// Eights that a thread of a norm keeps, `HELD` in norm.cu.
+/// Eights that a thread of a norm keeps, `HELD` in norm.cuh.
 const HELD: usize = 4;
 /// Most threads of a norm's block.
-const MAX_THREADS: usize = 1024;
+pub(super) const MAX_THREADS: usize = 1024;
 
 /// The twin of `Fp8Out` in eight.cuh.
 #[derive(Clone, Copy, Default)]
@@ -67,7 +67,7 @@ pub(super) const BLOCK_SCRATCH_BYTES: usize = 32 * size_of::<f32>();
 
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct NormArgs {
+pub(super) struct NormArgs {
     x: DevicePtr,
     residual: DevicePtr,
     weight: DevicePtr,
@@ -118,12 +118,22 @@ fn launch_norm(
     eps: f32,
     out: &Activation<Gpu>,
 ) {
-    let dim = x.dim(1);
-    let warps = match norm_warps(gpu, kernel, dim, MAX_THREADS) {
+    let warps = match norm_warps(gpu, kernel, x.dim(1), MAX_THREADS) {
         Ok(warps) => warps,
         Err(error) => return gpu.note(kernel, Err(error)),
     };
-    let args = NormArgs {
+    let geometry = Geometry { grid: [x.dim(0), 1, 1], warps, shared_bytes: BLOCK_SCRATCH_BYTES };
+    gpu.launch(kernel, geometry, &norm_args(residual, x, weight, eps, out));
+}
+
+pub(super) fn norm_args(
+    residual: Option<&Tensor<Gpu>>,
+    x: &Tensor<Gpu>,
+    weight: &Tensor<Gpu>,
+    eps: f32,
+    out: &Activation<Gpu>,
+) -> NormArgs {
+    NormArgs {
         x: ptr(x),
         residual: residual.map_or(DevicePtr(0), ptr),
         weight: ptr(weight),
@@ -132,7 +142,7 @@ fn launch_norm(
         x_stride: stride(x, 0),
         residual_stride: residual.map_or(0, |residual| stride(residual, 0)),
         out_stride: stride(&out.dense, 0),
-        dim: dim as u32,
+        dim: x.dim(1) as u32,
         x_dtype: dtype_code(x.dtype()),
         residual_dtype: residual.map_or(0, |residual| dtype_code(residual.dtype())),
         weight_dtype: dtype_code(weight.dtype()),
@@ -142,9 +152,7 @@ fn launch_norm(
         weight_vectors: is_vectorizable(weight).into(),
         out_vectors: is_vectorizable(&out.dense).into(),
         eps,
-    };
-    let geometry = Geometry { grid: [x.dim(0), 1, 1], warps, shared_bytes: BLOCK_SCRATCH_BYTES };
-    gpu.launch(kernel, geometry, &args);
+    }
 }
 
 /// Blocks for `rows` rows of `cols` columns, eight per thread.

@@ -6,7 +6,7 @@ use r1_backend::{Batch, LatentCache, RopeTable, Tensor, shape};
 
 use super::norm::{BLOCK_SCRATCH_BYTES, EIGHT, norm_warps};
 use crate::Gpu;
-use crate::driver::DevicePtr;
+use crate::driver::{DevicePtr, DriverError};
 use crate::launch::{Args, Geometry, dtype_code, is_vectorizable, ptr, stride};
 
 /// The twin of `rope::Cache`.
@@ -63,7 +63,7 @@ impl Cache {
 
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct CacheArgs {
+pub(super) struct CacheArgs {
     q_rope: DevicePtr,
     kv_a: DevicePtr,
     norm: DevicePtr,
@@ -100,14 +100,38 @@ pub(crate) fn rope_cache(
     cache: &LatentCache<Gpu>,
 ) {
     const OP: &str = "rope_cache";
-    const MAX_THREADS: usize = 128;
     shape::rope_cache(q_rope, kv_a, norm, rope, batch, cache);
-    let (heads, rope_dim) = (q_rope.dim(1), q_rope.dim(2));
-    let warps = match norm_warps(gpu, OP, cache.latent_dim, MAX_THREADS) {
+    let warps = match entry_warps(gpu, cache) {
         Ok(warps) => warps,
         Err(error) => return gpu.note(OP, Err(error)),
     };
-    let args = CacheArgs {
+    let args = cache_args(q_rope, kv_a, norm, eps, rope, batch, cache);
+    let grid = [q_rope.dim(0), token_blocks(gpu, q_rope, warps), 1];
+    gpu.launch(OP, Geometry { grid, warps, shared_bytes: BLOCK_SCRATCH_BYTES }, &args);
+}
+
+/// Warps that norm a latent.
+pub(super) fn entry_warps(gpu: &Gpu, cache: &LatentCache<Gpu>) -> Result<u32, DriverError> {
+    const MAX_THREADS: usize = 128;
+    norm_warps(gpu, "rope_cache", cache.latent_dim, MAX_THREADS)
+}
+
+/// Blocks of so many warps that a token takes: one for its entry, the others for its queries.
+pub(super) fn token_blocks(gpu: &Gpu, q_rope: &Tensor<Gpu>, warps: u32) -> usize {
+    let threads = (warps * gpu.warp_size()) as usize;
+    1 + (q_rope.dim(1) * q_rope.dim(2).div_ceil(EIGHT)).div_ceil(threads)
+}
+
+pub(super) fn cache_args(
+    q_rope: &Tensor<Gpu>,
+    kv_a: &Tensor<Gpu>,
+    norm: &Tensor<Gpu>,
+    eps: f32,
+    rope: &RopeTable<Gpu>,
+    batch: &Batch<Gpu>,
+    cache: &LatentCache<Gpu>,
+) -> CacheArgs {
+    CacheArgs {
         q_rope: ptr(q_rope),
         kv_a: ptr(kv_a),
         norm: ptr(norm),
@@ -119,7 +143,7 @@ pub(crate) fn rope_cache(
         q_head_stride: stride(q_rope, 1),
         kv_stride: stride(kv_a, 0),
         cos_sin_stride: stride(&rope.cos_sin, 0),
-        heads: heads as u32,
+        heads: q_rope.dim(1) as u32,
         q_dtype: dtype_code(q_rope.dtype()),
         kv_dtype: dtype_code(kv_a.dtype()),
         norm_dtype: dtype_code(norm.dtype()),
@@ -127,11 +151,7 @@ pub(crate) fn rope_cache(
         kv_vectors: is_vectorizable(kv_a).into(),
         norm_vectors: is_vectorizable(norm).into(),
         eps,
-    };
-    let threads = (warps * gpu.warp_size()) as usize;
-    let query_blocks = (heads * rope_dim.div_ceil(EIGHT)).div_ceil(threads);
-    let grid = [q_rope.dim(0), 1 + query_blocks, 1];
-    gpu.launch(OP, Geometry { grid, warps, shared_bytes: BLOCK_SCRATCH_BYTES }, &args);
+    }
 }
 
 #[derive(Clone, Copy)]

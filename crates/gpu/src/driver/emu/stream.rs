@@ -12,7 +12,7 @@ use super::blocks::Blocks;
 use crate::driver::{DevicePtr, DriverError, Mark, Rows};
 
 /// More than any kernel takes.
-pub(super) const MAX_ARGS_BYTES: usize = 512;
+pub(super) const MAX_ARGS_BYTES: usize = 1024;
 
 /// An argument struct, aligned as one.
 #[repr(align(16))]
@@ -175,7 +175,7 @@ fn run(command: &Command, blocks: &Blocks, failure: &mut Option<DriverError>) {
         }
         // SAFETY: bytes of this device's memory, which lives longer than the stream.
         Command::Fill { at, size_bytes, byte } => unsafe {
-            ptr::write_bytes(at.0 as *mut u8, *byte, *size_bytes)
+            ptr::write_bytes(at.0 as *mut u8, *byte, *size_bytes);
         },
         Command::Copy { from, to, size_bytes } => {
             // SAFETY: bytes of this device's memory, which lives longer than the stream; they may overlap.

@@ -33,7 +33,7 @@ impl Matrix {
                 block.map(|size| size as u32),
                 offset.map(|size| size as u32),
             ),
-            Weight::Int4Group(_) => unreachable!("the shape check refuses int4 experts"),
+            Weight::Int4Group(_) => unreachable!("the table refuses int4 experts"),
         };
         Self {
             data: ptr(data),
@@ -135,14 +135,17 @@ pub(super) struct ExpertsArgs {
 // SAFETY: the twin of experts::Args.
 unsafe impl Args for ExpertsArgs {}
 
-/// Gate and up are multiplied side by side, by one kernel and in the same steps.
-pub(super) fn is_pair(mlp: &MlpWeights<Gpu>) -> bool {
-    let blocks = |w: &Weight<Gpu>| match w {
-        Weight::Dense { .. } => None,
-        Weight::Fp8Block { block, offset, .. } => Some((block[1], offset[1])),
-        Weight::Int4Group(_) => unreachable!("the shape check refuses int4 experts"),
+/// Whether the kernels take it: they have no 4-bit weights, and multiply gate and up side by side, in the same steps.
+pub(super) fn is_supported(mlp: &MlpWeights<Gpu>) -> bool {
+    let is_pair = match (&mlp.gate, &mlp.up) {
+        (Weight::Dense { data: gate }, Weight::Dense { data: up }) => gate.dtype() == up.dtype(),
+        (
+            Weight::Fp8Block { block: gate, offset: gate_offset, .. },
+            Weight::Fp8Block { block: up, offset: up_offset, .. },
+        ) => gate[1] == up[1] && gate_offset[1] == up_offset[1],
+        _ => false,
     };
-    mlp.gate.data().dtype() == mlp.up.data().dtype() && blocks(&mlp.gate) == blocks(&mlp.up)
+    is_pair && !matches!(mlp.down, Weight::Int4Group(_))
 }
 
 /// The addresses and formats of a layer's experts, as the kernels read them.
@@ -152,9 +155,9 @@ pub(crate) fn expert_table(gpu: &Gpu, local: &[MlpWeights<Gpu>]) -> Result<Tenso
         let why = format!("{} experts on one device, {MAX_EXPERTS} are supported: raise --tp", local.len());
         return Err(refused(why));
     }
-    if let Some(index) = local.iter().position(|mlp| !is_pair(mlp)) {
+    if let Some(index) = local.iter().position(|mlp| !is_supported(mlp)) {
         return Err(refused(format!(
-            "gate and up of expert {index} have different formats; convert them to the same element type and blocks"
+            "expert {index} is int4, or its gate and up differ in format; convert it to FP8 blocks or BF16"
         )));
     }
     let matrices = local.iter().map(Expert::new).flat_map(|expert| [expert.gate, expert.up, expert.down]);

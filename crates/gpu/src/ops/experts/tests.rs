@@ -1,5 +1,6 @@
 //! Parts of a batch, refusals, and how many launches a decode-sized layer is.
 
+use std::any::Any;
 use std::sync::{Arc, Mutex};
 
 use r1_backend::{Backend, HostSlice, HostSliceMut, MlpScratch, Routing, ScoreFunction};
@@ -56,12 +57,12 @@ fn parts_give_what_all_tokens_at_once_give() {
 
 #[test]
 fn gate_and_up_of_different_formats_are_refused() {
-    let driver = Emu::new(EmuOptions { threads: 1, memory_bytes: 1 << 20 }).expect("an emulated device");
-    let gpu = Gpu::new(Arc::new(driver), 1 << 20, 1 << 10).expect("room");
+    let driver = Emu::new(EmuOptions { threads: 1, memory_bytes: 8 << 20 }).expect("an emulated device");
+    let gpu = Gpu::new(Arc::new(driver), 8 << 20, 1 << 10).expect("room");
     let dense = |dtype| Weight::Dense { data: gpu.alloc(&[4, 4], dtype).expect("room") };
     let mlp = MlpWeights { gate: dense(DType::BF16), up: dense(DType::F32), down: dense(DType::BF16) };
     let refused = Experts::new(&gpu, vec![mlp], 0, 1).err().expect("refused").to_string();
-    assert!(refused.contains("gate and up of expert 0 have different formats"), "{refused}");
+    assert!(refused.contains("expert 0 is int4, or its gate and up differ in format"), "{refused}");
 }
 
 /// The emulated device, with a list of what was launched.
@@ -105,7 +106,7 @@ impl Driver for Watched {
     fn replay(&self, graph: &RecordedGraph) -> Result<(), DriverError> {
         self.emu.replay(graph)
     }
-    fn as_any(self: Arc<Self>) -> Arc<dyn std::any::Any + Send + Sync> {
+    fn as_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
         self
     }
 }
