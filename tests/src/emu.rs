@@ -1,6 +1,7 @@
-//! Emulated GPUs: the GPU backend's kernels and launches, run on the host.
+//! GPUs for tests: emulated ones, which run the GPU backend's kernels on the host, or a real one where the environment names it.
 
-use std::sync::Arc;
+use std::env;
+use std::sync::{Arc, OnceLock};
 
 use r1_gpu::Gpu;
 
@@ -15,4 +16,24 @@ pub fn emulated(devices: usize) -> Vec<Arc<Gpu>> {
     let threads = if devices == 1 { 2 } else { 1 };
     let open = || Gpu::emulated(threads, MEMORY_BYTES).expect("an emulated device");
     (0..devices).map(|_| Arc::new(open())).collect()
+}
+
+/// The GPU that `R1_GPU_DEVICE` names (`cuda` or `rocm`), which all tests of a binary share (`--test-threads=1`), and otherwise an
+/// emulated one.
+///
+/// # Panics
+/// When there is no such device.
+pub fn gpu() -> Arc<Gpu> {
+    static SHARED: OnceLock<Arc<Gpu>> = OnceLock::new();
+    let allow_ptx = env::var_os("R1_GPU_ALLOW_PTX").is_some_and(|value| !value.is_empty());
+    let name = env::var("R1_GPU_DEVICE").unwrap_or_else(|_| "emu".into());
+    let open = || match name.as_str() {
+        "cuda" => Gpu::cuda(0, 0.3, allow_ptx),
+        "rocm" => Gpu::rocm(0, 0.3),
+        _ => panic!("R1_GPU_DEVICE is {name:?}; there are cuda, rocm and emu"),
+    };
+    match name.as_str() {
+        "emu" => emulated(1).remove(0),
+        _ => SHARED.get_or_init(|| Arc::new(open().unwrap_or_else(|error| panic!("{error}")))).clone(),
+    }
 }

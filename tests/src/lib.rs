@@ -8,7 +8,7 @@ mod golden;
 pub mod server;
 mod tiny;
 
-pub use emu::emulated;
+pub use emu::{emulated, gpu};
 pub use faulty::{Faulty, Fuse};
 pub use feed::{Feed, Feeder, Load, teacher_force, teacher_force_stages};
 pub use golden::{Gap, Golden, goldens_dir};

@@ -10,7 +10,7 @@ use r1_cpu::{Cpu, CpuOptions};
 use r1_gpu::Gpu;
 use r1_model::{DeepSeek, Fp8Compute, MlaForm, WeightFormat};
 use r1_reference::Reference;
-use r1_tests::{Feed, Gap, Golden, Load, emulated, teacher_force};
+use r1_tests::{Feed, Gap, Golden, Load, gpu, teacher_force};
 use r1_weights::{Checkpoint, ModelConfig};
 
 const TOYS: [&str; 7] =
@@ -20,10 +20,6 @@ const FORMS: [MlaForm; 3] = [MlaForm::Absorbed, MlaForm::Expanded, MlaForm::Auto
 
 fn cpu() -> Arc<Cpu> {
     Arc::new(Cpu::new(CpuOptions { threads: Some(2), isa: None }).expect("a CPU"))
-}
-
-fn emu() -> Arc<Gpu> {
-    emulated(1).remove(0)
 }
 
 /// Sequences of a batch, by the chunk that each is fed in.
@@ -59,8 +55,8 @@ fn cpu_matches_transformers_in_f32() {
 }
 
 #[test]
-fn emu_matches_transformers_in_f32() {
-    let backend = emu();
+fn gpu_matches_transformers_in_f32() {
+    let backend = gpu();
     for name in TOYS {
         matches_in_f32(&backend, name, &[MlaForm::Absorbed, MlaForm::Expanded], FEW_CHUNKS);
     }
@@ -104,8 +100,8 @@ fn cpu_is_batch_invariant() {
 }
 
 #[test]
-fn emu_is_batch_invariant() {
-    let backend = emu();
+fn gpu_is_batch_invariant() {
+    let backend = gpu();
     let chunks: Chunks<'_> = &[&[1], &[64, 1, 3, 7]];
     let load = Load::f32(MlaForm::Absorbed);
     for name in ["toy_v3_bf16", "toy_v2"] {
@@ -188,8 +184,8 @@ fn reference_in_bf16_is_as_close_as_torch() {
 }
 
 #[test]
-fn emu_in_bf16_is_as_close_as_torch() {
-    let backend = emu();
+fn gpu_in_bf16_is_as_close_as_torch() {
+    let backend = gpu();
     for name in BF16_TOYS {
         is_as_good_as_torch_in_bf16(&backend, name);
     }
@@ -217,14 +213,14 @@ fn reference_matches_w8a8() {
 }
 
 #[test]
-fn emu_matches_w8a8() {
-    matches_w8a8(&emu());
+fn gpu_matches_w8a8() {
+    matches_w8a8(&gpu());
 }
 
 /// What a GPU runs by default, BF16 between W8A8 linears: no further from F32 than torch's W8A8 and twice its BF16 together.
 #[test]
-fn emu_in_bf16_w8a8_is_as_close_as_torch() {
-    let backend = emu();
+fn gpu_in_bf16_w8a8_is_as_close_as_torch() {
+    let backend = gpu();
     for name in ["toy_v3_fp8", "toy_ragged_fp8"] {
         let golden = Golden::open(name);
         let (ids, expected) = (golden.input_ids(), golden.logits("logits"));

@@ -17,10 +17,10 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use r1_backend::{
-    Activation, AttentionKind, Backend, BackendError, Batch, Capabilities, Communicator, Experts, HeadWeight, HostSlice,
-    HostSliceMut, HostTensor, KvCache, LatentCache, LogprobsOut, MemoryUse, MlpScratch, MlpWeights,
-    MoeScratch, MoeWeights, QkvScratch, QkvWeights, RopeTable, Routing, SamplingBatch, Tensor, Ticket,
-    Weight, WeightFormat,
+    Activation, AttentionKind, Backend, BackendError, Batch, Capabilities, Communicator, Experts, HeadWeight,
+    HostSlice, HostSliceMut, HostTensor, KvCache, LatentCache, LogprobsOut, MemoryUse, MlpScratch,
+    MlpWeights, MoeScratch, MoeWeights, QkvScratch, QkvWeights, RopeTable, Routing, SamplingBatch, Tensor,
+    Ticket, Weight, WeightFormat,
 };
 use r1_core::DType;
 

@@ -4,10 +4,9 @@
 use std::sync::Arc;
 
 use r1_backend::{
-    Activation, Backend, Batch, CommError, Communicator, Experts, GroupScore, Groups,
-    HeadForm, HeadWeight, HostSlice, HostSliceMut, HostTensor, LatentCache, MlpScratch, MlpWeights,
-    MoeScratch, MoeWeights, QkvScratch, QkvWeights, QueryProjection, RopeTable, Routing, ScoreFunction,
-    Tensor, Weight, composite,
+    Activation, Backend, Batch, CommError, Communicator, Experts, GroupScore, Groups, HeadForm, HeadWeight,
+    HostSlice, HostSliceMut, HostTensor, LatentCache, MlpScratch, MlpWeights, MoeScratch, MoeWeights,
+    QkvScratch, QkvWeights, QueryProjection, RopeTable, Routing, ScoreFunction, Tensor, Weight, composite,
 };
 use r1_core::DType;
 use r1_gpu::Gpu;
@@ -306,7 +305,8 @@ fn moe_layer() {
                     norm_topk_prob: true,
                     routed_scaling_factor: 2.5,
                 },
-                experts: Experts::new(gpu, (0..4).map(|e| mlp(10 + 6 * e)).collect(), 0, total).expect("room"),
+                experts: Experts::new(gpu, (0..4).map(|e| mlp(10 + 6 * e)).collect(), 0, total)
+                    .expect("room"),
                 shared: mlp(100),
             };
             let x = input(gpu, [MANY, dim], dtype, fp8);
