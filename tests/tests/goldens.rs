@@ -7,7 +7,6 @@ use r1_backend::Backend;
 use r1_comm::Local;
 use r1_core::DType;
 use r1_cpu::{Cpu, CpuOptions};
-use r1_gpu::Gpu;
 use r1_model::{DeepSeek, Fp8Compute, MlaForm, WeightFormat};
 use r1_reference::Reference;
 use r1_tests::{Feed, Gap, Golden, Load, gpu, teacher_force};

@@ -124,6 +124,7 @@ pub(crate) fn open(ordinal: usize, allow_ptx: bool) -> Result<Device<Cuda>, Driv
         name,
         arch: format!("sm_{major}{minor}"),
         warp_size: attribute(Attribute::CU_DEVICE_ATTRIBUTE_WARP_SIZE)? as u32,
+        num_multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as u32,
         max_shared_bytes: max_shared as usize,
         total_bytes,
         free_bytes,

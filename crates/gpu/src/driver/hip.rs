@@ -26,6 +26,7 @@ const DEVICE_TO_DEVICE: c_int = 3;
 const STREAM_NON_BLOCKING: c_uint = 1;
 const EVENT_DISABLE_TIMING: c_uint = 2;
 const CAPTURE_THREAD_LOCAL: c_int = 1;
+const ATTRIBUTE_MULTIPROCESSOR_COUNT: c_int = 63;
 const ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK: c_int = 74;
 /// More than `hipDeviceProp_t` of any version takes (1,472 bytes in HIP 6).
 const PROPERTIES_BYTES: usize = 16 << 10;
@@ -221,7 +222,8 @@ pub(crate) fn open(ordinal: usize) -> Result<Device<Hip>, DriverError> {
         let code = unsafe { (functions.hipDeviceGetAttribute)(&raw mut value, attribute, device) };
         functions.check("hipDeviceGetAttribute", code).map(|()| value)
     };
-    let shared = attribute(ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK)?;
+    let (processors, shared) =
+        (attribute(ATTRIBUTE_MULTIPROCESSOR_COUNT)?, attribute(ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK)?);
     let mut api = Hip { functions, device, modules: Vec::new() };
     api.enter()?;
     let (free_bytes, total_bytes) = api.memory()?;
@@ -233,6 +235,7 @@ pub(crate) fn open(ordinal: usize) -> Result<Device<Hip>, DriverError> {
         driver: "rocm",
         name,
         warp_size: WAVE,
+        num_multiprocessors: processors as u32,
         max_shared_bytes: shared as usize,
         total_bytes,
         free_bytes,

@@ -129,6 +129,8 @@ pub(crate) struct DeviceInfo {
     pub(crate) arch: String,
     /// Threads of a warp.
     pub(crate) warp_size: u32,
+    /// Multiprocessors, for geometry that fills the device.
+    pub(crate) num_multiprocessors: u32,
     /// Most shared memory that a block can have.
     pub(crate) max_shared_bytes: usize,
     /// Memory that is there, and of it what may be taken now.

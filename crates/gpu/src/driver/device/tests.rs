@@ -174,6 +174,7 @@ fn info() -> DeviceInfo {
         driver: "fake",
         name: "fake".into(),
         arch: "fake".into(),
+        num_multiprocessors: 1,
         warp_size: 32,
         max_shared_bytes: 1024,
         total_bytes: 80 << 30,

@@ -68,6 +68,7 @@ impl Emu {
                 name: format!("emulated GPU ({} host threads)", options.threads),
                 arch: "emu".into(),
                 warp_size: 32,
+                num_multiprocessors: options.threads as u32,
                 max_shared_bytes: 160 << 10,
                 total_bytes: options.memory_bytes,
                 free_bytes: options.memory_bytes,
