@@ -142,9 +142,17 @@ impl Bench {
         }
         let own = rows.iter().map(|row| row.flops as f64 / row.took.as_secs_f64()).fold(0.0, f64::max);
         let flops_per_s = matmul_tflops.map_or(own, |tflops| tflops * 1e12);
-        let whose = if matmul_tflops.is_some() { "another library's BF16 product" } else { "the best product of this run" };
+        let whose = if matmul_tflops.is_some() {
+            "another library's BF16 product"
+        } else {
+            "the best product of this run"
+        };
         println!("{}", self.gpu.describe());
-        println!("ceilings: {:.0} GB/s copied; {:.1} TFLOP/s, {whose}\n", copy_bytes_per_s / 1e9, flops_per_s / 1e12);
+        println!(
+            "ceilings: {:.0} GB/s copied; {:.1} TFLOP/s, {whose}\n",
+            copy_bytes_per_s / 1e9,
+            flops_per_s / 1e12
+        );
         println!("| kernel | us | GB/s | TFLOP/s | of the ceiling that binds |\n|---|---|---|---|---|");
         for Row { kernel, took, bytes, flops } in rows {
             let seconds = took.as_secs_f64();
@@ -167,7 +175,12 @@ impl Bench {
         let weight = self.tensor(&[hidden], DType::BF16)?;
         let out = Activation::dense(self.gpu.alloc(&[tokens, hidden], DType::BF16)?);
         let took = self.time(|| self.gpu.rms_norm(&x, &weight, 1e-6, &out))?;
-        Ok(Row { kernel: format!("rms_norm [{tokens}, {hidden}]"), took, bytes: tokens * hidden * 4, flops: 0 })
+        Ok(Row {
+            kernel: format!("rms_norm [{tokens}, {hidden}]"),
+            took,
+            bytes: tokens * hidden * 4,
+            flops: 0,
+        })
     }
 
     fn add(&mut self) -> Result<Row, Box<dyn Error>> {
@@ -192,6 +205,11 @@ impl Bench {
         let out = self.gpu.alloc(&[m, n], DType::BF16)?;
         let took = self.time(|| self.gpu.linear(&x, &weight, &out))?;
         let bytes = weight.size_bytes() + (m * k + m * n) * 2;
-        Ok(Row { kernel: format!("linear {dtype} [{m}, {k}] x [{n}, {k}]"), took, bytes, flops: 2 * m * n * k })
+        Ok(Row {
+            kernel: format!("linear {dtype} [{m}, {k}] x [{n}, {k}]"),
+            took,
+            bytes,
+            flops: 2 * m * n * k,
+        })
     }
 }
