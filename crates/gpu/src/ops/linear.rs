@@ -373,8 +373,9 @@ impl FewRows {
         always_short: bool,
     ) -> Option<Self> {
         let (x, w) = (&operand.x, weights[0].0);
-        let is_odd =
-            |w: &Weight<Gpu>| matches!(w, Weight::Int4Group(_)) || w.data().dtype() != weights[0].0.data().dtype();
+        let is_odd = |w: &Weight<Gpu>| {
+            matches!(w, Weight::Int4Group(_)) || w.data().dtype() != weights[0].0.data().dtype()
+        };
         if weights.iter().any(|(w, _)| is_odd(w)) {
             return None;
         }

@@ -71,7 +71,11 @@ pub(super) fn linear_norm(
         norm: norm_args(residual, normed, norm, eps, out),
         counters: product.counters,
         norm_threads: norm_warps * gpu.warp_size(),
-        finishers: product.finishers(gpu, blocks, if product.form == Form::Middle { tokens } else { tokens.min(SHORT_ROWS) }),
+        finishers: product.finishers(
+            gpu,
+            blocks,
+            if product.form == Form::Middle { tokens } else { tokens.min(SHORT_ROWS) },
+        ),
         gemm: product.args,
     };
     let shared_bytes = product.shared_bytes + BLOCK_SCRATCH_BYTES + FLAG_BYTES;

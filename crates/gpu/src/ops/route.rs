@@ -116,7 +116,8 @@ pub(super) fn router(
     shape::linear(x, &w.router, logits);
     let out = logits.split_last(&[1, logits.dim(1)]);
     // Few columns: every range of k needs a block of its own, however many rows there are.
-    let Some(product) = FewRows::new(gpu, &Operand::of_linear(x, &w.router), &[(&w.router, out)], true) else {
+    let Some(product) = FewRows::new(gpu, &Operand::of_linear(x, &w.router), &[(&w.router, out)], true)
+    else {
         return false;
     };
     let kernel = match (product.kind, product.form) {
