@@ -33,7 +33,8 @@ fn has_feature(name: &str) -> bool {
 fn embed(constant: &str, images: &[device::Image]) -> String {
     let mut text = format!("/// Compiled kernel files.\npub(crate) static {constant}: &[Image] = &[\n");
     for image in images {
-        let (names, file) = (names(&image.source), image.source.file_name().expect("a kernel file"));
+        let names = names(&image.source);
+        let file = image.source.file_name().and_then(|name| name.to_str()).expect("a kernel file's name");
         writeln!(
             text,
             "    Image {{ file: {file:?}, arch: {:?}, kernels: &{names:?}, bytes: &Aligned(*include_bytes!({:?})) }},",
@@ -79,8 +80,6 @@ fn emulator(kernels: &Path, sources: &[PathBuf]) {
 fn table(names: &[String]) -> String {
     let mut text = String::new();
     let mut say = |line: String| writeln!(text, "{line}").expect("a string takes all");
-    say("/// Every kernel's name.".into());
-    say(format!("pub(crate) const NAMES: &[&str] = &{names:?};"));
     say("// SAFETY: as `R1_KERNEL` in kernels/common/gpu.cuh defines them.".into());
     say("unsafe extern \"C\" {".into());
     for name in names {

@@ -214,7 +214,7 @@ DEVICE void product(const Args& a, const Weight& weight, const Place& at, u32 be
             } else if (S::HAS_W_SCALES && thread < S::BN) {
                 async_copy4(&mem.w_scales[slot][thread], my_w_scale + steps.k_block * scale_k, thread % S::OUTPUTS < cols);
             }
-            if (S::PAIRED) {
+            if constexpr (S::PAIRED) {
                 const Weight& right = a.weights[1];
                 const W* from = static_cast<const W*>(right.data) + at.n0 * right.stride + steps.k;
                 copy_tile<S::THREADS, S::OUTPUTS, S::W_COLS>(mem.w[slot] + S::OUTPUTS * S::LDW, S::LDW, from, right.stride, cols, len, right.is_vectorizable);

@@ -4,11 +4,12 @@
     pip install -r tests/clients/requirements.txt
     pytest tests/clients
 
-R1_SERVE_BIN names another binary. What the model must answer stands in tests/goldens/tiny_r1.json: transformers' greedy replies.
+R1_SERVE_BIN names another binary, and R1_SERVE_ARGS what every server is started with, such as "--device emu --tp 2". What the model must answer stands in tests/goldens/tiny_r1.json: transformers' greedy replies.
 """
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BINARY = Path(os.environ.get("R1_SERVE_BIN", ROOT / "target/release/r1-serve"))
+COMMAND = [BINARY, *shlex.split(os.environ.get("R1_SERVE_ARGS", ""))]
 MODEL_FOLDER = ROOT / "crates/cli/model"
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 40
@@ -66,7 +68,7 @@ class Server:
         if not BINARY.is_file():
             pytest.exit(f"{BINARY} does not exist: run `cargo build --release` or set R1_SERVE_BIN", returncode=2)
         environment = {k: v for k, v in os.environ.items() if k != "R1_API_KEY"} | self.environment
-        command = [BINARY, "--port", str(self.port), *self.arguments]
+        command = [*COMMAND, "--port", str(self.port), *self.arguments]
         self.process = subprocess.Popen(command, stdout=self.log.open("wb"), stderr=subprocess.STDOUT, env=environment)
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self.healthy():

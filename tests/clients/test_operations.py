@@ -11,7 +11,7 @@ import time
 import httpx2
 import openai
 import pytest
-from conftest import BINARY, START_TIMEOUT_S, STRAWBERRY, Server, free_port
+from conftest import COMMAND, START_TIMEOUT_S, STRAWBERRY, Server, free_port
 
 USER = [{"role": "user", "content": STRAWBERRY}]
 # With it a reply never ends by itself, so that a limit must end it.
@@ -84,7 +84,7 @@ def test_a_body_over_the_limit_is_refused_while_it_is_still_sent(server):
 def test_log_lines_are_json_and_name_their_request(tmp_path):
     port = free_port()
     errors = tmp_path / "stderr"
-    command = [BINARY, "--port", str(port), "--log-format", "json", "--request-timeout", "0.2"]
+    command = [*COMMAND, "--port", str(port), "--log-format", "json", "--request-timeout", "0.2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors.open("wb"))
     try:
         wait_ready(port)
@@ -153,7 +153,7 @@ def test_too_many_connections_are_survived(tmp_path):
             before = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
             try:
-                command = [BINARY, "--port", str(self.port), *self.arguments]
+                command = [*COMMAND, "--port", str(self.port), *self.arguments]
                 self.process = subprocess.Popen(command, stdout=self.log.open("wb"), stderr=subprocess.STDOUT)
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -5,22 +5,22 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use r1_backend::{Backend, CommError, Communicator, Tensor};
 
-/// Sums until one of them panics; 0 is never.
+/// Calls until one of them panics; 0 is never.
 pub type Fuse = Arc<AtomicUsize>;
 
-/// A rank that panics in the sum at which its fuse has burnt down.
+/// A rank that panics in the call at which a fuse has burnt down.
 pub struct Faulty<B: Backend> {
     /// Does the work.
     pub inner: Arc<dyn Communicator<B>>,
-    /// How long it lasts.
+    /// How many sums it lasts.
     pub fuse: Fuse,
+    /// How many checks, which are what is left of a communicator on the host where a step was captured.
+    pub checks: Fuse,
 }
 
-impl<B: Backend> Faulty<B> {
-    fn burn(&self) {
-        let burnt = self.fuse.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
-        assert!(burnt != Ok(1), "injected");
-    }
+fn burn(fuse: &Fuse) {
+    let burnt = fuse.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+    assert!(burnt != Ok(1), "injected");
 }
 
 impl<B: Backend> Communicator<B> for Faulty<B> {
@@ -33,7 +33,7 @@ impl<B: Backend> Communicator<B> for Faulty<B> {
     }
 
     fn all_reduce(&self, backend: &B, x: &Tensor<B>) {
-        self.burn();
+        burn(&self.fuse);
         self.inner.all_reduce(backend, x);
     }
 
@@ -66,6 +66,7 @@ impl<B: Backend> Communicator<B> for Faulty<B> {
     }
 
     fn check(&self) -> Result<(), CommError> {
+        burn(&self.checks);
         self.inner.check()
     }
 }

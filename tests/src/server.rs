@@ -1,7 +1,9 @@
 //! The served binary: starts it on a free port, talks HTTP to it, stops it.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -31,13 +33,25 @@ impl Server {
     /// # Panics
     /// When it does not become ready.
     pub fn start(binary: &str, args: &[&str]) -> Self {
-        let server = Self::start_unready(binary, args);
+        Self::start_unready(binary, args).until_ready()
+    }
+
+    /// The same, with what it says of itself in a file.
+    ///
+    /// # Panics
+    /// When it does not become ready, or the file cannot be written.
+    pub fn start_with_log(binary: &str, args: &[&str], log: &Path) -> Self {
+        let log = File::create(log).expect("a log file");
+        Self::spawn(binary, args, log.into()).until_ready()
+    }
+
+    fn until_ready(self) -> Self {
         let since = Instant::now();
-        while server.get("/health").is_none_or(|reply| reply.status != 200) {
+        while self.get("/health").is_none_or(|reply| reply.status != 200) {
             assert!(since.elapsed() < START_TIMEOUT, "the server is not ready");
             std::thread::sleep(Duration::from_millis(20));
         }
-        server
+        self
     }
 
     /// Starts `binary` and does not wait.
@@ -45,6 +59,10 @@ impl Server {
     /// # Panics
     /// When it cannot be started.
     pub fn start_unready(binary: &str, args: &[&str]) -> Self {
+        Self::spawn(binary, args, Stdio::null())
+    }
+
+    fn spawn(binary: &str, args: &[&str], log: Stdio) -> Self {
         // Another process may take the port in between; then the server says so and the test fails by name.
         let address =
             TcpListener::bind("127.0.0.1:0").and_then(|probe| probe.local_addr()).expect("a free port");
@@ -53,7 +71,7 @@ impl Server {
             .args(["--port", &address.port().to_string()])
             .env_remove("R1_API_KEY")
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
+            .stderr(log)
             .spawn()
             .expect("the binary starts");
         Self { child, address }

@@ -9,8 +9,11 @@ use r1_backend::Backend;
 use r1_core::{DType, Rank};
 use r1_cpu::{Cpu, CpuOptions};
 use r1_engine::{EngineConfig, EngineInfo, Handle, Inbox, LocalRanks, RankLoader, Status};
+use r1_gpu::Gpu;
 use r1_model::{Fp8Compute, KvCacheFormat, MlaForm, ModelOptions, WeightFormat};
 use r1_weights::{Checkpoint, ModelConfig};
+
+use crate::emulated;
 
 /// Where the bundled model lies.
 pub fn tiny_dir() -> PathBuf {
@@ -33,6 +36,10 @@ pub struct Tiny {
     pub num_blocks: Option<usize>,
     /// Whether prompts share what they have in common.
     pub prefix_cache: bool,
+    /// F32 or BF16.
+    pub dtype: DType,
+    /// W8 or W8A8.
+    pub fp8: Fp8Compute,
     /// What the KV cache holds.
     pub kv_cache: KvCacheFormat,
     /// Whether tokens may depend on nothing but the request.
@@ -58,6 +65,8 @@ impl Default for Tiny {
             max_model_len: 512,
             num_blocks: None,
             prefix_cache: true,
+            dtype: DType::F32,
+            fp8: Fp8Compute::WeightOnly,
             kv_cache: KvCacheFormat::Activations,
             deterministic: false,
             depth: 1,
@@ -72,10 +81,10 @@ impl Default for Tiny {
 impl Tiny {
     fn options(&self) -> ModelOptions {
         ModelOptions {
-            activation_dtype: DType::F32,
+            activation_dtype: self.dtype,
             kv_cache: self.kv_cache,
             weights: WeightFormat::AsStored,
-            fp8: Fp8Compute::WeightOnly,
+            fp8: self.fp8,
             mla_form: if self.deterministic { MlaForm::Absorbed } else { MlaForm::Auto },
             deterministic: self.deterministic,
             max_batched_tokens: self.max_num_batched_tokens,
@@ -96,6 +105,22 @@ impl Tiny {
         let threads = if self.ranks == 1 { 2 } else { 1 };
         let cpu = || Cpu::new(CpuOptions { threads: Some(threads), isa: None }).expect("a CPU");
         self.start_on((0..self.ranks).map(|_| Arc::new(cpu().sharing_memory(self.ranks))).collect())
+    }
+
+    /// Starts the engine on `ranks` emulated GPUs, which meet as GPUs do.
+    ///
+    /// # Panics
+    /// When it does not start.
+    pub fn start_emulated(&self) -> Handle {
+        self.start_ranks(Arc::new(self.emulated_ranks()))
+    }
+
+    /// The ranks that [`start_emulated`](Self::start_emulated) starts.
+    ///
+    /// # Panics
+    /// When the bundled model cannot be read.
+    pub fn emulated_ranks(&self) -> LocalRanks<Gpu> {
+        LocalRanks { connect: Arc::new(Gpu::connect), ..self.ranks_on(emulated(self.ranks)) }
     }
 
     /// Starts the engine on these devices.

@@ -6,24 +6,27 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use r1_backend::{CommError, Communicator};
-use r1_core::{Rank, SamplingParams, TokenId};
+use r1_backend::{Backend, CommError, Communicator};
+use r1_core::{DType, Rank, SamplingParams, TokenId};
 use r1_cpu::{Cpu, CpuOptions};
 use r1_engine::{EngineError, Event, Generation, Handle, LocalRanks, RankLoader, Request, Status};
+use r1_gpu::Gpu;
 use r1_model::{DeepSeek, ModelError};
 use r1_tests::{Faulty, Fuse, Tiny};
 
-/// Ranks of which one has a fuse.
-struct FaultyRanks {
-    ranks: LocalRanks<Cpu>,
+/// Ranks of which one has fuses.
+struct FaultyRanks<B: Backend> {
+    ranks: LocalRanks<B>,
     faulty: usize,
     fuse: Fuse,
+    checks: Fuse,
 }
 
-impl RankLoader<Cpu> for FaultyRanks {
-    fn connect(&self) -> Result<Vec<Arc<dyn Communicator<Cpu>>>, CommError> {
-        let wrap = |(rank, inner): (usize, Arc<dyn Communicator<Cpu>>)| -> Arc<dyn Communicator<Cpu>> {
-            if rank == self.faulty { Arc::new(Faulty { inner, fuse: self.fuse.clone() }) } else { inner }
+impl<B: Backend> RankLoader<B> for FaultyRanks<B> {
+    fn connect(&self) -> Result<Vec<Arc<dyn Communicator<B>>>, CommError> {
+        let wrap = |(rank, inner): (usize, Arc<dyn Communicator<B>>)| -> Arc<dyn Communicator<B>> {
+            let (fuse, checks) = (self.fuse.clone(), self.checks.clone());
+            if rank == self.faulty { Arc::new(Faulty { inner, fuse, checks }) } else { inner }
         };
         Ok(self.ranks.connect()?.into_iter().enumerate().map(wrap).collect())
     }
@@ -31,9 +34,9 @@ impl RankLoader<Cpu> for FaultyRanks {
     fn load(
         &self,
         rank: Rank,
-        comm: Arc<dyn Communicator<Cpu>>,
+        comm: Arc<dyn Communicator<B>>,
         progress: &mut dyn FnMut(f32),
-    ) -> Result<DeepSeek<Cpu>, ModelError> {
+    ) -> Result<DeepSeek<B>, ModelError> {
         self.ranks.load(rank, comm, progress)
     }
 }
@@ -66,6 +69,14 @@ fn run(engine: &Handle, start: u32) -> Vec<TokenId> {
     tokens
 }
 
+fn frees_its_blocks(engine: &Handle, case: &str) {
+    let since = Instant::now();
+    while engine.stats().kv_blocks_used > 0 {
+        assert!(since.elapsed() < Duration::from_secs(5), "{case}: {:?}", engine.stats());
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
 #[test]
 fn a_panic_on_any_rank_fails_the_steps_in_flight_and_nothing_else() {
     for (world, faulty) in [(1, 0), (2, 0), (2, 1)] {
@@ -73,7 +84,8 @@ fn a_panic_on_any_rank_fails_the_steps_in_flight_and_nothing_else() {
             let tiny = Tiny { depth, deterministic: true, ..Tiny::default() };
             let fuse = Fuse::default();
             let ranks = tiny.ranks_on((0..world).map(|_| cpu()).collect());
-            let engine = tiny.start_ranks(Arc::new(FaultyRanks { ranks, faulty, fuse: fuse.clone() }));
+            let faulty_ranks = FaultyRanks { ranks, faulty, fuse: fuse.clone(), checks: Fuse::default() };
+            let engine = tiny.start_ranks(Arc::new(faulty_ranks));
             let case = format!("rank {faulty} of {world}, depth {depth}");
             // The second prompt is not cached before it fails: half-written blocks must not be found afterwards.
             let (first, second) = (run(&engine, 1), run(&Tiny { ranks: world, ..tiny.clone() }.start(), 2));
@@ -92,13 +104,111 @@ fn a_panic_on_any_rank_fails_the_steps_in_flight_and_nothing_else() {
             }
             let failed = engine.stats().failed_steps_total;
             assert!((3..=3 * depth as u64).contains(&failed), "{case}: {failed} steps failed");
-            let since = Instant::now();
-            while engine.stats().kv_blocks_used > 0 {
-                assert!(since.elapsed() < Duration::from_secs(5), "{case}: {:?}", engine.stats());
-                thread::sleep(Duration::from_millis(2));
-            }
+            frees_its_blocks(&engine, &case);
         }
     }
+}
+
+/// A short prompt, no block of which is full.
+fn short(start: u32) -> Request {
+    let long = request(start);
+    let params = SamplingParams { max_tokens: 8, ..long.params };
+    Request { prompt: long.prompt[..12].to_vec(), params, ..long }
+}
+
+fn run_short(engine: &Handle, start: u32) -> Vec<TokenId> {
+    let (tokens, ended) = read(engine.submit(short(start)).expect("accepted"));
+    assert_eq!((tokens.len(), ended), (8, Ok(())));
+    tokens
+}
+
+/// Emulated GPUs whose decode steps are captured: a rank that fails in a prefill or in the replay of a captured step is put into
+/// a fresh group with the others, in which decode steps are captured again.
+#[test]
+fn emulated_ranks_that_fail_are_put_together_again() {
+    for (ranks, faulty) in [(1, 0), (2, 0), (2, 1)] {
+        let tiny = Tiny { ranks, depth: 2, max_num_seqs: 3, deterministic: true, ..Tiny::default() };
+        let (fuse, checks) = (Fuse::default(), Fuse::default());
+        let engine = tiny.start_ranks(Arc::new(FaultyRanks {
+            ranks: tiny.emulated_ranks(),
+            faulty,
+            fuse: fuse.clone(),
+            checks: checks.clone(),
+        }));
+        let expected = [1, 2].map(|start| run_short(&engine, start));
+        // In the prefill; in its end; in a decode step.
+        for (before, (sums, waits)) in (0..).zip([(3, 0), (0, 1), (0, 4)]) {
+            let case = format!("rank {faulty} of {ranks}, after {sums} sums or {waits} steps");
+            fuse.store(sums, Ordering::Relaxed);
+            checks.store(waits, Ordering::Relaxed);
+            let (tokens, ended) = read(engine.submit(short(1)).expect("accepted"));
+            assert_eq!(ended, Err(EngineError::Step("injected".into())), "{case}");
+            assert_eq!(tokens, expected[0][..waits.saturating_sub(1)], "{case}");
+            const FAR: usize = 1 << 20;
+            checks.store(0, Ordering::Relaxed);
+            for start in [2, 1] {
+                fuse.store(FAR, Ordering::Relaxed);
+                assert_eq!(run_short(&engine, start), expected[start as usize - 1], "{case}");
+                // The embedding and two halves of four layers: the host called for the sums of the prefill, and no others.
+                assert_eq!(FAR - fuse.swap(0, Ordering::Relaxed), 9, "{case}: decode steps are replayed");
+            }
+            let (failed, failures) = (engine.stats().failed_steps_total, before + 1);
+            assert!((failures..=2 * failures).contains(&failed), "{case}: {failed} steps failed");
+        }
+        frees_its_blocks(&engine, &format!("rank {faulty} of {ranks}"));
+    }
+}
+
+#[test]
+fn emulated_ranks_that_cannot_capture_again_end_the_engine() {
+    let tiny = Tiny { ranks: 2, depth: 2, max_num_seqs: 2, ..Tiny::default() };
+    let mut ranks = tiny.emulated_ranks();
+    let (connect, connected) = (ranks.connect.clone(), AtomicUsize::new(0));
+    let fuse = Fuse::default();
+    let of_first = fuse.clone();
+    ranks.connect = Arc::new(move |devices, elements| {
+        // In the fresh group nine sums are run eagerly first; the second rank breaks in what is captured behind them.
+        let again = connected.fetch_add(1, Ordering::Relaxed) > 0;
+        let fuse = if again { Fuse::new(AtomicUsize::new(15)) } else { of_first.clone() };
+        let wrap = |(rank, inner): (usize, Arc<dyn Communicator<Gpu>>)| -> Arc<dyn Communicator<Gpu>> {
+            let fuse = if rank == 1 { fuse.clone() } else { Fuse::default() };
+            Arc::new(Faulty { inner, fuse, checks: Fuse::default() })
+        };
+        Ok(connect(devices, elements)?.into_iter().enumerate().map(wrap).collect())
+    });
+    let engine = tiny.start_ranks(Arc::new(ranks));
+    run_short(&engine, 1);
+    fuse.store(3, Ordering::Relaxed);
+    let (_, ended) = read(engine.submit(short(2)).expect("accepted"));
+    assert_eq!(ended, Err(EngineError::Step("injected".into())));
+    assert_eq!(why_failed(&engine), "rank 1 cannot capture its decode steps again: injected");
+}
+
+/// A failure of the device itself, in the words of its driver: it needs memory in a step and has none.
+#[test]
+fn an_emulated_gpu_that_fails_a_step_serves_the_next_one() {
+    let tiny = Tiny { depth: 2, max_num_seqs: 3, ..Tiny::default() };
+    let gpu = Arc::new(Gpu::emulated(2, 160 << 20).expect("an emulated device"));
+    let engine = tiny.start_on(vec![gpu.clone()]);
+    let expected = run_short(&engine, 1);
+    // More biases than the device keeps room for: it takes more memory when it first sees them.
+    let biased = || {
+        let mut request = short(1);
+        request.params.logit_bias = vec![(TokenId(300), 0.0); 200_000];
+        request
+    };
+    let mut hog = Vec::new();
+    while let Some(free @ 0x1_0000..) = gpu.free_bytes() {
+        hog.push(gpu.alloc(&[free], DType::F8E4M3).expect("what is free"));
+    }
+    let (tokens, ended) = read(engine.submit(biased()).expect("accepted"));
+    let Err(EngineError::Step(why)) = ended else { panic!("{ended:?}") };
+    assert!(why.contains("sample") && why.contains("no room for 2097152 bytes"), "{why}");
+    assert_eq!(tokens, []);
+    assert_eq!(run_short(&engine, 1), expected);
+    drop(hog);
+    assert_eq!(read(engine.submit(biased()).expect("accepted")), (expected, Ok(())));
+    assert_eq!(engine.status(), Status::Ready);
 }
 
 #[test]
@@ -106,7 +216,8 @@ fn a_request_that_waits_outlives_a_step_that_fails() {
     let tiny = Tiny { max_num_seqs: 1, ..Tiny::default() };
     let fuse = Fuse::default();
     let ranks = tiny.ranks_on(vec![cpu()]);
-    let engine = tiny.start_ranks(Arc::new(FaultyRanks { ranks, faulty: 0, fuse: fuse.clone() }));
+    let faulty_ranks = FaultyRanks { ranks, faulty: 0, fuse: fuse.clone(), checks: Fuse::default() };
+    let engine = tiny.start_ranks(Arc::new(faulty_ranks));
     let expected = run(&engine, 2);
     fuse.store(30, Ordering::Relaxed);
     let [fails, waits] = [1, 2].map(|start| engine.submit(request(start)).expect("accepted"));
@@ -153,8 +264,9 @@ fn connects(times: usize) -> (Tiny, LocalRanks<Cpu>, Fuse) {
         if connected.fetch_add(1, Ordering::Relaxed) >= times {
             return Err(CommError::Connect { transport: "wire", why: "it is cut".into() });
         }
-        let wrap =
-            |inner| -> Arc<dyn Communicator<Cpu>> { Arc::new(Faulty { inner, fuse: of_rank.clone() }) };
+        let wrap = |inner| -> Arc<dyn Communicator<Cpu>> {
+            Arc::new(Faulty { inner, fuse: of_rank.clone(), checks: Fuse::default() })
+        };
         Ok(in_host_memory(devices, elements)?.into_iter().map(wrap).collect())
     });
     (tiny, ranks, fuse)
@@ -177,15 +289,19 @@ fn ranks_that_lose_each_other_end_the_engine() {
     fuse.store(20, Ordering::Relaxed);
     let ended = [1, 2].map(|start| engine.submit(request(start)).expect("accepted")).map(read);
     assert!(ended.iter().all(|(_, ended)| ended.is_err()), "{ended:?}");
+    assert_eq!(why_failed(&engine), "wire: the ranks cannot be connected: it is cut");
+}
+
+/// Why the engine ended, which it does soon.
+fn why_failed(engine: &Handle) -> String {
     let since = Instant::now();
-    let why = loop {
+    loop {
         match engine.status() {
-            Status::Failed(why) => break why,
+            Status::Failed(why) => return why,
             status => assert!(since.elapsed() < Duration::from_secs(5), "{status:?}"),
         }
         thread::sleep(Duration::from_millis(2));
-    };
-    assert_eq!(why, "wire: the ranks cannot be connected: it is cut");
+    }
 }
 
 #[test]

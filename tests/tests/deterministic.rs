@@ -2,9 +2,9 @@
 //! prompt is cut. Without the flag nothing of the kind is promised.
 #![forbid(unsafe_code)]
 
-use r1_core::{SamplingParams, TokenId};
+use r1_core::{DType, SamplingParams, TokenId};
 use r1_engine::{Event, Generation, Handle, Request};
-use r1_model::KvCacheFormat;
+use r1_model::{Fp8Compute, KvCacheFormat};
 use r1_tests::Tiny;
 
 const BLOCK_SIZE: usize = 16;
@@ -242,4 +242,59 @@ fn on_two_ranks_as_well() {
     assert!(hit.cached_tokens > 0);
     same("on two ranks, after a hit", &hit.trace, &expected);
     drop(read(other));
+}
+
+/// The same on the emulated GPU in what GPUs run by default, BF16 between W8A8 linears: decode steps are captured and padded
+/// there, and run a step ahead.
+fn emulated(ranks: usize, kv_cache: KvCacheFormat) {
+    const LEN: usize = 40;
+    const NEW: u32 = 24;
+    let fp8 = Fp8Compute::WeightsAndActivations;
+    let emu = || Tiny { ranks, dtype: DType::BF16, fp8, kv_cache, depth: 2, ..tiny() };
+    let mine = || request(prompt(1, LEN), NEW);
+    let expected = run(&emu().start_emulated(), mine()).trace;
+    assert_eq!(expected.len(), NEW as usize);
+
+    let engine = Tiny { prefix_cache: true, ..emu() }.start_emulated();
+    let mut generations: Vec<_> = (2..8)
+        .map(|seed| engine.submit(request(prompt(seed, 9 * seed as usize), 16)).expect("accepted"))
+        .collect();
+    generations.insert(3, engine.submit(mine()).expect("accepted"));
+    let traces: Vec<_> = generations.into_iter().map(|generation| read(generation).trace).collect();
+    same("in a batch", &traces[3], &expected);
+    let hit = run(&engine, mine());
+    assert_eq!(hit.cached_tokens as usize, (LEN - 1) / BLOCK_SIZE * BLOCK_SIZE);
+    same("after a hit", &hit.trace, &expected);
+
+    // Both prompts fit, both replies do not; steps wait for each other and run eagerly.
+    let engine = Tiny {
+        max_num_batched_tokens: 7,
+        max_num_seqs: 4,
+        max_model_len: 128,
+        num_blocks: Some(128 / BLOCK_SIZE),
+        depth: 1,
+        max_captured_seqs: 0,
+        ..emu()
+    };
+    let engine = engine.start_emulated();
+    let first = engine.submit(request(prompt(3, LEN), 60)).expect("accepted");
+    let second = engine.submit(mine()).expect("accepted");
+    let (_, second) = (read(first), read(second));
+    assert!(engine.stats().preemptions_total > 0, "nothing was preempted");
+    same("in chunks of 7, eagerly, and preempted", &second.trace, &expected);
+}
+
+#[test]
+fn on_an_emulated_gpu() {
+    emulated(1, KvCacheFormat::Activations);
+}
+
+#[test]
+fn on_an_emulated_gpu_over_an_fp8_cache() {
+    emulated(1, KvCacheFormat::Fp8);
+}
+
+#[test]
+fn on_two_emulated_gpus() {
+    emulated(2, KvCacheFormat::Activations);
 }

@@ -8,7 +8,7 @@ use r1_backend::{Backend, Tensor};
 use r1_cpu::{Cpu, CpuOptions};
 use r1_model::{KvCacheFormat, MlaForm};
 use r1_reference::Reference;
-use r1_tests::{Feed, Gap, Golden, Load, goldens_dir, teacher_force, tiny_dir};
+use r1_tests::{Feed, Gap, Golden, Load, emulated, goldens_dir, teacher_force, tiny_dir};
 
 fn cpu() -> Arc<Cpu> {
     Arc::new(Cpu::new(CpuOptions { threads: Some(2), isa: None }).expect("a CPU"))
@@ -50,6 +50,20 @@ fn the_bundled_model_means_the_same() {
     }
 }
 
+/// A tenth of it on the emulated GPU.
+#[test]
+fn the_bundled_model_means_the_same_on_emu() {
+    let seqs: Vec<_> = replies().into_iter().step_by(10).collect();
+    let tokens = seqs.iter().map(Vec::len).sum::<usize>();
+    let emu = emulated(1).remove(0);
+    let dense = logits(&cpu(), Load::f32(MlaForm::Absorbed), &tiny_dir(), &seqs);
+    for form in [MlaForm::Absorbed, MlaForm::Expanded] {
+        let gap = Gap::between(&logits(&emu, fp8(form), &tiny_dir(), &seqs), &dense, dense.len() / tokens);
+        assert!(gap.argmax_agree > 0.98 && gap.mean_abs < 0.06 && gap.max_abs < 8.0, "{form:?}: {gap:?}");
+        assert!(gap.mean_abs > 1e-3, "{form:?}: {gap:?} is not what FP8 does");
+    }
+}
+
 /// On random weights logits move by 0.014 to 0.066 of their standard deviation, and in the oracle in the same way.
 #[test]
 fn the_toys_mean_the_same() {
@@ -64,6 +78,24 @@ fn the_toys_mean_the_same() {
         // A sum in another order can move a latent across a rounding boundary.
         let gap = Gap::between(&on_cpu, &oracle, vocab_size);
         assert!(gap.mean_abs < 2e-3 * std, "{name}, CPU and oracle: {gap:?}");
+    }
+}
+
+#[test]
+fn the_toys_mean_the_same_on_emu() {
+    let emu = emulated(1).remove(0);
+    for name in ["toy_v3_fp8", "toy_v2", "toy_ragged_fp8"] {
+        let golden = Golden::open(name);
+        let (ids, expected) = (vec![golden.input_ids()], golden.logits("logits"));
+        let (vocab_size, std) = (expected.len() / ids[0].len(), golden.fact("/logits_std"));
+        for form in [MlaForm::Absorbed, MlaForm::Expanded] {
+            let found = logits(&emu, fp8(form), &golden.dir, &ids);
+            let gap = Gap::between(&found, &expected, vocab_size);
+            assert!(gap.argmax_agree > 0.9 && gap.mean_abs < 0.1 * std, "{name} {form:?}: {gap:?}");
+            let oracle = logits(&Arc::new(Reference::new()), fp8(form), &golden.dir, &ids);
+            let gap = Gap::between(&found, &oracle, vocab_size);
+            assert!(gap.mean_abs < 2e-3 * std, "{name} {form:?}, emu and oracle: {gap:?}");
+        }
     }
 }
 

@@ -4,18 +4,22 @@
 use std::fs;
 use std::sync::Arc;
 
-use r1_core::{FinishReason, SamplingParams, TokenId};
+use r1_core::{DType, FinishReason, SamplingParams, TokenId};
 use r1_engine::{Event, Handle, Request};
+use r1_model::Fp8Compute;
 use r1_reference::Reference;
 use r1_tests::{Tiny, goldens_dir, tiny_dir};
 use r1_text::{ChatInput, ChatTemplate, Tokenizer};
 
 const MAX_NEW_TOKENS: u32 = 260;
 
+#[derive(Clone)]
 struct Expected {
     question: String,
     prompt: Vec<TokenId>,
     output: Vec<TokenId>,
+    /// How far the likeliest token was ahead of the next one, at the closest place.
+    min_margin: f64,
 }
 
 fn expected() -> Vec<Expected> {
@@ -31,6 +35,7 @@ fn expected() -> Vec<Expected> {
             question: reply["prompt_text"].as_str().expect("a question").to_owned(),
             prompt: ids(&reply["prompt_ids"]),
             output: ids(&reply["output_ids"]),
+            min_margin: reply["min_margin"].as_f64().expect("a margin"),
         })
         .collect()
 }
@@ -38,6 +43,10 @@ fn expected() -> Vec<Expected> {
 fn answers_like_transformers(handle: &Handle) {
     let expected = expected();
     assert_eq!(expected.len(), 50);
+    answers(handle, &expected);
+}
+
+fn answers(handle: &Handle, expected: &[Expected]) {
     let eos = TokenId(1);
     let running: Vec<_> = (expected.iter())
         .map(|expected| {
@@ -80,6 +89,36 @@ fn answers_like_transformers(handle: &Handle) {
 fn cpu_answers_like_transformers() {
     for ranks in [1, 2, 4] {
         answers_like_transformers(&Tiny { ranks, max_num_seqs: 16, ..Tiny::default() }.start());
+    }
+}
+
+/// On the emulated GPU, a step ahead of it, each decode step a captured one.
+#[test]
+fn emu_answers_like_transformers() {
+    for ranks in [1, 2] {
+        let tiny = Tiny { ranks, depth: 2, max_num_seqs: 16, ..Tiny::default() };
+        answers_like_transformers(&tiny.start_emulated());
+    }
+}
+
+/// What a GPU runs by default, BF16 between W8A8 linears: where no token is a near miss, and eagerly as well.
+#[test]
+fn emu_in_bf16_w8a8_answers_like_transformers() {
+    let clear: Vec<_> = expected().into_iter().filter(|expected| expected.min_margin > 2.0).collect();
+    assert!(clear.len() > 30);
+    let fp8 = Fp8Compute::WeightsAndActivations;
+    for max_captured_seqs in [usize::MAX, 0] {
+        let tiny = Tiny {
+            dtype: DType::BF16,
+            fp8,
+            max_captured_seqs,
+            depth: 2,
+            max_num_seqs: 16,
+            ..Tiny::default()
+        };
+        let every = if max_captured_seqs == 0 { 4 } else { 1 };
+        let asked: Vec<_> = clear.iter().step_by(every).cloned().collect();
+        answers(&tiny.start_emulated(), &asked);
     }
 }
 

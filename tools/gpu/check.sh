@@ -33,27 +33,32 @@ if [[ -n $pack ]]; then
     root=$(cd "$here/../.." && pwd)
     cd "$root" || exit 1
     with=()
-    [[ -n $features ]] && with=(--features "$features")
-    cargo build --release -p r1-cli "${with[@]}" || fail "the server was not built"
-    cargo build --release -p r1-gpu --bin r1-gpu-check "${with[@]}" || fail "the bench was not built"
-    tests=$(cargo test --release -p r1-gpu --test conformance --no-run --message-format=json "${with[@]}" |
-        sed -n 's/.*"name":"conformance".*"executable":"\([^"]*\)".*/\1/p' | tail -1)
-    [[ -x $tests ]] || fail "the tests were not built"
+    [[ -n $features ]] && with=(--features "r1-gpu/${features//,/,r1-gpu/}")
+    # All of the workspace, so that what its own build and tests made is not made again.
+    cargo build --release --workspace --bins "${with[@]}" || fail "the programs were not built"
+    built=$(cargo test --release --workspace --test conformance --test goldens --no-run --message-format=json "${with[@]}") ||
+        fail "the tests were not built"
+    test_binary() { sed -n "/crates\/gpu\|r1-tests/s/.*\"name\":\"$1\".*\"executable\":\"\([^\"]*\)\".*/\1/p" <<<"$built" | tail -1; }
+    conformance=$(test_binary conformance)
+    goldens=$(test_binary goldens)
+    [[ -x $conformance && -x $goldens ]] || fail "the tests were not built"
     target=$(cargo metadata --format-version 1 --no-deps | sed 's/.*"target_directory":"\([^"]*\)".*/\1/')
     mkdir -p "$pack" || exit 1
-    for file in "$target/release/r1-serve" "$target/release/r1-gpu-check" "$tests"; do
+    for file in "$target/release/r1-serve" "$target/release/r1-gpu-check" "$conformance" "$goldens"; do
         name=$(basename "$file")
-        [[ $file == "$tests" ]] && name=conformance
+        [[ $file == "$conformance" ]] && name=conformance
+        [[ $file == "$goldens" ]] && name=goldens
         strip -o "$pack/$name" "$file" || fail "$file was not copied"
         bytes=$(stat -c %s "$pack/$name")
         ((bytes < MAX_BYTES)) || fail "$name has $bytes bytes, which is more than $MAX_BYTES"
         echo "$name: $bytes bytes"
     done
     cp "${BASH_SOURCE[0]}" "$pack/check.sh"
+    rm -rf "$pack/fixtures" && cp -r tests/goldens "$pack/fixtures" || fail "the goldens were not copied"
     exit
 fi
 
-for file in r1-serve r1-gpu-check conformance; do
+for file in r1-serve r1-gpu-check conformance goldens; do
     [[ -x $here/$file ]] || fail "there is no $file beside this script: make a folder with --pack"
 done
 if [[ -z $device ]]; then
@@ -83,6 +88,13 @@ R1_GPU_DEVICE=$device R1_GPU_ALLOW_PTX=${allow_ptx[0]:-} \
     timeout 400 "$here/conformance" --test-threads="$threads" 2>&1 | tee "$work/conformance" | grep -E '^test .*FAILED|^test result'
 row conformance "${PIPESTATUS[0]}" "$(sed -n 's/^test result: [^.]*\. \([0-9]* passed; [0-9]* failed\).*/\1/p' "$work/conformance"), $((SECONDS - start)) s"
 ((failed)) && grep -A12 -E '^---- .* stdout' "$work/conformance"
+
+echo "== goldens on $device"
+start=$SECONDS
+R1_GPU_DEVICE=$device R1_GPU_ALLOW_PTX=${allow_ptx[0]:-} R1_GOLDENS=$here/fixtures \
+    timeout 200 "$here/goldens" --test-threads="$threads" gpu_ 2>&1 | tee "$work/goldens" | grep -E '^test .*FAILED|^test result'
+row goldens "${PIPESTATUS[0]}" "$(sed -n 's/^test result: [^.]*\. \([0-9]* passed; [0-9]* failed\).*/\1/p' "$work/goldens"), $((SECONDS - start)) s"
+((failed)) && grep -A12 -E '^---- .* stdout' "$work/goldens"
 
 echo "== the bundled model over HTTP on $device"
 port=$((20000 + RANDOM % 20000))
@@ -144,7 +156,7 @@ PYTHON
     ) && [[ -n $tflops ]] && ceiling=(--matmul-tflops "$tflops")
 fi
 timeout 120 "$here/r1-gpu-check" bench "$device" "${allow_ptx[@]}" "${ceiling[@]}" 2>&1 | tee "$work/bench" | sed '/^|/d'
-row "kernel benches" "${PIPESTATUS[0]}" "$(grep -c '^| [a-z]' "$work/bench") kernels, below"
+row "kernel benches" "${PIPESTATUS[0]}" "$(grep '^|' "$work/bench" | tail -n +3 | wc -l) kernels, the table above"
 
 echo
 grep '^|' "$work/bench"

@@ -93,12 +93,12 @@ def amd(source, arch, out):
         if "vgpr_count" not in values:
             continue
         value = lambda key: int(values.get(key, "0"))
-        spilled = 4 * value("vgpr_spill_count") + 4 * value("sgpr_spill_count")
         registers = f"{value('vgpr_count')} + {value('sgpr_count')}"
         rows[(values["name"], arch)] = {
             "registers": registers,
-            # Scratch that is no spill: an array that the compiler could not keep in registers.
-            "spilled": max(spilled, value("private_segment_fixed_size")),
+            # Scratch memory: spilled vector registers, and arrays that did not fit in registers. Scalar registers spill to lanes
+            # of vector ones, which costs no memory.
+            "spilled": max(4 * value("vgpr_spill_count"), value("private_segment_fixed_size")),
             "shared": value("group_segment_fixed_size"),
         }
     return rows

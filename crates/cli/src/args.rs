@@ -69,7 +69,7 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_enum, default_value_t = LoadFormat::Auto)]
     pub(crate) load_format: LoadFormat,
 
-    /// Where to compute.
+    /// Where to compute. auto: NVIDIA's GPUs, else AMD's, else the CPU. emu: the GPU code on emulated GPUs, slow, for tests.
     #[arg(long, value_enum, default_value_t = Device::Auto)]
     pub(crate) device: Device,
 
@@ -111,9 +111,14 @@ pub(crate) struct ModelArgs {
     )]
     pub(crate) max_num_batched_tokens: usize,
 
-    /// Share of the memory that is free after loading that the KV cache may take, on any device.
-    #[arg(long, alias = "mem-fraction-static", value_name = "SHARE", default_value_t = 0.5, value_parser = share)]
-    pub(crate) gpu_memory_utilization: f64,
+    /// Share of the memory that may be taken. On a GPU: of the GPU's memory, weights and KV cache together [default: 0.9]; on a
+    /// CPU: of what is free after loading, by the KV cache [default: 0.5].
+    #[arg(long, alias = "mem-fraction-static", value_name = "SHARE", value_parser = share)]
+    pub(crate) gpu_memory_utilization: Option<f64>,
+
+    /// Let NVIDIA's driver compile the kernels at start for a GPU that this build has no native code for.
+    #[arg(long)]
+    pub(crate) allow_ptx: bool,
 
     /// Tokens that the KV cache holds [default: what is useful and fits].
     #[arg(long, value_name = "TOKENS", value_parser = at_least_one)]
@@ -307,7 +312,11 @@ pub(crate) enum Device {
 impl Device {
     /// Whether decode steps are captured on it.
     fn captures(self) -> bool {
-        matches!(self, Self::Cuda | Self::Rocm | Self::Emu)
+        match self {
+            Self::Cuda | Self::Rocm | Self::Emu => true,
+            Self::Cpu | Self::Reference => false,
+            Self::Auto => r1_gpu::devices().iter().any(|found| found.devices.is_ok()),
+        }
     }
 }
 

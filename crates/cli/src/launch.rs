@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::thread;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use r1_backend::Backend;
 use r1_core::{DType, Rank};
 use r1_cpu::{Cpu, CpuOptions};
 use r1_engine::{Connect, EngineConfig, connect_in_host_memory};
-use r1_gpu::Gpu;
+use r1_gpu::{DriverError, Gpu};
 use r1_model::{Fp8Compute, KvCacheFormat, MlaForm, ModelOptions, WeightFormat};
 use r1_reference::Reference;
 
@@ -31,11 +31,32 @@ pub(crate) trait OnDevice {
 }
 
 impl AnyDevice {
-    /// The device that `--device` names, once for each of `--tp` ranks.
-    pub(crate) fn open(args: &ModelArgs) -> Result<Self> {
+    /// The device that `--device` names, once for each of `--tp` ranks; for auto with a note on which one was taken and why.
+    pub(crate) fn open(args: &ModelArgs) -> Result<(Self, Option<String>)> {
+        if args.device != Device::Auto {
+            return Ok((Self::open_one(args, args.device)?, None));
+        }
+        let mut absent = Vec::new();
+        for found in r1_gpu::devices() {
+            match found.devices {
+                Ok(count) => {
+                    let device = if found.driver == "cuda" { Device::Cuda } else { Device::Rocm };
+                    absent
+                        .insert(0, format!("--device auto takes {}, which shows {count} GPUs", found.driver));
+                    return Ok((Self::open_one(args, device)?, Some(absent.join("; "))));
+                }
+                Err(why) => absent.push(format!("{}: {why}", found.driver)),
+            }
+        }
+        absent.insert(0, "--device auto takes the CPU".into());
+        Ok((Self::open_one(args, Device::Cpu)?, Some(absent.join("; "))))
+    }
+
+    fn open_one(args: &ModelArgs, device: Device) -> Result<Self> {
         let ranks = args.tp;
-        match args.device {
-            Device::Auto | Device::Cpu => {
+        match device {
+            Device::Auto => unreachable!("auto was decided"),
+            Device::Cpu => {
                 let cores = thread::available_parallelism().map_or(1, usize::from);
                 let threads = args.threads.map_or(cores, usize::from);
                 if args.threads.is_some() && threads < ranks {
@@ -53,12 +74,40 @@ impl AnyDevice {
             Device::Reference => {
                 Ok(Self::Reference((0..ranks).map(|_| Arc::new(Reference::new())).collect()))
             }
-            Device::Cuda => bail!("--device cuda is not in this build yet; --device cpu runs everywhere"),
-            Device::Rocm => bail!("--device rocm is not in this build yet; --device cpu runs everywhere"),
+            Device::Cuda | Device::Rocm if args.threads.is_some() => {
+                bail!("--threads binds no GPU; leave it out or take --device cpu")
+            }
+            Device::Cuda => Self::open_gpus(args, "cuda", |i, share| Gpu::cuda(i, share, args.allow_ptx)),
+            Device::Rocm => Self::open_gpus(args, "rocm", Gpu::rocm),
             Device::Emu => {
                 let devices = Gpu::emulated_on_host(args.threads.map(usize::from), ranks)?;
                 Ok(Self::Gpu(devices.into_iter().map(Arc::new).collect()))
             }
+        }
+    }
+
+    /// A GPU of that driver for each rank.
+    fn open_gpus(
+        args: &ModelArgs,
+        driver: &str,
+        open: impl Fn(usize, f64) -> Result<Gpu, DriverError>,
+    ) -> Result<Self> {
+        let found = r1_gpu::devices().into_iter().find(|found| found.driver == driver);
+        let count = found.expect("a driver that is listed").devices;
+        let count = count.with_context(|| format!("--device {driver}; --device cpu runs everywhere"))?;
+        if count < args.tp {
+            bail!("--tp {} needs a GPU for each rank, and {driver} shows {count}", args.tp);
+        }
+        let share = args.gpu_memory_utilization.unwrap_or(GPU_MEMORY_SHARE);
+        let open = |i| open(i, share).with_context(|| format!("--device {driver}, GPU {i}"));
+        Ok(Self::Gpu((0..args.tp).map(|i| Ok(Arc::new(open(i)?))).collect::<Result<_>>()?))
+    }
+
+    /// Of what is free after loading, what the KV cache takes: a GPU's memory is bounded as a whole.
+    fn kv_memory_fraction(&self, asked: Option<f64>) -> f64 {
+        match self {
+            Self::Gpu(devices) if devices[0].name() != "emu" => GPU_KV_SHARE,
+            _ => asked.unwrap_or(HOST_KV_SHARE),
         }
     }
 
@@ -89,6 +138,13 @@ impl AnyDevice {
         }
     }
 }
+
+/// What a GPU's process takes of its memory.
+const GPU_MEMORY_SHARE: f64 = 0.9;
+/// Of what is left of that after loading, what the KV cache takes: the rest is for sampling parameters that outgrow their room.
+const GPU_KV_SHARE: f64 = 0.97;
+/// Of the host's free memory, what the KV cache takes.
+const HOST_KV_SHARE: f64 = 0.5;
 
 /// Tokens per block of the KV cache; what two prompts have in common is shared in whole blocks.
 const BLOCK_SIZE: usize = 64;
@@ -161,7 +217,7 @@ impl Launch {
                 max_num_seqs,
                 max_num_batched_tokens,
                 max_model_len,
-                kv_memory_fraction: args.gpu_memory_utilization,
+                kv_memory_fraction: device.kv_memory_fraction(args.gpu_memory_utilization),
                 num_blocks: args.max_total_tokens.map(|tokens| tokens.div_ceil(BLOCK_SIZE)),
                 prefix_cache: !args.no_prefix_cache,
                 depth: None,

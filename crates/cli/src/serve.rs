@@ -42,7 +42,10 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         bail!("--api-key is empty; no client can send an empty key");
     }
     let source = Source::open(&args.model)?;
-    let device = AnyDevice::open(&args.model)?;
+    let (device, note) = AnyDevice::open(&args.model)?;
+    if let Some(note) = note {
+        tracing::info!("{note}");
+    }
     let (seqs, tokens) = (args.model.max_num_seqs, args.model.max_num_batched_tokens);
     let launch = Launch::new(&args.model, &source, &device, seqs, tokens)?;
     let model = served_model(args, &source)?;
@@ -69,6 +72,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     let address = listener.local_addr()?;
     let banner = Banner {
         name: model.names[0].clone(),
+        checkpoint_bytes: source.checkpoint.size_bytes(),
         device: device.describe(),
         precision: launch.precision(&source),
         address,
@@ -161,6 +165,8 @@ fn served_model(args: &ServeArgs, source: &Source) -> Result<ServedModel> {
 
 struct Banner {
     name: String,
+    /// What is loaded.
+    checkpoint_bytes: u64,
     device: String,
     precision: String,
     address: SocketAddr,
@@ -244,7 +250,12 @@ async fn until_ready(engine: &Handle, banner: &Banner) -> Result<(), String> {
     bar.set_message(banner.name.clone());
     loop {
         match engine.status() {
-            Status::Loading { progress, .. } => bar.set_position((progress * STEPS as f32) as u64),
+            Status::Loading { progress, elapsed } => {
+                bar.set_position((progress * STEPS as f32) as u64);
+                let loaded = f64::from(progress) * banner.checkpoint_bytes as f64;
+                let rate = loaded / 1e9 / elapsed.as_secs_f64().max(1e-3);
+                bar.set_message(format!("{} at {rate:.2} GB/s", banner.name));
+            }
             Status::Ready => {
                 bar.finish_and_clear();
                 banner.print();

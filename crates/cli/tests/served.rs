@@ -1,6 +1,7 @@
 //! The binary as a newcomer and an operator meet it.
 #![forbid(unsafe_code)]
 
+use std::fs;
 use std::io::Read;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -22,6 +23,48 @@ fn chat(body: &Value) -> String {
 #[test]
 fn the_bundled_model_counts_the_rs() {
     let server = Server::start(BINARY, &[]);
+    counts_the_rs(&server);
+
+    let asked = Command::new(BINARY)
+        .args(["chat", "--temperature", "0", "--url", &format!("http://{}", server.address), QUESTION])
+        .output()
+        .expect("the client runs");
+    let said = String::from_utf8(asked.stdout).expect("text");
+    assert!(asked.status.success() && said.contains("So I count 3.") && said.contains("**3**"), "{said}");
+}
+
+/// On emulated GPUs, in what GPUs run by default; the log says where memory went and what was captured.
+#[test]
+fn emulated_gpus_count_the_rs() {
+    for (tp, ranks) in [("1", 1), ("2", 2)] {
+        let log = tempfile::NamedTempFile::new().expect("a file");
+        let args = ["--device", "emu", "--tp", tp, "--max-num-seqs", "5"];
+        let server = Server::start_with_log(BINARY, &args, log.path());
+        counts_the_rs(&server);
+        leaves_nothing(&server);
+        let said = fs::read_to_string(log.path()).expect("a log");
+        for rank in 0..ranks {
+            let plan = format!("rank {rank} of {ranks} uses memory, in GiB: weights ");
+            assert!(said.contains(&plan), "{said}");
+        }
+        for words in ["emulated GPU", "W8A8", "captured decode steps of [1, 2, 4, 5] sequences in "] {
+            assert!(said.contains(words), "{words}: {said}");
+        }
+    }
+}
+
+/// Soon no request runs and no block is held.
+fn leaves_nothing(server: &Server) {
+    let since = Instant::now();
+    let names = ["vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"];
+    while names.iter().any(|name| server.metric(name) > 0.0) {
+        assert!(since.elapsed() < Duration::from_secs(5), "{:?}", names.map(|name| server.metric(name)));
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Asks for a whole reply and for a stream.
+fn counts_the_rs(server: &Server) {
     let whole = server.post("/v1/chat/completions", &chat(&json!({})));
     assert_eq!(whole.status, 200, "{}", whole.body);
     let whole: Value = serde_json::from_str(&whole.body).expect("JSON");
@@ -42,13 +85,6 @@ fn the_bundled_model_counts_the_rs() {
     assert_eq!(events.next(), Some("[DONE]"));
     assert_eq!(Some(content.as_str()), message["content"].as_str());
     assert_eq!(Some(reasoning.as_str()), message["reasoning_content"].as_str());
-
-    let asked = Command::new(BINARY)
-        .args(["chat", "--temperature", "0", "--url", &format!("http://{}", server.address), QUESTION])
-        .output()
-        .expect("the client runs");
-    let said = String::from_utf8(asked.stdout).expect("text");
-    assert!(asked.status.success() && said.contains("So I count 3.") && said.contains("**3**"), "{said}");
 }
 
 #[test]
@@ -102,12 +138,7 @@ fn sixteen_streams_with_disconnects_leave_nothing_behind() {
     let (finished, left) = (finished.into_inner(), left.into_inner());
     assert!(finished > 16 && left > 16, "{finished} replies finished, {left} clients left");
 
-    let since = Instant::now();
-    while server.metric("vllm:num_requests_running") + server.metric("vllm:num_requests_waiting") > 0.0 {
-        assert!(since.elapsed() < Duration::from_secs(5), "requests of clients that left still run");
-        thread::sleep(Duration::from_millis(20));
-    }
-    assert_eq!(server.metric("vllm:kv_cache_usage_perc"), 0.0, "blocks leaked");
+    leaves_nothing(&server);
     assert_eq!(server.post("/v1/chat/completions", &chat(&json!({}))).status, 200);
 }
 
@@ -131,7 +162,6 @@ fn wrong_arguments_are_sentences() {
         ),
         (&["--max-model-len", "100000"], &["--max-model-len", "4096"]),
         (&["--max-modal-len", "5"], &["--max-model-len"]),
-        (&["--device", "cuda"], &["--device cuda", "not in this build"]),
         (&["--dtype", "float16"], &["float16", "bfloat16"]),
         (&["--kv-cache-dtype", "fp8_e5m2"], &["--kv-cache-dtype fp8_e5m2", "take fp8"]),
         (&["--kv-cache-dtype", "bfloat16"], &["--kv-cache-dtype BF16", "F32 activations", "auto or fp8"]),
@@ -139,6 +169,14 @@ fn wrong_arguments_are_sentences() {
         let message = failure(args);
         for needle in needles {
             assert!(message.contains(needle), "{args:?}: {message}");
+        }
+    }
+    // What was compiled in fails for another reason, where there is no such GPU.
+    let missing = [("cuda", cfg!(feature = "cuda")), ("rocm", cfg!(feature = "rocm"))];
+    for (device, _) in missing.into_iter().filter(|(_, is_built)| !is_built) {
+        let message = failure(&["--device", device]);
+        for needle in [&format!("--device {device}"), &format!("feature `{device}`"), "--features"] {
+            assert!(message.contains(needle), "{message}");
         }
     }
 }

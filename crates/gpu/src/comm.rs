@@ -56,6 +56,22 @@ impl Gpu {
     }
 }
 
+/// What connects devices in messages.
+const TRANSPORT: &str = "GPU collectives";
+
+impl Gpu {
+    /// [`group`](Gpu::group) as communicators, for who starts ranks.
+    pub fn connect(
+        devices: &[Arc<Self>],
+        max_elements: usize,
+    ) -> Result<Vec<Arc<dyn Communicator<Self>>>, CommError> {
+        let group = Self::group(devices, max_elements);
+        let group =
+            group.map_err(|error| CommError::Connect { transport: TRANSPORT, why: error.to_string() })?;
+        Ok(group.into_iter().map(|rank| Arc::new(rank) as Arc<dyn Communicator<Self>>).collect())
+    }
+}
+
 /// The drivers of all devices, where they are of that kind.
 fn of_kind<D: Driver>(devices: &[Arc<Gpu>]) -> Option<Vec<Arc<D>>> {
     devices.iter().map(|gpu| gpu.driver.clone().as_any().downcast().ok()).collect()
@@ -90,18 +106,18 @@ impl Ranks {
             self.world_size
         );
         if self.world_size == 1 {
-            return self.copy(gpu, op, x, out);
+            return copy(gpu, op, x, out);
         }
         let args =
             CollectiveArgs { what, x: ptr(x), out: ptr(out), elements: x.num_elements(), dtype: x.dtype() };
         self.enqueue(gpu, op, args);
     }
+}
 
-    /// What is left of a collective for one rank.
-    fn copy(&self, gpu: &Gpu, op: &'static str, x: &Tensor<Gpu>, out: &Tensor<Gpu>) {
-        if ptr(x) != ptr(out) {
-            gpu.note(op, gpu.driver.copy(ptr(x), ptr(out), x.num_elements() * x.dtype().size_bytes()));
-        }
+/// What is left of a collective for one rank.
+fn copy(gpu: &Gpu, op: &'static str, x: &Tensor<Gpu>, out: &Tensor<Gpu>) {
+    if ptr(x) != ptr(out) {
+        gpu.note(op, gpu.driver.copy(ptr(x), ptr(out), x.num_elements() * x.dtype().size_bytes()));
     }
 }
 

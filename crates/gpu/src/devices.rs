@@ -66,7 +66,11 @@ impl Gpu {
         let room = || self.arena.take(size_bytes);
         let (Some(from), Some(to)) = (room(), room()) else {
             let (free_bytes, total_bytes) = (self.arena.largest_free_bytes(), self.arena.size_bytes());
-            return Err(DriverError::OutOfMemory { requested_bytes: 2 * size_bytes, free_bytes, total_bytes });
+            return Err(DriverError::OutOfMemory {
+                requested_bytes: 2 * size_bytes,
+                free_bytes,
+                total_bytes,
+            });
         };
         let mut best = Duration::MAX;
         for _ in 0..5 {
@@ -92,12 +96,14 @@ impl Gpu {
 mod tests {
     use super::*;
 
+    /// Whether this build has the driver.
+    const BUILT: [bool; 2] = [cfg!(feature = "cuda"), cfg!(feature = "rocm")];
+
     #[test]
     fn every_driver_counts_its_devices_or_says_why_there_are_none() {
         let found = devices();
         assert_eq!(found.each_ref().map(|found| found.driver), ["cuda", "rocm"]);
-        for Found { driver, devices } in found {
-            let is_built = if driver == "cuda" { cfg!(feature = "cuda") } else { cfg!(feature = "rocm") };
+        for (Found { driver, devices }, is_built) in found.into_iter().zip(BUILT) {
             match devices {
                 Ok(count) => assert!(is_built && count > 0, "{driver}: {count}"),
                 Err(error) => assert_eq!(

@@ -124,7 +124,7 @@ pub(crate) fn upload(gpu: &Gpu, src: HostSlice<'_>, dst: &Tensor<Gpu>) {
         }
     };
     rows_of(dst, |rows, from| {
-        gpu.note("upload", gpu.driver.write(&bytes[from..from + rows.size_bytes()], rows))
+        gpu.note("upload", gpu.driver.write(&bytes[from..from + rows.size_bytes()], rows));
     });
 }
 

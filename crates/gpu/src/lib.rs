@@ -17,10 +17,10 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use r1_backend::{
-    Activation, AttentionKind, Backend, BackendError, Batch, Capabilities, Communicator, Experts, HeadWeight, HostSlice,
-    HostSliceMut, HostTensor, KvCache, LatentCache, LogprobsOut, MemoryUse, MlpScratch, MlpWeights,
-    MoeScratch, MoeWeights, QkvScratch, QkvWeights, RopeTable, Routing, SamplingBatch, Tensor, Ticket,
-    Weight, WeightFormat,
+    Activation, AttentionKind, Backend, BackendError, Batch, Capabilities, Communicator, Experts, HeadWeight,
+    HostSlice, HostSliceMut, HostTensor, KvCache, LatentCache, LogprobsOut, MemoryUse, MlpScratch,
+    MlpWeights, MoeScratch, MoeWeights, QkvScratch, QkvWeights, RopeTable, Routing, SamplingBatch, Tensor,
+    Ticket, Weight, WeightFormat,
 };
 use r1_core::DType;
 
@@ -116,7 +116,17 @@ impl Gpu {
         let sampling = Mutex::new(ops::sample::Room::new(arena.take(sampling_bytes).ok_or_else(short)?));
         let staging = Staging::new(driver.clone());
         let failure = Mutex::new(None);
-        Ok(Self { driver, arena, scratch, scratch_bytes, counters, staging, sampling, recorded: Mutex::new(None), failure })
+        Ok(Self {
+            driver,
+            arena,
+            scratch,
+            scratch_bytes,
+            counters,
+            staging,
+            sampling,
+            recorded: Mutex::new(None),
+            failure,
+        })
     }
 
     /// Most scratch memory that an operation may use.
@@ -172,7 +182,7 @@ impl Backend for Gpu {
 
     fn describe(&self) -> String {
         let info = self.driver.info();
-        format!("{}: {}", self.name(), info.name)
+        format!("{}: {} ({})", self.name(), info.name, info.arch)
     }
 
     fn capabilities(&self) -> Capabilities {

@@ -39,7 +39,7 @@ fn fp8_blocks_are_widened_to_the_nearest_bf16() {
         ([64, 2048], [16, 32], [3, 31]),
     ] {
         let codes: Vec<u8> =
-            (0..rows * cols).map(|i| ((i * 37 + i / 251) % 127) as u8 | (i % 2 << 7) as u8).collect();
+            (0..rows * cols).map(|i| ((i * 37 + i / 251) % 127) as u8 | ((i % 2) << 7) as u8).collect();
         let blocks = [0, 1].map(|i: usize| ([rows, cols][i] + offset[i]).div_ceil(block[i]));
         let scales: Vec<f32> = (0..blocks[0] * blocks[1]).map(|i| 0.013 * (i + 1) as f32).collect();
         let want: Vec<f32> = codes

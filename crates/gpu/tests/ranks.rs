@@ -87,9 +87,9 @@ fn collectives_give_what_plain_loops_give() {
                 if world > 1 && rank < 2 {
                     let x = floats(gpu, &[5], dtype, &mine(5));
                     if rank == 0 {
-                        end.send(gpu, &x, 1)
+                        end.send(gpu, &x, 1);
                     } else {
-                        end.recv(gpu, &x, 0)
+                        end.recv(gpu, &x, 0);
                     }
                     assert_eq!(read(gpu, &x), (0..5).map(|i| value(0, i)).collect::<Vec<_>>(), "send, recv");
                 }

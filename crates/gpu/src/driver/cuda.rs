@@ -440,7 +440,8 @@ impl Connected for Cuda {
 
     fn is_idle(&self, stream: Handle) -> bool {
         // SAFETY: a stream of this device.
-        unsafe { sys::cuStreamQuery(stream.0.cast()) } != CUresult::CUDA_ERROR_NOT_READY
+        let state = unsafe { sys::cuStreamQuery(stream.0.cast()) };
+        state != CUresult::CUDA_ERROR_NOT_READY
     }
 }
 

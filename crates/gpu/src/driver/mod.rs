@@ -70,6 +70,7 @@ impl DevicePtr {
 
 /// Rows of bytes in device memory, dense on the host's side.
 #[derive(Clone, Copy, Debug)]
+#[allow(clippy::struct_field_names)] // a number of rows is what it is
 pub(crate) struct Rows {
     /// The first row.
     pub(crate) at: DevicePtr,

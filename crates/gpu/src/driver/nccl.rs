@@ -77,7 +77,11 @@ impl Functions {
         // SAFETY: the library's initialisers run, as in every program that uses it.
         let library = A::LIBRARIES.iter().find_map(|name| unsafe { Library::new(*name) }.ok());
         let library = library.ok_or_else(|| {
-            unusable(format!("several ranks need {}, which is not there: {}; or take --tp 1", A::LIBRARIES[0], A::SOURCE))
+            unusable(format!(
+                "several ranks need {}, which is not there: {}; or take --tp 1",
+                A::LIBRARIES[0],
+                A::SOURCE
+            ))
         })?;
         Self::find(library).map_err(|error| unusable(format!("{} is too old: {error}", A::LIBRARIES[0])))
     }
@@ -140,7 +144,8 @@ impl<A: Connected> NcclRank<A> {
             for (rank, (device, comm)) in devices.iter().zip(&mut comms).enumerate() {
                 device.enter()?;
                 // SAFETY: writes one handle, by the end of the group, on the device that is current.
-                let code = unsafe { (functions.ncclCommInitRank)(comm, world_size as c_int, id, rank as c_int) };
+                let code =
+                    unsafe { (functions.ncclCommInitRank)(comm, world_size as c_int, id, rank as c_int) };
                 functions.check("ncclCommInitRank", code)?;
             }
             Ok(())
@@ -160,7 +165,9 @@ fn data_type(dtype: DType, is_summed: bool) -> Result<c_int, DriverError> {
         DType::F16 => Ok(6),
         DType::U32 => Ok(3),
         DType::F8E4M3 if !is_summed => Ok(1),
-        DType::F8E4M3 => Err(DriverError::Call { call: "a sum over ranks", why: format!("{dtype} is not summed") }),
+        DType::F8E4M3 => {
+            Err(DriverError::Call { call: "a sum over ranks", why: format!("{dtype} is not summed") })
+        }
     }
 }
 
@@ -186,9 +193,10 @@ impl<A: Connected> Collectives for NcclRank<A> {
                     let code = (functions.ncclAllReduce)(from, to, elements, kind, SUM, comm, stream);
                     functions.check("ncclAllReduce", code)
                 }
-                Collective::AllGather => {
-                    functions.check("ncclAllGather", (functions.ncclAllGather)(from, to, elements, kind, comm, stream))
-                }
+                Collective::AllGather => functions.check(
+                    "ncclAllGather",
+                    (functions.ncclAllGather)(from, to, elements, kind, comm, stream),
+                ),
                 Collective::ReduceScatter => {
                     let each = elements / world_size;
                     let code = (functions.ncclReduceScatter)(from, to, each, kind, SUM, comm, stream);
@@ -196,7 +204,8 @@ impl<A: Connected> Collectives for NcclRank<A> {
                 }
                 Collective::AllToAll => functions.grouped(|| {
                     for rank in 0..world_size {
-                        let (each, from, to) = (elements / world_size, from.byte_add(part(rank)), to.byte_add(part(rank)));
+                        let (each, from, to) =
+                            (elements / world_size, from.byte_add(part(rank)), to.byte_add(part(rank)));
                         let sent = (functions.ncclSend)(from, each, kind, peer(rank), comm, stream);
                         functions.check("ncclSend", sent)?;
                         let received = (functions.ncclRecv)(to, each, kind, peer(rank), comm, stream);
@@ -208,12 +217,10 @@ impl<A: Connected> Collectives for NcclRank<A> {
                     let code = (functions.ncclBroadcast)(from, to, elements, kind, peer(root), comm, stream);
                     functions.check("ncclBroadcast", code)
                 }
-                Collective::Send { to } => {
-                    functions.check("ncclSend", (functions.ncclSend)(from, elements, kind, peer(to), comm, stream))
-                }
-                Collective::Recv { from } => {
-                    functions.check("ncclRecv", (functions.ncclRecv)(to, elements, kind, peer(from), comm, stream))
-                }
+                Collective::Send { to } => functions
+                    .check("ncclSend", (functions.ncclSend)(from, elements, kind, peer(to), comm, stream)),
+                Collective::Recv { from } => functions
+                    .check("ncclRecv", (functions.ncclRecv)(to, elements, kind, peer(from), comm, stream)),
             }
         }
     }

@@ -83,8 +83,8 @@ struct FeedTokensArgs {
 unsafe impl Args for FeedTokensArgs {}
 
 pub(crate) fn feed_tokens(gpu: &Gpu, drawn: &Tensor<Gpu>, from: &Tensor<Gpu>, ids: &Tensor<Gpu>) {
-    shape::feed_tokens(drawn, from, ids);
     const WARPS: u32 = 4;
+    shape::feed_tokens(drawn, from, ids);
     let tokens = ids.dim(0);
     let args =
         FeedTokensArgs { drawn: ptr(drawn), from: ptr(from), ids: ptr(ids), num_tokens: tokens as u32 };

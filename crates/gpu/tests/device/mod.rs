@@ -10,7 +10,7 @@ use r1_gpu::Gpu;
 static SHARED: OnceLock<Gpu> = OnceLock::new();
 
 /// A device for one test.
-pub enum Device {
+pub(crate) enum Device {
     /// Its own.
     Own(Box<Gpu>),
     /// Everybody's.
@@ -32,7 +32,7 @@ impl Deref for Device {
 ///
 /// # Panics
 /// When there is no such device.
-pub fn device() -> Device {
+pub(crate) fn device() -> Device {
     let allow_ptx = env::var_os("R1_GPU_ALLOW_PTX").is_some_and(|value| !value.is_empty());
     let open = || match env::var("R1_GPU_DEVICE").as_deref() {
         Ok("cuda") => Gpu::cuda(0, 0.3, allow_ptx).unwrap_or_else(|error| panic!("{error}")),

@@ -364,6 +364,7 @@ impl<A: Api> Drop for CapturedGraph<A> {
     }
 }
 
+#[cfg(any(feature = "cuda", feature = "rocm"))]
 /// A launch's arguments as both vendors take them: a list of pointers to each; here there is one.
 pub(super) fn params(args: &[MaybeUninit<u8>]) -> [*mut c_void; 1] {
     [args.as_ptr().cast_mut().cast()]

@@ -28,6 +28,7 @@ impl Fake {
         lock(&self.0)
     }
 
+    #[allow(clippy::unnecessary_wraps)] // as what it stands in for
     fn enqueue(&self, stream: Handle, command: impl FnOnce() + Send + 'static) -> Result<(), DriverError> {
         self.state().streams[stream.0.addr() - 1].push(Box::new(command));
         Ok(())
@@ -39,7 +40,9 @@ impl Fake {
         let due = upto.saturating_sub(state.ran[stream]).min(state.streams[stream].len());
         state.ran[stream] += due;
         let commands: Vec<_> = state.streams[stream].drain(..due).collect();
-        commands.into_iter().for_each(|command| command());
+        for command in commands {
+            command();
+        }
         match state.failure {
             Some(why) => Err(DriverError::Call { call: "fake", why: why.into() }),
             None => Ok(()),
@@ -59,7 +62,7 @@ fn copy_rows(from: *const u8, from_pitch: usize, to: *mut u8, to_pitch: usize, r
                 from.add(row * from_pitch),
                 to.add(row * to_pitch),
                 rows.width_bytes,
-            )
+            );
         };
     }
 }
@@ -100,13 +103,13 @@ impl Api for Fake {
     unsafe fn copy_in(&self, from: *const u8, to: Rows, stream: Handle) -> Result<(), DriverError> {
         let from = from.addr();
         self.enqueue(stream, move || {
-            copy_rows(from as *const u8, to.width_bytes, to.at.0 as *mut u8, to.pitch_bytes, to)
+            copy_rows(from as *const u8, to.width_bytes, to.at.0 as *mut u8, to.pitch_bytes, to);
         })
     }
     unsafe fn copy_out(&self, from: Rows, to: *mut u8, stream: Handle) -> Result<(), DriverError> {
         let to = to.addr();
         self.enqueue(stream, move || {
-            copy_rows(from.at.0 as *const u8, from.pitch_bytes, to as *mut u8, from.width_bytes, from)
+            copy_rows(from.at.0 as *const u8, from.pitch_bytes, to as *mut u8, from.width_bytes, from);
         })
     }
     fn copy(
@@ -171,8 +174,8 @@ fn info() -> DeviceInfo {
         driver: "fake",
         name: "fake".into(),
         arch: "fake".into(),
-        warp_size: 32,
         num_multiprocessors: 1,
+        warp_size: 32,
         max_shared_bytes: 1024,
         total_bytes: 80 << 30,
         free_bytes: 79 << 30,

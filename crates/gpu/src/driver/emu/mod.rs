@@ -4,6 +4,8 @@
 mod blocks;
 mod ranks;
 mod stream;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use ranks::EmuRank;
 

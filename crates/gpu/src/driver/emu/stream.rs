@@ -175,7 +175,7 @@ fn run(command: &Command, blocks: &Blocks, failure: &mut Option<DriverError>) {
         }
         // SAFETY: bytes of this device's memory, which lives longer than the stream.
         Command::Fill { at, size_bytes, byte } => unsafe {
-            ptr::write_bytes(at.0 as *mut u8, *byte, *size_bytes)
+            ptr::write_bytes(at.0 as *mut u8, *byte, *size_bytes);
         },
         Command::Copy { from, to, size_bytes } => {
             // SAFETY: bytes of this device's memory, which lives longer than the stream; they may overlap.
