@@ -59,12 +59,12 @@ DEVICE void of_tiles(const Args& a) {
 DEVICE void of_numbers(const Args& a) {
     Shared<simt::Shared>& mem = shared<Shared<simt::Shared>>();
     if (ropes(a, mem.sum)) return;
-    simt::product<4>(a.gemm, a.gemm.weights[0], place(a, simt::BM, simt::BN), mem.product);
+    simt::product<8>(a.gemm, a.gemm.weights[0], place(a, simt::BM, simt::BN), mem.product);
 }
 
 }  // namespace absorb
 
-R1_KERNEL(mla_absorb_simt, absorb::Args, absorb::of_numbers, 4)
+R1_KERNEL(mla_absorb_simt, absorb::Args, absorb::of_numbers, 8)
 R1_KERNEL(mla_absorb_w8_short, absorb::Args, (absorb::of_tiles<tile::Short<bf16, e4m3, true>>), 2)
 R1_KERNEL(mla_absorb_w8_middle, absorb::Args, (absorb::of_tiles<tile::Middle<bf16, e4m3, true>>), 4)
 R1_KERNEL(mla_absorb_bf16_short, absorb::Args, (absorb::of_tiles<tile::Short<bf16, bf16, true>>), 2)

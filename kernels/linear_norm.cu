@@ -17,7 +17,7 @@ constexpr int WARPS = 8;
 
 struct Args {
     tile::Args gemm;
-    /// Of the first weight's output; `residual` is null where nothing is added.
+    /// Of the first weight's output.
     norms::Args norm;
     /// One per tile of rows.
     u32* counters;
@@ -38,13 +38,7 @@ DEVICE void finish(const Args& a, u32 rows, BlockScratch& sum, u32& flag) {
     const u32 number = finisher(a.counters + block_y(), min_of(a.gemm.first_tiles, grid_x()), a.finishers, flag);
     if (number == NOT_ME) return;
     const u32 end = min_of(a.gemm.num_tokens, (block_y() + 1) * rows);
-    for (u32 t = block_y() * rows + number; t < end; t += a.finishers) {
-        if (a.norm.residual) {
-            norms::norm_row<true>(a.norm, t, a.norm_threads, sum);
-        } else {
-            norms::norm_row<false>(a.norm, t, a.norm_threads, sum);
-        }
-    }
+    for (u32 t = block_y() * rows + number; t < end; t += a.finishers) norms::norm_row(a.norm, t, a.norm_threads, sum);
 }
 
 template <class S, tile::Ranges RANGES>

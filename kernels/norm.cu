@@ -16,10 +16,7 @@
 namespace norms {
 
 /// One block per row.
-template <bool ADD>
-DEVICE void norm(const Args& a) {
-    norm_row<ADD>(a, block_x(), num_threads(), shared<BlockScratch>());
-}
+DEVICE void norm(const Args& a) { norm_row(a, block_x(), num_threads(), shared<BlockScratch>()); }
 
 struct SiluMulArgs {
     const void* gate_up;
@@ -63,7 +60,7 @@ DEVICE void quantize(const QuantizeArgs& a) {
 
 }  // namespace norms
 
-R1_KERNEL(rms_norm, norms::Args, norms::norm<false>, 1024 / WARP)
-R1_KERNEL(add_rms_norm, norms::Args, norms::norm<true>, 1024 / WARP)
+R1_KERNEL(rms_norm, norms::Args, norms::norm, 1024 / WARP)
+R1_KERNEL(add_rms_norm, norms::Args, norms::norm, 1024 / WARP)
 R1_KERNEL(silu_mul, norms::SiluMulArgs, norms::silu_mul, 4)
 R1_KERNEL(quantize, norms::QuantizeArgs, norms::quantize, 4)

@@ -9,7 +9,7 @@ constexpr u32 HELD = 4;
 
 struct Args {
     const void* x;
-    /// For add_rms_norm.
+    /// What x is added to, or null.
     void* residual;
     const void* weight;
     void* out;
@@ -22,7 +22,6 @@ struct Args {
 
 /// Row `t`, by the block's first `threads` threads, whole warps with HELD eights per thread at most; every thread of the block calls it. The bits
 /// depend on `threads`, which the host derives from `dim`. `scratch` as `block_sum` has it.
-template <bool ADD>
 DEVICE void norm_row(const Args& a, i64 t, u32 threads, BlockScratch& scratch) {
     const bool takes_part = thread_id() < threads;
     float held[HELD][EIGHT];
@@ -31,7 +30,7 @@ DEVICE void norm_row(const Args& a, i64 t, u32 threads, BlockScratch& scratch) {
         u32 column = EIGHT * (thread_id() + i * threads);
         u32 count = takes_part && column < a.dim ? min_of(EIGHT, a.dim - column) : 0;
         load8(a.x, a.x_dtype, t * a.x_stride + column, count, a.x_vectors != 0, held[i]);
-        if (ADD && count > 0) {
+        if (a.residual && count > 0) {
             float before[EIGHT];
             i64 at = t * a.residual_stride + column;
             load8(a.residual, a.residual_dtype, at, count, a.residual_vectors != 0, before);

@@ -52,7 +52,7 @@ pub(crate) fn mla_absorb(
             (Kind::W8, _) => ("mla_absorb_w8_middle", 4),
             (Kind::Bf16, Form::Short) => ("mla_absorb_bf16_short", 2),
             (Kind::Bf16, _) => ("mla_absorb_bf16_middle", 4),
-            (Kind::Simt, _) => ("mla_absorb_simt", 4),
+            (Kind::Simt, _) => ("mla_absorb_simt", 8),
             (Kind::Fp8, _) => return None,
         };
         let norm_warps = entry_warps(gpu, cache).ok().filter(|&of_norm| of_norm <= warps)?;
