@@ -122,6 +122,9 @@ fn run_short(engine: &Handle, start: u32) -> Vec<TokenId> {
     tokens
 }
 
+/// More calls than a test makes: what has burnt of such a fuse is how many there were.
+const FAR: usize = 1 << 20;
+
 /// Emulated GPUs whose decode steps are captured: a rank that fails in a prefill or in the replay of a captured step is put into
 /// a fresh group with the others, in which decode steps are captured again.
 #[test]
@@ -144,7 +147,6 @@ fn emulated_ranks_that_fail_are_put_together_again() {
             let (tokens, ended) = read(engine.submit(short(1)).expect("accepted"));
             assert_eq!(ended, Err(EngineError::Step("injected".into())), "{case}");
             assert_eq!(tokens, expected[0][..waits.saturating_sub(1)], "{case}");
-            const FAR: usize = 1 << 20;
             checks.store(0, Ordering::Relaxed);
             for start in [2, 1] {
                 fuse.store(FAR, Ordering::Relaxed);

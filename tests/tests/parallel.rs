@@ -218,14 +218,14 @@ fn stages_match() {
 /// Two ranks of which the second panics in its `fails_at`-th sum, 0 for never; both then meet in a new group, run the step
 /// again, and go on to the end. Gives both ranks' logits and how many steps failed on the first.
 fn two_ranks<B: Backend>(
-    devices: Vec<Arc<B>>,
+    devices: &[Arc<B>],
     connect: &Connect<B>,
     fails_at: usize,
 ) -> Vec<(Vec<Vec<f32>>, usize)> {
     let golden = Golden::open("toy_v3_f32");
     let ids = golden.input_ids();
     let feeds = [Feed { tokens: &ids, chunk: 5 }, Feed { tokens: &ids, chunk: 1 }];
-    let group = || connect(&devices, 1 << 20).expect("a group");
+    let group = || connect(devices, 1 << 20).expect("a group");
     let (first, second) = (group(), group());
     let run = |backend: Arc<B>, first: Arc<dyn Communicator<B>>, second: Arc<dyn Communicator<B>>| {
         let rank = first.rank();
@@ -277,9 +277,9 @@ fn go_on_in_a_new_group<B: Backend>(
 ) {
     let (done, finished) = mpsc::channel();
     thread::spawn(move || {
-        let undisturbed = two_ranks(devices(), &connect, 0);
+        let undisturbed = two_ranks(&devices(), &connect, 0);
         for &fails_at in failures {
-            let disturbed = two_ranks(devices(), &connect, fails_at);
+            let disturbed = two_ranks(&devices(), &connect, fails_at);
             for ((logits, failures), (expected, none)) in disturbed.iter().zip(&undisturbed) {
                 assert_eq!((*failures, *none), (1, 0), "sum {fails_at}");
                 assert_eq!(logits, expected, "sum {fails_at}");
