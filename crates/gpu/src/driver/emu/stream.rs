@@ -12,7 +12,7 @@ use super::blocks::Blocks;
 use crate::driver::{DevicePtr, DriverError, Mark, Rows};
 
 /// More than any kernel takes.
-pub(super) const MAX_ARGS_BYTES: usize = 512;
+pub(super) const MAX_ARGS_BYTES: usize = 1024;
 
 /// An argument struct, aligned as one.
 #[repr(align(16))]
