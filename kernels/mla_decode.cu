@@ -340,7 +340,7 @@ R1_KERNEL(mla_split_bf16_128, mla_decode::SplitArgs, (mla_decode::split<bf16, 12
 R1_KERNEL(mla_split_fp8_512, mla_decode::SplitArgs, (mla_decode::split<bf16, 512, 64, 32, true>), 4)
 R1_KERNEL(mla_split_fp8_128, mla_decode::SplitArgs, (mla_decode::split<bf16, 128, 64, 64, true>), 4)
 R1_KERNEL(mla_split_f32_512, mla_decode::SplitArgs, (mla_decode::split<float, 512, 64, 8, false>), 4)
-R1_KERNEL(mla_split_f32_128, mla_decode::SplitArgs, (mla_decode::split<float, 128, 64, 32, false>), 4, 4)
+R1_KERNEL(mla_split_f32_128, mla_decode::SplitArgs, (mla_decode::split<float, 128, 64, 32, false>), 4, 3)
 R1_KERNEL(mla_combine, mla_decode::SplitArgs, mla_decode::combine, 4)
 R1_KERNEL(mla_finish_w8, mla_decode::FinishArgs, (mla_decode::finish<mla_decode::Finish<e4m3>>), 4)
 R1_KERNEL(mla_finish_bf16, mla_decode::FinishArgs, (mla_decode::finish<mla_decode::Finish<bf16>>), 4, 4)
