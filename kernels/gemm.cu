@@ -20,7 +20,7 @@ DEVICE void simt(const tile::Args& a) { simt::linear<4>(a, shared<simt::Shared>(
 
 }  // namespace gemm
 
-R1_KERNEL(gemm_simt, tile::Args, gemm::simt, 4)
+R1_KERNEL(gemm_simt, tile::Args, gemm::simt, 4, 12)
 R1_KERNEL(gemm_fp8_short, tile::Args, (tile::gemm<tile::Short<e4m3, e4m3, false>, tile::SPREAD>), 2)
 R1_KERNEL(gemm_fp8_middle, tile::Args, (tile::gemm<tile::Middle<e4m3, e4m3, false>, tile::FOLDED>), 4)
 R1_KERNEL(gemm_fp8_tall, tile::Args, (tile::gemm<tile::Tall<e4m3, e4m3, false>, tile::FOLDED>), 8)

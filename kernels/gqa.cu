@@ -6,7 +6,7 @@
 // (arXiv:2305.13245).
 //
 // gqa_attend_*: each warp has 16 pairs of row and head of one KV head; the block's warps share the tiles of keys and values. A context is cut into
-// splits of 256 tokens. A row that decodes has a block of one warp per split, whose partial sums gqa_combine adds from left to right; for rows that
+// splits of `split_tokens`. A row that decodes has a block of one warp per split, whose partial sums gqa_combine adds from left to right; for rows that
 // prefill a block of 4 warps (2 in F32) runs over all splits and adds them in the same way. So a row has the same bits whatever else is in the
 // batch and however its prompt was cut.
 //
@@ -46,20 +46,6 @@ DEVICE float* partial(const GqaArgs& a, u32 pack, u32 group, u32 split) {
     return a.partials + index * (16 * (a.value_dim + 2));
 }
 
-/// Adds a split to those before it.
-struct Merge {
-    float before, now;
-    DEVICE Merge(float& most, float& sum, float split_most, float split_sum) {
-        float best = max_of(most, split_most);
-        before = exp_of(most - best);
-        now = exp_of(split_most - best);
-        most = best;
-        sum = add(sum, split_sum);
-    }
-    // Written so that every compiler rounds it alike, wherever it stands.
-    DEVICE float add(float value, float split_value) const { return fma_of(split_value, now, value * before); }
-};
-
 template <class E, int DK, int DV, int WARPS, int TILE>
 struct GqaShared {
     static constexpr int PAD = 16 / sizeof(E), LDK = DK + PAD, LDV = DV + PAD, LDP = TILE + PAD, LDS = TILE + 4;
@@ -84,8 +70,8 @@ DEVICE void attend(const GqaArgs& a) {
     const Pack pack = find_pack(a.seqs, a.first_pack + block_z());
     const u32 last_sees = pack.last_sees(), first_split = ALL ? 0 : block_y();
     // The block as a whole leaves.
-    if (!pack.here || (first_split > 0 && first_split * SPLIT_TOKENS >= last_sees)) return;
-    const u32 end_split = ALL ? ceil_div(last_sees, SPLIT_TOKENS) : first_split + 1;
+    if (!pack.here || (first_split > 0 && first_split * a.seqs.split_tokens >= last_sees)) return;
+    const u32 end_split = ALL ? ceil_div(last_sees, a.seqs.split_tokens) : first_split + 1;
     const u32 heads = min_of(sharing - first_head, QUERIES), queries = pack.rows * heads;
     const u32 my_queries = queries > warp * 16 ? min_of(queries - warp * 16, 16) : 0;
 
@@ -99,10 +85,10 @@ DEVICE void attend(const GqaArgs& a) {
     const u32 mine = lane / LANES, place = lane % LANES;
     const u32 visible = mine < my_queries ? pack.sees((warp * 16 + mine) / heads) : 0;
     float most = -INFINITE, sum = 0.0f;
-    WarpAcc<16, DV> total, acc;
+    Acc<E, 16, DV> total, acc;
     total.clear();
     for (u32 split = first_split; split < end_split; ++split) {
-        const u32 first = split * SPLIT_TOKENS, end = min_of(first + SPLIT_TOKENS, last_sees);
+        const u32 first = split * a.seqs.split_tokens, end = min_of(first + a.seqs.split_tokens, last_sees);
         RunningSoftmax<LANES> softmax;
         acc.clear();
         for (u32 tile = first; tile < end; tile += TILE) {
@@ -118,7 +104,7 @@ DEVICE void attend(const GqaArgs& a) {
             async_wait<0>();
             sync_block();
             {
-                WarpAcc<16, TILE> dots;
+                Acc<E, 16, TILE> dots;
                 dots.clear();
                 product<DK>(dots, s.q + warp * 16 * LDK, LDK, s.k, LDK, my_queries);
                 UNROLL for (int i = 0; i < dots.SIZE; ++i) s.scores[warp][dots.row(i) * LDS + dots.col(i)] = dots.v[i];
@@ -166,7 +152,7 @@ DEVICE void attend(const GqaArgs& a) {
         u32 q = total.row(i), c = total.col(i), pair = warp * 16 + q;
         if (q >= my_queries || c >= a.value_dim) continue;
         u32 sees = pack.sees(pair / heads);
-        if (!ALL && sees > SPLIT_TOKENS) {
+        if (!ALL && sees > a.seqs.split_tokens) {
             to[32 + q * a.value_dim + c] = total.v[i];
         } else {
             i64 at = (pack.row + pair / heads) * a.out_row + (kv_head * sharing + first_head + pair % heads) * a.out_head + c;
@@ -174,7 +160,7 @@ DEVICE void attend(const GqaArgs& a) {
             store_float(a.out, a.dtype, at, sees == 0 ? 0.0f : total.v[i] / s.sum[warp][q]);
         }
     }
-    if (!ALL && last_sees > SPLIT_TOKENS && place == 0 && mine < my_queries) {
+    if (!ALL && last_sees > a.seqs.split_tokens && place == 0 && mine < my_queries) {
         to[mine] = most;
         to[16 + mine] = sum;
     }
@@ -187,7 +173,7 @@ DEVICE void combine(const GqaArgs& a) {
     const Pack pack = find_pack(a.seqs, a.first_pack + block_z());
     const u32 heads = min_of(sharing - first_head, 16);
     if (!pack.here || q >= pack.rows * heads) return;
-    const u32 splits = ceil_div(pack.sees(q / heads), SPLIT_TOKENS);
+    const u32 splits = ceil_div(pack.sees(q / heads), a.seqs.split_tokens);
     if (splits <= 1) return;
     const i64 at = (pack.row + q / heads) * a.out_row + (kv_head * sharing + first_head + q % heads) * a.out_head;
     for (u32 c = thread_id(); c < a.value_dim; c += num_threads()) {

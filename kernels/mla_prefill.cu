@@ -64,7 +64,7 @@ DEVICE void attend(const ExpandedArgs& a) {
     const u32 mine = lane / LANES, place = lane % LANES;
     const u32 visible = mine < my_rows ? pack.sees(warp * 16 + mine) : 0;
     RunningSoftmax<LANES> softmax;
-    WarpAcc<16, DV> acc;
+    Acc<E, 16, DV> acc;
     acc.clear();
     for (u32 tile = 0; tile < end; tile += TILE) {
         for (u32 key = warp; key < TILE; key += num_warps()) {
@@ -78,7 +78,7 @@ DEVICE void attend(const ExpandedArgs& a) {
         async_wait<0>();
         sync_block();
         {
-            WarpAcc<16, TILE> dots;
+            Acc<E, 16, TILE> dots;
             dots.clear();
             product<DK>(dots, s.q + warp * 16 * LDK, LDK, s.k, LDK, my_rows);
             UNROLL for (int i = 0; i < dots.SIZE; ++i) s.scores[warp][dots.row(i) * LDS + dots.col(i)] = dots.v[i];
@@ -117,6 +117,6 @@ DEVICE void attend(const ExpandedArgs& a) {
 }  // namespace mla_prefill
 
 R1_KERNEL(mla_expanded_bf16_192, mla_prefill::ExpandedArgs, (mla_prefill::attend<bf16, 192, 128, 4, 32>), 4)
-R1_KERNEL(mla_expanded_bf16_128, mla_prefill::ExpandedArgs, (mla_prefill::attend<bf16, 128, 64, 4, 32>), 4)
+R1_KERNEL(mla_expanded_bf16_128, mla_prefill::ExpandedArgs, (mla_prefill::attend<bf16, 128, 64, 4, 32>), 4, 6)
 R1_KERNEL(mla_expanded_f32_192, mla_prefill::ExpandedArgs, (mla_prefill::attend<float, 192, 128, 2, 16>), 2)
-R1_KERNEL(mla_expanded_f32_128, mla_prefill::ExpandedArgs, (mla_prefill::attend<float, 128, 64, 2, 16>), 2)
+R1_KERNEL(mla_expanded_f32_128, mla_prefill::ExpandedArgs, (mla_prefill::attend<float, 128, 64, 2, 16>), 2, 6)

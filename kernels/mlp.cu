@@ -48,15 +48,8 @@ DEVICE void gate_up(const Args& a) {
     constexpr u32 SHARERS = FP8_GROUP / S::OUTPUTS;
     const u32 group = block_x() / SHARERS, sharers = min_of(SHARERS, grid_x() - group * SHARERS);
     if (!is_last_block(a.gemm.counters + grid_x() + group, sharers, mem.product.flag[0])) return;
-    const u32 column = group * FP8_GROUP + lane_id() % FP8_LANES * EIGHT;
-    const u32 there = column < width ? min_of(EIGHT, width - column) : 0;
-    for (u32 first = 0; first < u32(S::BM); first += S::THREADS / FP8_LANES) {
-        const u32 t = first + thread_id() / FP8_LANES;
-        const u32 count = t < tokens ? there : 0;
-        float v[EIGHT];
-        load8(a.hidden, a.hidden_dtype, t * a.hidden_stride + column, count, a.hidden_vectors != 0, v);
-        store_quantized(a.fp8, t, column, count, v);
-    }
+    const u32 column = group * FP8_GROUP;
+    quantize_group<S::THREADS>(a.fp8, a.hidden, a.hidden_dtype, a.hidden_stride, a.hidden_vectors != 0, 0, tokens, S::BM, column, min_of(FP8_GROUP, width - column));
 }
 
 }  // namespace mlp

@@ -14,6 +14,11 @@ struct Sequences {
     /// Of the launch's sequences.
     u32 num_decodes;
     u32 rows_per_pack;
+    /// A row's context is cut by its own length alone, so that its result has the same bits in every batch: pieces of so many tokens (a multiple
+    /// of every kernel's tile), longer ones where there would be more than `split_limit`.
+    u32 split_tokens, split_limit;
+    DEVICE u32 split_len(u32 visible) const { return split_tokens * max_of(ceil_div(visible, split_tokens * split_limit), 1); }
+    DEVICE u32 num_splits(u32 visible) const { return ceil_div(visible, split_len(visible)); }
 };
 /// Consecutive rows of one sequence, which is padding where it has no context.
 struct Pack {
@@ -53,12 +58,19 @@ struct Pages {
 };
 
 // ---- Splits of a context -------------------------------------------------------------------------------------------------------------
-// A row's context is cut by its own length alone, so that its result has the same bits in every batch: pieces of 256 tokens, longer ones
-// where there would be more than 64.
-constexpr u32 SPLIT_TOKENS = 256;
-constexpr u32 MAX_SPLITS = 64;
-DEVICE u32 split_len(u32 visible) { return SPLIT_TOKENS * max_of(ceil_div(visible, SPLIT_TOKENS * MAX_SPLITS), 1); }
-DEVICE u32 num_splits(u32 visible) { return ceil_div(visible, split_len(visible)); }
+/// Adds a split to those before it.
+struct Merge {
+    float before, now;
+    DEVICE Merge(float& most, float& sum, float split_most, float split_sum) {
+        float best = max_of(most, split_most);
+        before = exp_of(most - best);
+        now = exp_of(split_most - best);
+        most = best;
+        sum = add(sum, split_sum);
+    }
+    // Written so that every compiler rounds it alike, wherever it stands.
+    DEVICE float add(float value, float split_value) const { return fma_of(split_value, now, value * before); }
+};
 
 // ---- Tiles ---------------------------------------------------------------------------------------------------------------------------
 /// One warp copies `n` elements at `from[at]` to a row of a tile and fills it up to `padded` with zeros; all zeros where `valid` is false, and
@@ -75,14 +87,37 @@ DEVICE void stage_row(E* to, const void* from, u32 dtype, i64 at, u32 n, u32 pad
     for (u32 c = n + lane_id(); c < padded; c += WARP) to[c] = from_float<E>(0.0f);
 }
 
+/// As WarpAcc, for products without matrix units: neighbouring lanes have neighbouring columns, and N may be 8.
+template <int M, int N>
+struct LaneAcc {
+    static constexpr int SIZE = M * N / int(WARP);
+    float v[SIZE];
+    DEVICE void clear() {
+        UNROLL for (int i = 0; i < SIZE; ++i) v[i] = 0.0f;
+    }
+    DEVICE int row(int i) const { return (i * int(WARP) + int(lane_id())) / N; }
+    DEVICE int col(int i) const { return (i * int(WARP) + int(lane_id())) % N; }
+};
+template <class E, int M, int N>
+struct AccOf {
+    typedef WarpAcc<M, N> Type;
+};
+template <int M, int N>
+struct AccOf<float, M, N> {
+    typedef LaneAcc<M, N> Type;
+};
+/// The sums of a product of `E`.
+template <class E, int M, int N>
+using Acc = typename AccOf<E, M, N>::Type;
+
 /// acc[m][n] += sum_k a[m * lda + k] * b[n * ldb + k]; only the first `rows` rows are wanted.
 template <int K, int M, int N>
 DEVICE void product(WarpAcc<M, N>& acc, const bf16* a, int lda, const bf16* b, int ldb, u32) {
     warp_mma<K>(acc, a, lda, b, ldb);
 }
 template <int K, int M, int N>
-DEVICE void product(WarpAcc<M, N>& acc, const float* a, int lda, const float* b, int ldb, u32 rows) {
-    UNROLL for (int i = 0; i < WarpAcc<M, N>::SIZE; ++i) {
+DEVICE void product(LaneAcc<M, N>& acc, const float* a, int lda, const float* b, int ldb, u32 rows) {
+    UNROLL for (int i = 0; i < LaneAcc<M, N>::SIZE; ++i) {
         if (acc.row(i) >= int(rows)) continue;
         const float *x = a + acc.row(i) * lda, *y = b + acc.col(i) * ldb;
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -99,8 +134,8 @@ DEVICE void product_kn(WarpAcc<M, N>& acc, const bf16* a, int lda, const bf16* b
     warp_mma_kn<K>(acc, a, lda, b, ldb);
 }
 template <int K, int M, int N>
-DEVICE void product_kn(WarpAcc<M, N>& acc, const float* a, int lda, const float* b, int ldb, u32 rows) {
-    UNROLL for (int i = 0; i < WarpAcc<M, N>::SIZE; ++i) {
+DEVICE void product_kn(LaneAcc<M, N>& acc, const float* a, int lda, const float* b, int ldb, u32 rows) {
+    UNROLL for (int i = 0; i < LaneAcc<M, N>::SIZE; ++i) {
         if (acc.row(i) >= int(rows)) continue;
         const float *x = a + acc.row(i) * lda, *y = b + acc.col(i);
         float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};

@@ -124,3 +124,17 @@ DEVICE void store_quantized(const Fp8Out& to, i64 row, u32 column, u32 count, co
     store8_e4m3(to.codes, row * to.codes_stride + column, count, to.vectors != 0, codes);
     if (count > 0 && column % FP8_GROUP == 0) to.scales[row * to.scales_stride + column / FP8_GROUP] = scale;
 }
+
+/// Scales and codes of rows `t0..t0 + rows` in the `width` columns of a group, from `column` on, of what the block or those before it wrote to `dense`.
+/// Every thread of the block takes part; `max_rows` is a bound on `rows` that the compiler knows.
+template <u32 THREADS>
+DEVICE void quantize_group(
+    const Fp8Out& to, const void* dense, u32 dtype, i64 stride, bool vectors, u32 t0, u32 rows, u32 max_rows, u32 column, u32 width) {
+    const u32 within = lane_id() % FP8_LANES * EIGHT, there = within < width ? min_of(EIGHT, width - within) : 0;
+    for (u32 first = 0; first < max_rows; first += THREADS / FP8_LANES) {
+        const u32 row = first + thread_id() / FP8_LANES, count = row < rows ? there : 0;
+        float v[EIGHT];
+        load8(dense, dtype, (t0 + row) * stride + column + within, count, vectors, v);
+        store_quantized(to, t0 + row, column + within, count, v);
+    }
+}

@@ -39,15 +39,16 @@ typedef long long i64;
 
 // ---- Kernels -------------------------------------------------------------------------------------------------------------------------
 // R1_KERNEL(name, Args, body, max_warps): the entry point `name`, which takes one Args by value and runs `body(args)`, a function or an
-// instantiation in parentheses. Stands at the beginning of a line: the build finds it there.
+// instantiation in parentheses. Stands at the beginning of a line: the build finds it there. A fifth argument is how many blocks shall fit an NVIDIA
+// multiprocessor, for kernels that spill a few bytes to fit one more.
 #if R1_CUDA
-#define R1_KERNEL(name, Args, body, max_warps)                                                                                          \
-    extern "C" __global__ void __launch_bounds__((max_warps) * 32) name(const __grid_constant__ Args args) { body(args); }
+#define R1_KERNEL(name, Args, body, max_warps, ...)                                                                                     \
+    extern "C" __global__ void __launch_bounds__((max_warps) * 32 __VA_OPT__(, ) __VA_ARGS__) name(const __grid_constant__ Args args) { body(args); }
 #elif R1_HIP
-#define R1_KERNEL(name, Args, body, max_warps)                                                                                          \
+#define R1_KERNEL(name, Args, body, max_warps, ...)                                                                                     \
     extern "C" __global__ __attribute__((amdgpu_flat_work_group_size(1, (max_warps) * 64))) void name(const Args args) { body(args); }
 #else
-#define R1_KERNEL(name, Args, body, max_warps)                                                                                          \
+#define R1_KERNEL(name, Args, body, max_warps, ...)                                                                                     \
     extern "C" void r1_emu_kernel_##name(const void* args) { body(*static_cast<const Args*>(args)); }                                   \
     extern "C" const u32 r1_emu_args_bytes_##name = sizeof(Args);                                                                       \
     extern "C" const u32 r1_emu_max_warps_##name = (max_warps);

@@ -1,4 +1,4 @@
-// A tile of a matrix product per block, shared by the files whose kernels are linears: gemm.cu, per_head.cu.
+// A tile of a matrix product per block, shared by the files whose kernels have linears: gemm.cu, per_head.cu, mla_decode.cu and more.
 //
 //   out[t, n] = sum_k x[t, k] * w[n, k]      (KN = false; a linear's weight, a row per output)
 //   out[t, n] = sum_k x[t, k] * w[k, n]      (KN = true; a weight applied from its other side)
@@ -93,7 +93,10 @@ struct IsSame<A, A> {
 
 /// Activations X (bf16, e4m3) and a weight W (the same, or e4m3 or int4x2 widened to bf16); WARPS_M x WARPS_N warps with tiles of TM x TN each.
 /// PAIRED: the tile's right half is the second weight's. HELPERS: warps more that only copy, for blocks that do something else afterwards.
-template <class X_, class W_, bool KN_, int WARPS_M_, int WARPS_N_, int TM_, int TN_, int STAGES_, bool PAIRED_ = false, int HELPERS_ = 0>
+/// RESIDENT: whole rows of x, so many columns at most, stand in shared memory, where the kernel brings them; blocks of scales end where
+/// steps do.
+template <class X_, class W_, bool KN_, int WARPS_M_, int WARPS_N_, int TM_, int TN_, int STAGES_, bool PAIRED_ = false, int HELPERS_ = 0,
+          int RESIDENT_ = 0>
 struct Shape {
     typedef X_ X;
     typedef W_ W;
@@ -112,7 +115,8 @@ struct Shape {
     /// Numbers per element of the weight's data.
     static constexpr int PER = INT4 ? 2 : 1;
     /// Rows are an odd number of 16 bytes apart: no bank conflicts.
-    static constexpr int LDX = STEP + 16 / sizeof(X);
+    static constexpr int RESIDENT = RESIDENT_, X_STAGES = RESIDENT ? 1 : STAGES;
+    static constexpr int LDX = (RESIDENT ? RESIDENT : STEP) + 16 / sizeof(X);
     static constexpr int W_ROWS = KN ? STEP : BN, W_COLS = KN ? BN : STEP;
     /// As it is copied, and as it is multiplied.
     static constexpr int LDW = W_COLS / PER + 16 / sizeof(W), LDB = W_COLS + 16 / sizeof(X);
@@ -123,7 +127,7 @@ struct Shape {
 
 template <class S>
 struct alignas(16) Shared {
-    typename S::X x[S::STAGES][S::BM * S::LDX];
+    typename S::X x[S::X_STAGES][S::BM * S::LDX];
     typename S::W w[S::STAGES][S::W_ROWS * S::LDW];
     typename S::X wide[S::WIDENS ? S::W_ROWS * S::LDB : 8];
     float x_scales[S::STAGES][S::BM];
@@ -172,9 +176,15 @@ struct Place {
     u32 t0, n0, head;
 };
 
-/// The sum of one tile over `begin..end` of k, in each warp's registers. `FOLDS`: its ranges' sums, added in order.
-template <class S, bool FOLDS>
-DEVICE void product(const Args& a, const Weight& weight, const Place& at, u32 begin, u32 end, Shared<S>& mem, WarpAcc<S::TM, S::TN>& sum) {
+struct Nothing {
+    DEVICE void operator()() const {}
+};
+
+/// The sum of one tile over `begin..end` of k, in each warp's registers. `FOLDS`: its ranges' sums, added in order. `bring`: fills a resident x, by all
+/// threads, while the first steps of the weight are on their way.
+template <class S, bool FOLDS, class Bring = Nothing>
+DEVICE void product(
+    const Args& a, const Weight& weight, const Place& at, u32 begin, u32 end, Shared<S>& mem, WarpAcc<S::TM, S::TN>& sum, Bring bring = Bring()) {
     typedef typename S::X X;
     typedef typename S::W W;
     const u32 first_row = at.head * a.rows_per_head + a.first_row;
@@ -202,7 +212,7 @@ DEVICE void product(const Args& a, const Weight& weight, const Place& at, u32 be
     auto enqueue = [&](u32 slot, Steps& steps) {
         if (steps.k < end) {
             const u32 len = steps.end - steps.k;
-            copy_tile<S::THREADS, S::BM, S::STEP>(mem.x[slot], S::LDX, x + steps.k, a.x_stride, rows, len, a.x_is_vectorizable);
+            if constexpr (!S::RESIDENT) copy_tile<S::THREADS, S::BM, S::STEP>(mem.x[slot], S::LDX, x + steps.k, a.x_stride, rows, len, a.x_is_vectorizable);
             if (S::KN) {
                 copy_tile<S::THREADS, S::W_ROWS, S::W_COLS>(mem.w[slot], S::LDW, w + steps.k * weight.stride, weight.stride, len, cols, weight.is_vectorizable);
             } else {
@@ -227,6 +237,7 @@ DEVICE void product(const Args& a, const Weight& weight, const Place& at, u32 be
 
     Steps ahead(begin, end, S::STEP, block_k, offset_k);
     UNROLL for (int s = 0; s < S::STAGES - 1; ++s) enqueue(s, ahead);
+    bring();
     WarpAcc<S::TM, S::TN> acc;
     acc.clear();
     sum.clear();
@@ -255,7 +266,7 @@ DEVICE void product(const Args& a, const Weight& weight, const Place& at, u32 be
             sync_block();
             b = mem.wide;
         }
-        const X* tile_x = mem.x[slot] + row0 * S::LDX;
+        const X* tile_x = S::RESIDENT ? mem.x[0] + row0 * S::LDX + now.k : mem.x[slot] + row0 * S::LDX;
         if (S::HELPERS > 0 && thread >= S::MULTIPLIERS) {
             // Copies only.
         } else if constexpr (S::HAS_W_SCALES) {

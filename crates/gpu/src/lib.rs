@@ -310,6 +310,21 @@ impl Backend for Gpu {
         ops::attention::mla_attention(self, q_latent, q_rope, cache, batch, &seqs, scale, out);
     }
 
+    fn mla_attend(
+        &self,
+        q_latent: &Tensor<Self>,
+        q_rope: &Tensor<Self>,
+        cache: &LatentCache<Self>,
+        batch: &Batch<Self>,
+        seqs: Range<usize>,
+        scale: f32,
+        w_uv: &HeadWeight<Self>,
+        o_latent: &Tensor<Self>,
+        attended: &Activation<Self>,
+    ) {
+        ops::attend::mla_attend(self, q_latent, q_rope, cache, batch, &seqs, scale, w_uv, o_latent, attended);
+    }
+
     fn rope_cache_gqa(
         &self,
         q: &Tensor<Self>,

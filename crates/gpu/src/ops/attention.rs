@@ -12,11 +12,12 @@ use crate::launch::{Args, Geometry, dtype_code, is_vectorizable, ptr, stride};
 /// Pairs of row and head per block.
 const QUERIES: usize = 16;
 const WARPS: u32 = 4;
-/// A context is cut into pieces of so many tokens, longer ones where there would be more than [`MAX_SPLITS`].
-const SPLIT_TOKENS: usize = 256;
+/// A context is cut into pieces of so many tokens; a multiple of every kernel's tile.
+pub(super) const SPLIT_TOKENS: usize = 256;
+/// Absorbed MLA has longer pieces where there would be more.
 const MAX_SPLITS: usize = 64;
 /// Channels that share an FP8 scale.
-const FP8_GROUP: usize = 128;
+pub(super) const FP8_GROUP: usize = 128;
 /// Most blocks in a grid's second and third dimension.
 pub(super) const MAX_GRID: usize = 65_535;
 
@@ -30,6 +31,8 @@ pub(super) struct Sequences {
     end: u32,
     num_decodes: u32,
     rows_per_pack: u32,
+    split_tokens: u32,
+    split_limit: u32,
 }
 
 impl Sequences {
@@ -41,6 +44,8 @@ impl Sequences {
             end: seqs.end as u32,
             num_decodes: batch.num_decodes.min(seqs.end).saturating_sub(seqs.start) as u32,
             rows_per_pack: rows_per_pack as u32,
+            split_tokens: SPLIT_TOKENS as u32,
+            split_limit: MAX_SPLITS as u32,
         }
     }
 
@@ -70,7 +75,7 @@ impl Pages {
 
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct SplitArgs {
+pub(super) struct SplitArgs {
     q_latent: DevicePtr,
     q_rope: DevicePtr,
     cache: DevicePtr,
@@ -123,7 +128,7 @@ const FORMS: [Form; 6] = [
     Form { kernel: "mla_split_fp8_128", dtype: DType::F8E4M3, latent: 128, rope: 64, tile: 64 },
     Form { kernel: "mla_split_fp8_512", dtype: DType::F8E4M3, latent: 512, rope: 64, tile: 32 },
     Form { kernel: "mla_split_f32_128", dtype: DType::F32, latent: 128, rope: 64, tile: 32 },
-    Form { kernel: "mla_split_f32_512", dtype: DType::F32, latent: 512, rope: 64, tile: 16 },
+    Form { kernel: "mla_split_f32_512", dtype: DType::F32, latent: 512, rope: 64, tile: 8 },
 ];
 
 impl Form {
@@ -154,7 +159,8 @@ impl Form {
         let groups = if codes { self.latent / FP8_GROUP } else { 1 };
         let row = self.latent + self.rope + 16 / size;
         let weights = if codes { self.tile } else { self.tile + 16 / size };
-        let k_parts = WARPS as usize / (self.tile / 16);
+        // A warp takes 16 keys at once.
+        let k_parts = WARPS as usize / self.tile.div_ceil(16);
         let floats = k_parts * QUERIES * (self.tile + 8) + self.tile * groups + 3 * QUERIES;
         (QUERIES * row + self.tile * row + groups * QUERIES * weights) * size + floats * size_of::<f32>()
     }
@@ -184,6 +190,41 @@ pub(crate) fn mla_attention(
     seqs: &Range<usize>,
     scale: f32,
     out: &Tensor<Gpu>,
+) {
+    attend(gpu, q_latent, q_rope, cache, batch, seqs, scale, out, |part| {
+        if part.splits > 1 {
+            let grid = [
+                QUERIES.min(part.heads * part.rows_per_pack),
+                part.heads.div_ceil(QUERIES),
+                part.packs.len(),
+            ];
+            gpu.launch("mla_combine", Geometry { grid, warps: WARPS, shared_bytes: 0 }, &part.args);
+        }
+    });
+}
+
+/// Packs whose splits one launch has taken: their partial sums are in scratch memory until the next launch.
+pub(super) struct Part {
+    pub(super) args: SplitArgs,
+    /// Of sequences that decode these are rows.
+    pub(super) packs: Range<usize>,
+    splits: usize,
+    heads: usize,
+    rows_per_pack: usize,
+}
+
+/// Launches the splits, in as many parts as scratch memory has room for; `finish` adds a part's. Rows of one split are in `out` already.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn attend(
+    gpu: &Gpu,
+    q_latent: &Tensor<Gpu>,
+    q_rope: &Tensor<Gpu>,
+    cache: &LatentCache<Gpu>,
+    batch: &Batch<Gpu>,
+    seqs: &Range<usize>,
+    scale: f32,
+    out: &Tensor<Gpu>,
+    finish: impl Fn(&Part),
 ) {
     shape::mla_attention(q_latent, q_rope, cache, batch, seqs, out);
     let form = Form::of(q_latent, cache);
@@ -237,14 +278,11 @@ pub(crate) fn mla_attention(
     let at_once = if splits == 1 { packs } else { packs.min(gpu.scratch_bytes() / pack_bytes) }.min(MAX_GRID);
     assert!(at_once > 0 || packs == 0, "mla_attention: a row's splits need {pack_bytes} bytes of scratch");
     for first_pack in (0..packs).step_by(at_once.max(1)) {
-        let packs = at_once.min(packs - first_pack);
-        let partials = if splits == 1 { DevicePtr::default() } else { gpu.scratch(packs * pack_bytes) };
+        let packs = first_pack..packs.min(first_pack + at_once);
+        let partials = if splits == 1 { DevicePtr::default() } else { gpu.scratch(packs.len() * pack_bytes) };
         let args = SplitArgs { first_pack: first_pack as u32, partials, ..args };
-        let grid = [groups, splits, packs];
+        let grid = [groups, splits, packs.len()];
         gpu.launch(form.kernel, Geometry { grid, warps: WARPS, shared_bytes: form.shared_bytes() }, &args);
-        if splits > 1 {
-            let grid = [QUERIES.min(heads * rows_per_pack), groups, packs];
-            gpu.launch("mla_combine", Geometry { grid, warps: WARPS, shared_bytes: 0 }, &args);
-        }
+        finish(&Part { args, packs, splits, heads, rows_per_pack });
     }
 }

@@ -5,15 +5,13 @@ use std::ops::Range;
 use r1_backend::{Batch, KvCache, RopeTable, Tensor, shape};
 use r1_core::DType;
 
-use super::attention::{MAX_GRID, Pages, Sequences};
+use super::attention::{MAX_GRID, Pages, SPLIT_TOKENS, Sequences};
 use crate::Gpu;
 use crate::driver::DevicePtr;
 use crate::launch::{Args, Geometry, dtype_code, is_vectorizable, ptr, stride};
 
 /// Pairs of row and head per warp.
 const QUERIES: usize = 16;
-/// A context is cut into pieces of so many tokens.
-const SPLIT_TOKENS: usize = 256;
 /// Of keys and values, what the kernels pad to.
 const HEAD_DIM: usize = 128;
 

@@ -53,6 +53,15 @@ pub(super) struct GemmArgs {
 // SAFETY: the twin of tile::Args.
 unsafe impl Args for GemmArgs {}
 
+impl GemmArgs {
+    /// The same product, of as many rows as `out` has, the results there.
+    pub(super) fn of_rows(mut self, out: &Tensor<Gpu>) -> Self {
+        self.num_tokens = out.dim(0) as u32;
+        self.weights[0].out = ptr(out);
+        self
+    }
+}
+
 /// A kernel's tile: `Shape` in tile.cuh.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Tile {
@@ -67,6 +76,10 @@ const MIDDLE: Tile = Tile { rows: 64, cols: 32, warps: 4, stages: 3 };
 const MIDDLE_INT4: Tile = Tile { stages: 2, ..MIDDLE };
 const TALL: Tile = Tile { rows: 64, cols: 128, warps: 8, stages: 2 };
 const SIMT: Tile = Tile { rows: 16, cols: 64, warps: 4, stages: 1 };
+/// Of `mla_decode::Finish`, whose activations stand in shared memory as whole rows of [`RESIDENT`].
+const FINISH: Tile = Tile { rows: 16, cols: 64, warps: 4, stages: 4 };
+/// Most columns of such rows, `mla_decode::LATENT`.
+const RESIDENT: usize = 512;
 /// `sizeof(gemm::SimtShared)`.
 const SIMT_SHARED_BYTES: usize = 4 * (16 * 32 + 32 * 65);
 /// `tile::DTYPE_INT4`.
@@ -82,12 +95,16 @@ impl Tile {
         // A row is 16 bytes longer than what it holds.
         let row_bytes = |numbers: usize, bits: usize| numbers * bits / 8 + 16;
         let (w_rows, w_cols) = if transposed { (step, self.cols) } else { (self.cols, step) };
-        let x = self.rows * row_bytes(step, x_bits);
+        let x = if self == FINISH {
+            self.rows * row_bytes(RESIDENT, x_bits)
+        } else {
+            self.stages * self.rows * row_bytes(step, x_bits)
+        };
         let w = w_rows * row_bytes(w_cols, w_bits);
         let wide = if x_bits == w_bits { x_bits } else { w_rows * row_bytes(w_cols, x_bits) };
         let scales = 4 * (self.rows + self.cols);
         let halves = if is_int4 { 4 * self.cols * (2 * self.stages + 1) } else { 3 * 16 };
-        (self.stages * (x + w + scales) + wide + FLAG_BYTES + halves).next_multiple_of(16)
+        (x + self.stages * (w + scales) + wide + FLAG_BYTES + halves).next_multiple_of(16)
     }
 }
 
@@ -474,4 +491,48 @@ pub(super) fn pair_launch(
         SHORT.shared_bytes(bits_of(&operand.x, left), false) + SHORT.rows * SHORT.cols * size_of::<f32>();
     let geometry = Geometry { grid: [blocks, 1, args.ranges as usize], warps: SHORT.warps, shared_bytes };
     Some(PairLaunch { kernel, geometry, args })
+}
+
+/// Most rows of [`head_launch`]: more fill the tiles of a launch of their own.
+const MOST_HEAD_ROWS: usize = 256;
+
+/// What `mla_finish` shares with the linears: a matrix per head `w` of rows `x` `[T, H, C]` that it brings itself. `None` where
+/// formats, sizes or many rows want a launch of their own. The geometry is that of one row per block. `out` `[T, H, U]`.
+pub(super) fn head_launch(
+    gpu: &Gpu,
+    operand: &Operand<'_>,
+    w: &Weight<Gpu>,
+    out: &Tensor<Gpu>,
+) -> Option<HeadLaunch> {
+    /// Columns of a step in BF16.
+    const STEP: usize = 64;
+    let x = &operand.x;
+    let steps_are_whole = match w {
+        Weight::Dense { .. } => true,
+        Weight::Fp8Block { block, offset, .. } => {
+            [block[1], offset[1]].iter().all(|x| x.is_multiple_of(STEP))
+        }
+        Weight::Int4Group(_) => false,
+    };
+    let kernel = match Kind::of(x.dtype(), w.data().dtype()) {
+        Kind::W8 => "mla_finish_w8",
+        Kind::Bf16 => "mla_finish_bf16",
+        Kind::Fp8 | Kind::Simt => return None,
+    };
+    if !steps_are_whole || operand.transposed || x.dim(2) > RESIDENT || x.dim(0) > MOST_HEAD_ROWS {
+        return None;
+    }
+    let mut args = gemm_args(operand, &[(w, out.clone())]);
+    args.counters = gpu.counters();
+    let shared_bytes = FINISH.shared_bytes(bits_of(x, w), false);
+    let tiles = out.dim(2).div_ceil(FINISH.cols);
+    let geometry = Geometry { grid: [tiles, x.dim(0), x.dim(1)], warps: FINISH.warps, shared_bytes };
+    Some(HeadLaunch { kernel, geometry, args })
+}
+
+/// See [`head_launch`].
+pub(super) struct HeadLaunch {
+    pub(super) kernel: &'static str,
+    pub(super) geometry: Geometry,
+    pub(super) args: GemmArgs,
 }

@@ -1,6 +1,7 @@
 //! One file per family of operations: geometry and arguments of its kernels.
 
 pub(crate) mod absorb;
+pub(crate) mod attend;
 pub(crate) mod attention;
 pub(crate) mod expanded;
 pub(crate) mod experts;

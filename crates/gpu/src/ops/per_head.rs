@@ -10,6 +10,7 @@ pub(crate) fn per_head(gpu: &Gpu, x: &Tensor<Gpu>, w: &HeadWeight<Gpu>, out: &Te
     gemm(gpu, &operand(x, w), &[(&w.weight, out.clone())]);
 }
 
+/// What the matrices of `w` meet.
 pub(super) fn operand<'a>(x: &Tensor<Gpu>, w: &HeadWeight<Gpu>) -> Operand<'a> {
     Operand {
         x: x.clone(),
