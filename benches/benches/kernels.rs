@@ -117,7 +117,7 @@ fn attention(c: &mut Criterion) {
         fill(&cache.data);
         cache.fp8.iter().for_each(|fp8| [&fp8.scales, &fp8.rope].into_iter().for_each(&mut fill));
         let name = format!("absorbed decode, {heads} heads, {context} tokens, {dtype} cache");
-        let bytes = context * LatentCache::<Cpu>::bytes_per_token(dtype, latent, rope);
+        let bytes = context * r1_backend::latent_bytes_per_token(dtype, latent, rope);
         let took = machine.bench(c, "mla_attention", &name, bytes, || {
             cpu.mla_attention(&q_latent, &q_rope, &cache, &batch, 0..1, 0.1, &out);
         });

@@ -47,9 +47,7 @@ fn emulated_gpus_count_the_rs() {
             let plan = format!("rank {rank} of {ranks} uses memory, in GiB: weights ");
             assert!(said.contains(&plan), "{said}");
         }
-        for words in ["emulated GPU", "W8A8", "captured decode steps of [1, 2, 4, 5] sequences in "] {
-            assert!(said.contains(words), "{words}: {said}");
-        }
+        assert!(said.contains("captured decode steps of [1, 2, 4, 5] sequences in "), "{said}");
     }
 }
 

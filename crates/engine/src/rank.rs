@@ -249,6 +249,8 @@ impl<B: Backend> Rank<B> {
 
     /// Goes on in a new group after a failure; nothing is captured in it yet.
     pub(crate) fn join(&mut self, comm: Arc<dyn Communicator<B>>) {
+        // A rank that did not fail has not left: graphs go before the group whose collectives they hold.
+        self.graphs.clear();
         self.model.join(comm);
         self.left = None;
     }

@@ -85,6 +85,7 @@ fn ranks<C: Collectives + 'static>(ends: Vec<C>) -> Vec<Ranks> {
 
 impl Ranks {
     fn enqueue(&self, gpu: &Gpu, op: &'static str, args: CollectiveArgs) {
+        gpu.settle_weights();
         gpu.note(op, self.collectives.enqueue(&*gpu.driver, args));
     }
 

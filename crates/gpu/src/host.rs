@@ -123,6 +123,7 @@ pub(crate) fn upload(gpu: &Gpu, src: HostSlice<'_>, dst: &Tensor<Gpu>) {
             bytes
         }
     };
+    gpu.settle_weights();
     rows_of(dst, |rows, from| {
         gpu.note("upload", gpu.driver.write(&bytes[from..from + rows.size_bytes()], rows));
     });

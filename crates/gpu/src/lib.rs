@@ -14,6 +14,7 @@ mod ops;
 mod staging;
 
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use r1_backend::{
@@ -146,6 +147,10 @@ impl Gpu {
         }
     }
 
+    fn take_failure(&self) -> Option<BackendError> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// Weights that are on their way come before what is enqueued next.
     fn settle_weights(&self) {
         self.note("import", self.staging.settle());
@@ -243,7 +248,7 @@ impl Backend for Gpu {
 
     fn flush(&self) -> Ticket {
         self.settle_weights();
-        let known = self.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let known = self.take_failure();
         let device = self.driver.info().name.clone();
         let mark = self.driver.mark();
         let failed =
@@ -493,16 +498,26 @@ impl Backend for Gpu {
     }
 
     fn capture(&self, step: &mut dyn FnMut()) -> Result<Option<Graph>, BackendError> {
-        let failed = |error: DriverError| self.failed("capture", &error);
-        self.driver.begin_capture().map_err(failed)?;
-        *self.recorded.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
-        step();
-        let kernels = self.recorded.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
-        let recorded = self.driver.end_capture().map_err(failed)?;
-        match self.failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            Some(failure) => Err(failure),
-            None => Ok(Some(Graph { recorded, kernels })),
+        // Neither weights that are on their way nor an older failure belong to this step.
+        self.settle_weights();
+        if let Some(failure) = self.take_failure() {
+            return Err(failure);
         }
+        self.driver.begin_capture().map_err(|error| self.failed("capture", &error))?;
+        *self.recorded.lock().unwrap_or_else(PoisonError::into_inner) = Some(Vec::new());
+        let run = catch_unwind(AssertUnwindSafe(step));
+        let kernels = self.recorded.lock().unwrap_or_else(PoisonError::into_inner).take().unwrap_or_default();
+        // Also after a panic: the stream would stay in capture.
+        let recorded = self.driver.end_capture();
+        if let Err(panic) = run {
+            resume_unwind(panic);
+        }
+        // What the step itself could not enqueue says more than that the recording is spoilt.
+        if let Some(failure) = self.take_failure() {
+            return Err(failure);
+        }
+        let recorded = recorded.map_err(|error| self.failed("capture", &error))?;
+        Ok(Some(Graph { recorded, kernels }))
     }
 
     fn replay(&self, graph: &Graph) {

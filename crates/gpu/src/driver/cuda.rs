@@ -128,7 +128,8 @@ pub(crate) fn open(ordinal: usize, allow_ptx: bool) -> Result<Device<Cuda>, Driv
         max_shared_bytes: max_shared as usize,
         total_bytes,
         free_bytes,
-        fp8: (major, minor) >= (8, 9),
+        // What runs from PTX was compiled for 8.0, which has no FP8 instructions.
+        fp8: (major, minor) == (9, 0),
         fnuz: false,
     };
     let mut functions = Vec::new();

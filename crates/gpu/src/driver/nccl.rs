@@ -244,23 +244,22 @@ impl<A: Connected> Collectives for NcclRank<A> {
         functions.check("collective", code).map_err(|error| failed(error.to_string()))
     }
 
-    /// Ends the whole group: a rank alone can neither release its peers from a collective nor be replaced. A captured step with
-    /// collectives must not be replayed after it.
+    /// Ends this rank's communicator, which fails what its peers still wait for. Graphs that captured its collectives must be gone:
+    /// NCCL keeps a communicator until they are. Others learn of it by [`failure`](Collectives::failure) and end their own.
     fn leave(&self) {
         let Group { functions, ends, left } = &*self.group;
         left.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(self.rank);
-        let deadline = Instant::now() + PATIENCE;
-        for end in ends {
-            let Some(Handle(comm)) = end.comm().take() else { continue };
-            if end.device.enter().is_err() {
-                continue;
-            }
-            while !end.device.is_idle() && Instant::now() < deadline {
-                thread::sleep(Duration::from_millis(1));
-            }
-            // SAFETY: a whole communicator, taken out of everybody's reach.
-            unsafe { (functions.ncclCommAbort)(comm) };
+        let end = &ends[self.rank];
+        let Some(Handle(comm)) = end.comm().take() else { return };
+        if end.device.enter().is_err() {
+            return;
         }
+        let deadline = Instant::now() + PATIENCE;
+        while !end.device.is_idle() && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(1));
+        }
+        // SAFETY: a whole communicator, taken out of everybody's reach.
+        unsafe { (functions.ncclCommAbort)(comm) };
     }
 }
 
