@@ -9,8 +9,9 @@ use r1_gpu::Gpu;
 use r1_model::{Fp8Compute, MlaForm, StageInput, StageOutput};
 use r1_tests::{Load, emulated, tiny_dir};
 
-/// Of a layer with a dense MLP, and of one with experts.
-const MAX_LAUNCHES: [usize; 2] = [10, 10];
+/// Of a layer with a dense MLP, and of one with experts. One of them is `quantize`, which models like V3 do not launch: where a
+/// head's outputs are whole groups of 128, attention's last kernel writes their FP8 form.
+const MAX_LAUNCHES: [usize; 2] = [10, 11];
 
 /// Kernels of a captured step that decodes `num_seqs` sequences through these layers of the bundled model, in what GPUs run by
 /// default.
