@@ -244,22 +244,39 @@ impl<A: Connected> Collectives for NcclRank<A> {
         functions.check("collective", code).map_err(|error| failed(error.to_string()))
     }
 
-    /// Ends this rank's communicator, which fails what its peers still wait for. Graphs that captured its collectives must be gone:
-    /// NCCL keeps a communicator until they are. Others learn of it by [`failure`](Collectives::failure) and end their own.
+    /// Ends the whole group: a rank alone can neither release its peers from a collective nor be replaced. A captured step with
+    /// collectives must not be replayed after it.
+    ///
+    /// Does not wait: NCCL keeps a communicator until the graphs that captured it are gone, and a peer drops its graphs only once its
+    /// collective has been released.
     fn leave(&self) {
-        let Group { functions, ends, left } = &*self.group;
-        left.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(self.rank);
-        let end = &ends[self.rank];
-        let Some(Handle(comm)) = end.comm().take() else { return };
-        if end.device.enter().is_err() {
+        self.group.left.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(self.rank);
+        for rank in 0..self.group.ends.len() {
+            let Some(comm) = self.group.ends[rank].comm().take() else { continue };
+            let group = self.group.clone();
+            let abort = move || group.abort(rank, comm);
+            if let Err(error) = thread::Builder::new().name("leave".into()).spawn(abort) {
+                tracing::error!(
+                    "rank {rank} stays in its group: no thread can be started to end it: {error}"
+                );
+            }
+        }
+    }
+}
+
+impl<A: Connected> Group<A> {
+    /// Ends one rank's communicator, which was taken out of everybody's reach, after what runs has had time to end.
+    fn abort(&self, rank: usize, Handle(comm): Handle) {
+        let device = &self.ends[rank].device;
+        if device.enter().is_err() {
             return;
         }
         let deadline = Instant::now() + PATIENCE;
-        while !end.device.is_idle() && Instant::now() < deadline {
+        while !device.is_idle() && Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
         }
-        // SAFETY: a whole communicator, taken out of everybody's reach.
-        unsafe { (functions.ncclCommAbort)(comm) };
+        // SAFETY: a whole communicator that nobody else has.
+        unsafe { (self.functions.ncclCommAbort)(comm) };
     }
 }
 
