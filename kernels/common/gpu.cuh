@@ -4,7 +4,7 @@
 //   emu    g++ or clang for the host: warps of 32, one fibre per thread (emu.h), matrix instructions once per warp, natively
 //
 // Rules that follow: a file's own functions and structs stand in a namespace of its name; shared memory is one struct per kernel, reached through `shared<T>()`; a barrier or a warp operation is reached by every
-// thread of the block or warp; no early return before one; no thread count but NUM_WARPS * WARP; vector loads only where the host has
+// thread of the block or warp; no early return before one; no thread count but num_warps() * WARP; vector loads only where the host has
 // promised alignment.
 #pragma once
 

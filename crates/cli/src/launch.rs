@@ -141,7 +141,8 @@ impl AnyDevice {
 
 /// What a GPU's process takes of its memory.
 const GPU_MEMORY_SHARE: f64 = 0.9;
-/// Of what is left of that after loading, what the KV cache takes: the rest is for sampling parameters that outgrow their room.
+/// Of what is left of that after loading, what the KV cache takes: the rest is for a step's inputs and logits, and for sampling
+/// parameters that outgrow their room.
 const GPU_KV_SHARE: f64 = 0.97;
 /// Of the host's free memory, what the KV cache takes.
 const HOST_KV_SHARE: f64 = 0.5;

@@ -80,7 +80,7 @@ const SIMT: Tile = Tile { rows: 16, cols: 64, warps: 4, stages: 1 };
 const FINISH: Tile = Tile { rows: 16, cols: 64, warps: 4, stages: 4 };
 /// Most columns of such rows, `mla_decode::LATENT`.
 const RESIDENT: usize = 512;
-/// `sizeof(gemm::SimtShared)`.
+/// `sizeof(simt::Shared)`.
 const SIMT_SHARED_BYTES: usize = 4 * (16 * 32 + 32 * 65);
 /// `tile::DTYPE_INT4`.
 const DTYPE_INT4: u32 = 4;

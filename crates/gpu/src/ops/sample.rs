@@ -30,7 +30,8 @@ pub(crate) struct Room {
 }
 
 impl Room {
-    /// Enough for a thousand rows with a bias or a penalty here and there.
+    /// Enough for a thousand rows with a bias or a penalty here and there. Masks of many rows and long lists of seen tokens outgrow
+    /// it; what they need then comes from what the KV cache left.
     pub(crate) const USUAL_BYTES: usize = 1 << 20;
 
     /// With [`USUAL_BYTES`](Self::USUAL_BYTES) of device memory.
