@@ -9,7 +9,7 @@ mod ids;
 mod sampling;
 mod topology;
 
-pub use constraint::TokenConstraint;
+pub use constraint::{Allowed, ConstraintError, TokenConstraint};
 pub use dtype::{DType, UnknownDType};
 pub use finish::FinishReason;
 pub use ids::{BlockId, Rank, SeqId, TokenId};
