@@ -79,6 +79,7 @@ pub(crate) fn chat(app: &App, body: &[u8]) -> Result<Job, ApiError> {
         separate_reasoning: separate,
         stop: request.common.stop.clone(),
         include_stop: request.common.include_stop_str_in_output,
+        ..ParserConfig::default()
     };
     let logprobs = request.logprobs.then(|| request.top_logprobs.unwrap_or(0));
     let prompts = vec![Tokenized { tokens, echo }];
@@ -122,6 +123,7 @@ pub(crate) fn completion(app: &App, body: &[u8]) -> Result<Job, ApiError> {
         separate_reasoning: false,
         stop: request.common.stop.clone(),
         include_stop: request.common.include_stop_str_in_output,
+        ..ParserConfig::default()
     };
     let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
     job(app, &request.common, Shape::Completion, &NAMES, model, request.logprobs, parser, prompts)

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use r1_core::{FinishReason, TokenId};
 use r1_engine::TokenLogprobs;
 use r1_text::{
-    ControlText, Delta as Sorted, Detokenizer, OutputParser, ParserConfig, TextError, TokenClass, Tokenizer,
+    ControlText, Delta as Sorted, Detokenizer, Output, OutputParser, ParserConfig, TextError, TokenClass,
+    Tokenizer,
 };
 
 use crate::metrics::Ended;
@@ -149,7 +150,8 @@ impl Decoder {
         if self.is_text(token) {
             self.text_chars += num_chars(self.tokenizer.token_bytes(token));
             let piece = self.detokenizer.push(token);
-            self.sort(&piece.text);
+            let output = self.parser.push(&piece);
+            self.take(output);
         }
         self.reasoning_tokens += u64::from(was_reasoning || self.parser.in_reasoning());
         self.stop_string.is_some()
@@ -167,7 +169,8 @@ impl Decoder {
                 &mut self.detokenizer,
                 Detokenizer::new(self.tokenizer.clone(), self.rules.control),
             );
-            self.sort(&rest.finish());
+            let output = self.parser.push_text(&rest.finish());
+            self.take(output);
         }
         let last = self.parser.finish().deltas;
         self.gain(last);
@@ -196,11 +199,7 @@ impl Decoder {
         !hidden && (!ends || self.rules.parser.include_stop)
     }
 
-    fn sort(&mut self, text: &str) {
-        if text.is_empty() {
-            return;
-        }
-        let output = self.parser.push(text);
+    fn take(&mut self, output: Output) {
         self.gain(output.deltas);
         self.stop_string = output.stopped;
     }
@@ -210,6 +209,9 @@ impl Decoder {
             match delta {
                 Sorted::Reasoning(text) => self.pending.reasoning.push_str(&text),
                 Sorted::Content(text) => self.pending.content.push_str(&text),
+                Sorted::ToolCall { .. } | Sorted::ToolArguments { .. } => {
+                    unreachable!("no tools were asked for")
+                }
             }
         }
     }
