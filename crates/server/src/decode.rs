@@ -6,7 +6,7 @@ use std::sync::Arc;
 use r1_core::{FinishReason, TokenId};
 use r1_engine::TokenLogprobs;
 use r1_text::{
-    ControlText, Delta as Sorted, Detokenizer, OutputParser, ParserConfig, Piece, TextError, TokenClass,
+    ControlText, Delta as Sorted, Detokenizer, Output, OutputParser, ParserConfig, TextError, TokenClass,
     Tokenizer,
 };
 
@@ -231,7 +231,8 @@ impl Decoder {
         if self.is_text(token) {
             self.text_chars += num_chars(self.tokenizer.token_bytes(token));
             let piece = self.detokenizer.push(token);
-            self.sort(&piece);
+            let output = self.parser.push(&piece);
+            self.take(output);
         }
         self.reasoning_tokens += u64::from(was_reasoning || self.parser.in_reasoning());
         self.stop_string.is_some()
@@ -249,7 +250,8 @@ impl Decoder {
                 &mut self.detokenizer,
                 Detokenizer::new(self.tokenizer.clone(), self.rules.control),
             );
-            self.sort(&Piece { text: rest.finish(), class: TokenClass::Text });
+            let output = self.parser.push_text(&rest.finish());
+            self.take(output);
         }
         let last = self.parser.finish().deltas;
         self.gain(last);
@@ -280,8 +282,7 @@ impl Decoder {
         !hidden && (!ends || self.rules.parser.include_stop)
     }
 
-    fn sort(&mut self, piece: &Piece) {
-        let output = self.parser.push(piece);
+    fn take(&mut self, output: Output) {
         self.gain(output.deltas);
         self.stop_string = output.stopped;
     }
