@@ -124,8 +124,12 @@ impl Source {
         let read =
             |path: &Path| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
         let own = self.folder.as_ref().map(|folder| folder.join("chat_template.jinja"));
+        let inline = path.filter(|path| !path.is_file() && path.to_string_lossy().contains(['{', '\n']));
+        if inline.is_some() {
+            bail!("--chat-template takes a file, and this is a template; write it into one");
+        }
         let text = match (path, own) {
-            (Some(path), _) => Some(read(path)?),
+            (Some(path), _) => Some(read(path).context("--chat-template")?),
             (None, Some(own)) if own.is_file() => Some(read(&own)?),
             (None, Some(_)) => tokenizer.chat_template().map(str::to_owned),
             (None, None) => Some(include_str!("../model/chat_template.jinja").to_owned()),
@@ -138,6 +142,13 @@ impl Source {
                 tokenizer.control_tokens().clone(),
             )
         };
-        Ok(text.map(compile).transpose().context("the chat template")?.map(Arc::new))
+        let template = text.map(compile).transpose();
+        let template = template.with_context(|| {
+            path.map_or_else(
+                || "the model's".to_owned(),
+                |path| format!("--chat-template {}", path.display()),
+            )
+        })?;
+        Ok(template.map(Arc::new))
     }
 }

@@ -64,7 +64,7 @@ pub(crate) fn chat(app: &App, body: &[u8]) -> Result<Job, ApiError> {
         tools: None,
         add_generation_prompt: request.add_generation_prompt,
         continue_final_message: false,
-        kwargs: request.template_kwargs,
+        kwargs: app.template_kwargs(request.template_kwargs),
     };
     let text_error = |error| text_error(app, error, &NAMES, request.common.max_tokens);
     check_messages(app, &request.messages).map_err(text_error)?;
@@ -174,6 +174,15 @@ fn check_num_choices(app: &App, prompts: usize, n: usize) -> Result<(), ApiError
     Ok(())
 }
 
+fn check_logprobs(app: &App, names: &Names, logprobs: Option<u32>) -> Result<(), ApiError> {
+    let (asked, max) = (logprobs.unwrap_or(0), app.config.max_logprobs);
+    if asked > max {
+        let problem = format!("is {asked}; it must be at most {max} (--max-logprobs)");
+        return Err(ApiError::bad_field(names.logprobs, problem));
+    }
+    Ok(())
+}
+
 fn job(
     app: &App,
     common: &Common,
@@ -185,6 +194,7 @@ fn job(
     prompts: Vec<Tokenized>,
 ) -> Result<Job, ApiError> {
     check_num_choices(app, prompts.len(), common.n)?;
+    check_logprobs(app, names, logprobs)?;
     let eos = if common.ignore_eos { Vec::new() } else { app.model.eos_token_ids.clone() };
     let control = if common.skip_special_tokens { ControlText::Hide } else { ControlText::Show };
     let rules = DecodeRules {

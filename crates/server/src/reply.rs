@@ -9,7 +9,7 @@ use std::time::Instant;
 use axum::Json;
 use axum::response::{IntoResponse, Response};
 use futures_util::stream::{self, SelectAll, Stream, StreamExt};
-use r1_engine::{EngineError, Event, Generation};
+use r1_engine::{EngineError, Event, Generation, Request};
 use tracing::Span;
 
 use crate::access::RequestLog;
@@ -63,6 +63,8 @@ impl Reply {
             .into_iter()
             .map(|choice| (choice.request, (choice.prompt, choice.decoder, choice.echo)))
             .unzip();
+        let of_prompts = requests.iter().map(|request: &Request| &request.prompt[..]);
+        log.note_prompts(&app.model.tokenizer, prompt_of.iter().copied().zip(of_prompts));
         let generations = app.engine.submit_all(requests)?;
         let submitted = Instant::now();
         let mut updates = SelectAll::new();
@@ -211,6 +213,7 @@ impl Choice {
                 Vec::new()
             }
             Event::Token { token, logprobs } => {
+                self.log.note_token(self.index, self.app.model.tokenizer.token_bytes(token));
                 let stopped = decoder.push(token, logprobs);
                 self.count_token();
                 if stopped { self.end(None) } else { self.delta() }

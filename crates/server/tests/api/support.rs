@@ -11,7 +11,7 @@ use http_body_util::BodyExt;
 use r1_core::{FinishReason, SamplingParams, SeqId, TokenId};
 use r1_engine::EventSender;
 use r1_engine::{Command, EngineInfo, Event, Handle, Inbox, Status, TokenLogprobs};
-use r1_server::{ReasoningParser, SamplingDefaults, ServedModel, ServerConfig, router};
+use r1_server::{ReasoningParser, SamplingDefaults, ServedModel, ServerConfig, ToolSyntaxChoice, router};
 use r1_text::{ChatTemplate, Tokenizer};
 use serde_json::Value;
 use tower::ServiceExt;
@@ -48,6 +48,7 @@ pub(crate) fn model() -> ServedModel {
         },
         eos_token_ids: vec![EOS],
         reasoning_parser: ReasoningParser::DeepSeekR1,
+        tool_syntax: ToolSyntaxChoice::Auto,
     }
 }
 
