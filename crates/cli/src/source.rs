@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use r1_model::{ModelStatus, Registry};
-use r1_text::{ChatTemplate, Tokenizer};
+use r1_text::{Tokenizer};
 use r1_weights::{Checkpoint, GenerationDefaults, HubEnv, ModelConfig, resolve_model};
 
 use crate::args::{LoadFormat, ModelArgs, Quantization};
@@ -115,29 +115,20 @@ impl Source {
         Ok(Tokenizer::from_dir(folder)?)
     }
 
-    /// The chat template: the file `path`, the model's chat_template.jinja, or the one in its tokenizer_config.json.
-    pub(crate) fn template(
-        &self,
-        path: Option<&Path>,
-        tokenizer: &Tokenizer,
-    ) -> Result<Option<Arc<ChatTemplate>>> {
+    /// The chat template's text: the file `path`, the model's chat_template.jinja, or the one in its tokenizer_config.json.
+    pub(crate) fn template(&self, path: Option<&Path>, tokenizer: &Tokenizer) -> Result<Option<String>> {
         let read =
             |path: &Path| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
         let own = self.folder.as_ref().map(|folder| folder.join("chat_template.jinja"));
-        let text = match (path, own) {
-            (Some(path), _) => Some(read(path)?),
+        let inline = path.filter(|path| !path.is_file() && path.to_string_lossy().contains(['{', '\n']));
+        if inline.is_some() {
+            bail!("--chat-template takes a file, and this is a template; write it into one");
+        }
+        Ok(match (path, own) {
+            (Some(path), _) => Some(read(path).context("--chat-template")?),
             (None, Some(own)) if own.is_file() => Some(read(&own)?),
             (None, Some(_)) => tokenizer.chat_template().map(str::to_owned),
             (None, None) => Some(include_str!("../model/chat_template.jinja").to_owned()),
-        };
-        let compile = |text: String| {
-            ChatTemplate::new(
-                &text,
-                tokenizer.bos_text(),
-                tokenizer.eos_text(),
-                tokenizer.control_tokens().clone(),
-            )
-        };
-        Ok(text.map(compile).transpose().context("the chat template")?.map(Arc::new))
+        })
     }
 }

@@ -11,6 +11,7 @@ mod auth;
 mod config;
 mod connection;
 mod convert;
+mod cors;
 mod decode;
 mod drain;
 mod error;
@@ -22,11 +23,17 @@ mod reply;
 mod routes;
 mod serve;
 mod sse;
+mod tls;
 mod types;
 
-pub use config::{Cors, InvalidOrigin, Origin, ReasoningParser, SamplingDefaults, ServedModel, ServerConfig, ThinkingBudgets};
+pub use auth::ApiKeys;
+pub use config::{
+    ConfigError, Cors, CorsRequests, Origin, ReasoningParser, SamplingDefaults, ServedModel, ServerConfig,
+    ThinkingBudgets,
+};
 pub use error::ApiError;
 pub use routes::router;
 pub use serve::serve;
 #[doc(hidden)]
 pub use sse::frames;
+pub use tls::Tls;

@@ -86,7 +86,7 @@ pub(crate) fn render(
         tools: (!tools.is_empty()).then(|| tools.iter().map(|tool| tool.json.clone()).collect()),
         add_generation_prompt: request.add_generation_prompt,
         continue_final_message: request.continue_final_message,
-        kwargs: request.template_kwargs.clone(),
+        kwargs: app.template_kwargs(request.template_kwargs.clone()),
     };
     template.render(&input).map_err(text_error)
 }
