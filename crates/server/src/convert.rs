@@ -144,7 +144,7 @@ fn tokenize(app: &App, prompt: Prompt, echo: bool) -> Result<Tokenized, TextErro
 }
 
 /// A message as templates know it.
-fn template_message(message: &ChatMessage) -> Value {
+pub(crate) fn template_message(message: &ChatMessage) -> Value {
     let mut fields = Map::new();
     fields.insert("role".into(), message.role.name().into());
     fields.insert("content".into(), message.content.as_str().into());
