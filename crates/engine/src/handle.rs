@@ -26,6 +26,13 @@ pub struct Request {
     pub cache_salt: Option<String>,
 }
 
+impl Request {
+    /// A request that asks for nothing beyond its tokens: to be completed with `..Request::new(prompt, params)`.
+    pub fn new(prompt: Vec<TokenId>, params: SamplingParams) -> Self {
+        Self { prompt, params, priority: 0, constraint: None, cache_salt: None }
+    }
+}
+
 /// Log-probabilities of one drawn token, natural logarithm, of the model's own distribution (before penalties,
 /// temperature and truncation).
 #[derive(Clone, Debug, PartialEq)]
@@ -63,6 +70,9 @@ pub enum EngineError {
     /// The forward pass or the sampler failed; the next request is served.
     #[error("the step that ran this request failed: {0}")]
     Step(String),
+    /// Its constraint cannot go on: it broke, or it leaves no token to draw.
+    #[error("the constraint of this request failed: {0}")]
+    Constraint(String),
     /// The scheduler does not take it.
     #[error("the request cannot be scheduled: {0}")]
     Refused(String),
@@ -478,13 +488,7 @@ mod tests {
     use super::*;
 
     fn request() -> Request {
-        Request {
-            prompt: vec![TokenId(1)],
-            params: SamplingParams::default(),
-            priority: 0,
-            constraint: None,
-            cache_salt: None,
-        }
+        Request::new(vec![TokenId(1)], SamplingParams::default())
     }
 
     fn info() -> EngineInfo {

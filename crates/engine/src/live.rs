@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use r1_backend::{RowSampling, SamplingBatch, SeenToken};
-use r1_core::{FinishReason, SamplingParams, TokenConstraint, TokenId};
+use r1_core::{Allowed, ConstraintError, FinishReason, SamplingParams, TokenConstraint, TokenId};
 
 /// What sampling must remember of one sequence.
 pub(crate) struct Live {
@@ -38,7 +38,12 @@ impl Live {
     }
 
     /// Adds this sequence's row: the token to be drawn stands at `position`.
-    pub(crate) fn push_row(&mut self, position: usize, vocab_size: usize, batch: &mut SamplingBatch) {
+    pub(crate) fn push_row(
+        &mut self,
+        position: usize,
+        vocab_size: usize,
+        batch: &mut SamplingBatch,
+    ) -> Result<(), ConstraintError> {
         let p = &self.params;
         let bias = batch.bias.len();
         batch.bias.extend(p.logit_bias.iter().map(|&(token, bias)| (token.0, bias)));
@@ -49,12 +54,14 @@ impl Live {
         if let Some(tokens) = &self.seen {
             batch.seen.extend(tokens.iter().map(|(&token, &output_count)| SeenToken { token, output_count }));
         }
-        let mask = self.constraint.as_mut().map(|constraint| {
+        let mut mask = None;
+        if let Some(constraint) = &mut self.constraint {
             let words = batch.mask.len()..batch.mask.len() + vocab_size.div_ceil(32);
             batch.mask.resize(words.end, 0);
-            constraint.fill_mask(&mut batch.mask[words.clone()]);
-            words
-        });
+            if constraint.fill_mask(&mut batch.mask[words.clone()])? == Allowed::Masked {
+                mask = Some(words);
+            }
+        }
         batch.rows.push(RowSampling {
             temperature: p.temperature,
             top_p: p.top_p,
@@ -69,17 +76,18 @@ impl Live {
             seen: seen..batch.seen.len(),
             mask,
         });
+        Ok(())
     }
 
     /// Remembers a drawn token, and says whether it ends the sequence.
-    pub(crate) fn accept(&mut self, token: TokenId) -> Option<FinishReason> {
+    pub(crate) fn accept(&mut self, token: TokenId) -> Result<Option<FinishReason>, ConstraintError> {
         if let Some(seen) = &mut self.seen {
             *seen.entry(token.0).or_default() += 1;
         }
         if let Some(constraint) = &mut self.constraint {
-            constraint.accept(token);
+            constraint.accept(token)?;
         }
-        self.params.stop_token_ids.contains(&token).then_some(FinishReason::Stop(token))
+        Ok(self.params.stop_token_ids.contains(&token).then_some(FinishReason::Stop(token)))
     }
 }
 
@@ -90,12 +98,14 @@ mod tests {
     struct Only(u32);
 
     impl TokenConstraint for Only {
-        fn accept(&mut self, token: TokenId) {
+        fn accept(&mut self, token: TokenId) -> Result<(), ConstraintError> {
             self.0 = token.0 + 1;
+            Ok(())
         }
 
-        fn fill_mask(&mut self, mask: &mut [u32]) {
+        fn fill_mask(&mut self, mask: &mut [u32]) -> Result<Allowed, ConstraintError> {
             mask[self.0 as usize / 32] |= 1 << (self.0 % 32);
+            Ok(Allowed::Masked)
         }
     }
 
@@ -111,15 +121,15 @@ mod tests {
         let mut live = Live::new(params, Some(Box::new(Only(40))), &[TokenId(5), TokenId(5)]);
         let mut batch = SamplingBatch::default();
         assert!(!live.may_run_ahead());
-        live.push_row(2, 64, &mut batch);
+        live.push_row(2, 64, &mut batch).expect("a mask");
         assert_eq!(batch.bias, [(3, 2.0), (9, f32::NEG_INFINITY)]);
         assert_eq!(batch.seen, [SeenToken { token: 5, output_count: 0 }]);
         assert_eq!(batch.mask, [0, 1 << 8]);
         assert_eq!(batch.rows[0].position, 2);
 
-        assert_eq!(live.accept(TokenId(5)), None);
-        assert_eq!(live.accept(TokenId(9)), Some(FinishReason::Stop(TokenId(9))));
-        live.push_row(4, 64, &mut batch);
+        assert_eq!(live.accept(TokenId(5)), Ok(None));
+        assert_eq!(live.accept(TokenId(9)), Ok(Some(FinishReason::Stop(TokenId(9)))));
+        live.push_row(4, 64, &mut batch).expect("a mask");
         assert_eq!(batch.rows[1].bias, 2..3, "stop tokens are allowed once min_tokens are drawn");
         let seen = [SeenToken { token: 5, output_count: 1 }, SeenToken { token: 9, output_count: 1 }];
         assert_eq!(batch.seen[batch.rows[1].seen.clone()], seen);
@@ -130,9 +140,9 @@ mod tests {
     #[test]
     fn a_plain_request_keeps_no_counts() {
         let mut live = Live::new(SamplingParams::default(), None, &[TokenId(5)]);
-        live.accept(TokenId(1));
+        live.accept(TokenId(1)).expect("no constraint");
         let mut batch = SamplingBatch::default();
-        live.push_row(2, 64, &mut batch);
+        live.push_row(2, 64, &mut batch).expect("a mask");
         assert!(batch.seen.is_empty() && batch.bias.is_empty() && batch.mask.is_empty());
     }
 }

@@ -154,9 +154,11 @@ impl<B: Backend> Pipeline<B> {
             let batch = &mut sampling.batch;
             // A constraint is the caller's code, and fills its mask here; one that panics fails its own request. The row itself
             // is pushed last.
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| live.push_row(position, vocab_size, batch)))
-            {
-                spoilt.push((seq, panic_text(&*panic)));
+            let pushed = catch_unwind(AssertUnwindSafe(|| live.push_row(position, vocab_size, batch)));
+            let failed =
+                pushed.map_or_else(|panic| Some(panic_text(&*panic)), |it| it.err().map(|why| why.0));
+            if let Some(why) = failed {
+                spoilt.push((seq, why));
                 batch.rows.push(RowSampling::greedy());
             }
             sampling.wants_logprobs |= live.logprobs().is_some();

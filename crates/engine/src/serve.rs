@@ -249,18 +249,20 @@ impl<B: Backend> Engine<B> {
             if let Some((_, why)) = done.spoilt.iter().find(|(spoilt, _)| *spoilt == seq) {
                 done.state.abort(seq);
                 let active = self.active.remove(&seq).expect("it was found above");
-                end(&self.inbox, active, failure(why.clone()));
+                end(&self.inbox, active, Event::Failed(EngineError::Constraint(why.clone())));
                 continue;
             }
             let token = done.drawn.token(row);
             let logprobs = active.live.logprobs().map(|num_top| done.drawn.logprobs(row, num_top));
             // A constraint is the caller's code; one that panics fails its own request.
-            let finish = match catch_unwind(AssertUnwindSafe(|| active.live.accept(token))) {
+            let accepted = catch_unwind(AssertUnwindSafe(|| active.live.accept(token)));
+            let accepted = accepted.map_err(|panic| panic_text(&*panic));
+            let finish = match accepted.and_then(|it| it.map_err(|why| why.0)) {
                 Ok(finish) => finish,
-                Err(panic) => {
+                Err(why) => {
                     done.state.abort(seq);
                     let active = self.active.remove(&seq).expect("it was found above");
-                    end(&self.inbox, active, failure(panic_text(&*panic)));
+                    end(&self.inbox, active, Event::Failed(EngineError::Constraint(why)));
                     continue;
                 }
             };

@@ -205,11 +205,9 @@ fn job(
             let decoder = Decoder::new(app.model.tokenizer.clone(), rules.clone())
                 .map_err(|e| ApiError::bad_field("stop", e))?;
             let request = Request {
-                prompt: prompt.tokens.clone(),
-                params,
                 priority: common.priority,
-                constraint: None,
                 cache_salt: common.cache_salt.clone(),
+                ..Request::new(prompt.tokens.clone(), params)
             };
             choices.push(ChoiceJob { prompt: index, request, decoder, echo: prompt.echo.clone() });
         }

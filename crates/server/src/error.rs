@@ -184,6 +184,12 @@ impl From<EngineError> for ApiError {
             EngineError::Step(_) | EngineError::Refused(_) => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", Some("engine_error"), message)
             }
+            EngineError::Constraint(_) => Self::new(
+                StatusCode::BAD_REQUEST,
+                "invalid_request_error",
+                Some("constraint_failed"),
+                message,
+            ),
             EngineError::SlowReader { .. } => {
                 Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", Some("slow_reader"), message)
             }

@@ -147,13 +147,7 @@ mod tests {
         };
         let (engine, inbox) = Handle::channel(info);
         inbox.set_status(Status::Ready);
-        let request = r1_engine::Request {
-            prompt: vec![r1_core::TokenId(1)],
-            params: r1_core::SamplingParams::default(),
-            priority: 0,
-            constraint: None,
-            cache_salt: None,
-        };
+        let request = r1_engine::Request::new(vec![r1_core::TokenId(1)], r1_core::SamplingParams::default());
         let lines = Lines::default();
         let writer = lines.clone();
         let log =

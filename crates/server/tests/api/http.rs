@@ -18,13 +18,7 @@ use crate::support::{
 };
 
 fn engine_request() -> r1_engine::Request {
-    r1_engine::Request {
-        prompt: vec![r1_core::TokenId(5)],
-        params: r1_core::SamplingParams::default(),
-        priority: 0,
-        constraint: None,
-        cache_salt: None,
-    }
+    r1_engine::Request::new(vec![r1_core::TokenId(5)], r1_core::SamplingParams::default())
 }
 
 fn hi() -> serde_json::Value {
