@@ -16,7 +16,7 @@ pub(crate) const ENDPOINTS: &[Endpoint] = &[Endpoint {
     access: Access::Key,
     parameters: &[],
     request: Some("ChatRequest"),
-    example: r#"{"model": "any", "messages": [{"role": "user", "content": "how many rs are in strawberry"}], "max_tokens": 256}"#,
+    example: r#"{"model": "any", "messages": [{"role": "user", "content": "how many rs are in strawberry"}], "max_tokens": 128}"#,
     reply: Body::JsonOrEvents("ChatReply", "ChatChunk"),
     errors: super::GENERATING,
 }];

@@ -120,6 +120,12 @@ fn plain(
     let special = vllm.or(llama).unwrap_or(param == "prompt");
     fields.ignore_rest();
     let (tokenizer, max) = (&app.model.tokenizer, max_tokens(app));
+    if let Batch::Many(texts) = &texts
+        && texts.len() > max
+    {
+        let problem = format!("holds {} texts; up to {max} are read in one request", texts.len());
+        return Err(ApiError::bad_field(param, problem));
+    }
     let mut room = max;
     texts.try_map(|text| {
         let tokens = if special {
@@ -128,8 +134,7 @@ fn plain(
             tokenizer.encode_bounded(&text, room)
         };
         let tokens = tokens.map_err(|error| text_error(error, param, max - room, max))?;
-        // Texts without tokens cost something too.
-        room = room.saturating_sub(tokens.len().max(1));
+        room -= tokens.len();
         Ok(ids(&tokens))
     })
 }

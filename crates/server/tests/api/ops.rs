@@ -17,7 +17,8 @@ async fn they_answer_under_every_prefix() {
         let router = engine.router(ServerConfig { root_path: root_path.into(), ..ServerConfig::default() });
         let root = root_path.replace('{', "%7B").replace('}', "%7D");
         for prefix in ["", "/v1", &root, &format!("{root}/v1")] {
-            for path in ["/health_generate", "/get_model_info", "/get_server_info", "/openapi.json", "/docs"] {
+            for path in ["/health_generate", "/get_model_info", "/get_server_info", "/openapi.json", "/docs"]
+            {
                 let answer = get(&router, &format!("{prefix}{path}")).await;
                 assert_eq!(answer.status, 200, "{prefix}{path}: {}", answer.text);
             }
@@ -104,7 +105,8 @@ async fn lists_give_lists_and_spellings_are_the_files() {
     for (token, spelling) in ids("hi 7").iter().zip(&strings[0]) {
         assert_eq!(tokenizer().token_to_id(spelling).unwrap().0, *token, "{spelling}");
     }
-    let special = post(&router, "/tokenize", &json!({"prompt": "<｜User｜>", "return_token_strs": true})).await;
+    let special =
+        post(&router, "/tokenize", &json!({"prompt": "<｜User｜>", "return_token_strs": true})).await;
     assert_eq!(special.json()["token_strs"].as_array().unwrap().last().unwrap(), "<｜User｜>");
 
     let back = post(&router, "/detokenize", &json!({"tokens": reply["tokens"]})).await.json();
