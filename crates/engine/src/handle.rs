@@ -24,12 +24,14 @@ pub struct Request {
     pub constraint: Option<Box<dyn TokenConstraint>>,
     /// Requests share cached prefixes only with those that have the same salt.
     pub cache_salt: Option<String>,
+    /// Prompt.
+    pub prompt_logprobs: Option<u32>,
 }
 
 impl Request {
     /// A request that asks for nothing beyond its tokens: to be completed with `..Request::new(prompt, params)`.
     pub fn new(prompt: Vec<TokenId>, params: SamplingParams) -> Self {
-        Self { prompt, params, priority: 0, constraint: None, cache_salt: None }
+        Self { prompt, params, priority: 0, constraint: None, cache_salt: None, prompt_logprobs: None }
     }
 }
 
@@ -51,6 +53,8 @@ pub enum Event {
         /// Prompt tokens whose KV came from the prefix cache.
         cached_tokens: u32,
     },
+    /// Prompt.
+    PromptLogprobs(Vec<TokenLogprobs>),
     /// A token was drawn. A stop token is reported too, before `Finished`.
     Token {
         /// The token.

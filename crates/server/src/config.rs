@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use axum::http::HeaderValue;
 use r1_core::TokenId;
-use r1_text::{ChatTemplate, Tokenizer};
+use r1_text::{ChatTemplate, Grammars, Tokenizer, ToolSyntax};
 
 /// How the server behaves.
 #[derive(Clone, Debug)]
@@ -119,6 +119,25 @@ pub struct ServedModel {
     pub eos_token_ids: Vec<TokenId>,
     /// How thinking is told from the answer.
     pub reasoning_parser: ReasoningParser,
+    /// Forms that replies can be held to, over this tokenizer.
+    pub grammars: Arc<Grammars>,
+    /// How the model writes calls of tools; `None`: it does not, or nobody knows.
+    pub tool_syntax: Option<ToolSyntax>,
+    /// What `reasoning_effort` means.
+    pub thinking_budgets: ThinkingBudgets,
+}
+
+/// Most tokens of thinking per `reasoning_effort`; `None` for as many as it takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ThinkingBudgets {
+    /// `minimal`.
+    pub minimal: Option<u32>,
+    /// `low`.
+    pub low: Option<u32>,
+    /// `medium`.
+    pub medium: Option<u32>,
+    /// `high` and above.
+    pub high: Option<u32>,
 }
 
 /// Sampling where the request is silent, from generation_config.json; `None` leaves OpenAI's default.

@@ -26,7 +26,10 @@ mod serve;
 mod sse;
 mod types;
 
-pub use config::{Cors, InvalidOrigin, Origin, ReasoningParser, SamplingDefaults, ServedModel, ServerConfig};
+pub use config::{
+    Cors, InvalidOrigin, Origin, ReasoningParser, SamplingDefaults, ServedModel, ServerConfig,
+    ThinkingBudgets,
+};
 pub use error::ApiError;
 pub use routes::router;
 pub use serve::serve;

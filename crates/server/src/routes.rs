@@ -153,12 +153,15 @@ async fn post_completion(
     generate(app, log, request, convert::completion).await
 }
 
+/// Reads a body: the request's id, then its bytes.
+type Convert = fn(&Arc<App>, &str, &[u8]) -> Result<convert::Job, ApiError>;
+
 /// The way of every generating request: read, convert off the async threads, submit, then stream or collect.
 async fn generate(
     app: Arc<App>,
     log: Arc<RequestLog>,
     request: Request,
-    convert: fn(&App, &[u8]) -> Result<convert::Job, ApiError>,
+    convert: Convert,
 ) -> Result<Response, ApiError> {
     let limit = app.config.request_timeout;
     let deadline = limit.map(|limit| (Instant::from_std(log.received) + limit, limit));
@@ -182,7 +185,7 @@ async fn answer(
     log: Arc<RequestLog>,
     request: Request,
     body_read: &AtomicBool,
-    convert: fn(&App, &[u8]) -> Result<convert::Job, ApiError>,
+    convert: Convert,
     deadline: Option<(Instant, Duration)>,
 ) -> Result<Response, ApiError> {
     let body = read_body(&app.config, request).await?;
@@ -192,22 +195,22 @@ async fn answer(
     // Before the work of reading the prompt, which under overload is what those who are served would wait for.
     app.engine.check_room()?;
     let converting = {
-        let (app, span) = (app.clone(), log.span.clone());
+        let (app, log) = (app.clone(), log.clone());
         tokio::task::spawn_blocking(move || {
-            tracing::info_span!(parent: &span, "tokenize").in_scope(|| convert(&app, &body))
+            tracing::info_span!(parent: &log.span, "tokenize").in_scope(|| convert(&app, &log.id, &body))
         })
     };
     let job =
         converting.await.map_err(|e| ApiError::internal(format!("reading the request failed: {e}")))??;
-    log.span.record("model", &job.header.model);
-    log.model.get_or_init(|| job.header.model.clone());
-    let streaming = job.stream;
+    let convert::Job { run, render, model, stream } = job;
+    log.span.record("model", &model);
+    log.model.get_or_init(|| model);
     let ServerConfig { ping_interval, write_timeout, .. } = app.config;
-    let reply = Reply::start(&app, log, job, active)?;
-    if streaming {
-        Ok(sse::stream(reply, StreamLimits { ping_interval, write_timeout, deadline }))
+    let reply = Reply::start(&app, log, run, active)?;
+    if stream {
+        Ok(sse::stream(reply, render, StreamLimits { ping_interval, write_timeout, deadline }))
     } else {
-        reply::collect(reply).await
+        reply::collect(reply, render).await
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::schema::Type::{Bool, Either, Int, Items, List, Number, Object as Free, Of, OneOf, Ref, Text};
 use super::schema::{Field, Object, Type, defaults, may, must, nullable};
-use super::shared::{COUNT, ENDING, OUTPUT, SAMPLING, STRUCTURE};
+use super::shared::{COUNT, ENDING, OUTPUT, PROMPT_LOGPROBS, SAMPLING, STRUCTURE};
 use super::{Access, Body, Endpoint};
 
 /// The endpoint.
@@ -25,7 +25,7 @@ const MESSAGES: Type = Items(&Ref("ChatMessage"), 1, None);
 
 /// What a conversation is made of, for every endpoint that takes one.
 pub(crate) const CONVERSATION: &[Field] = &[
-    may("tools", List(&Ref("Tool")), "Functions that the model may call."),
+    may("tools", Items(&Ref("Tool"), 0, Some(128)), "Functions that the model may call."),
     defaults("add_generation_prompt", Bool, "true", "End the prompt where the assistant's reply begins."),
     defaults("continue_final_message", Bool, "false", "Continue the last message instead of replying to it."),
     may("chat_template_kwargs", Free, "Variables of the chat template, as `thinking` and `enable_thinking`."),
@@ -37,24 +37,37 @@ pub(crate) const CONVERSATION: &[Field] = &[
     ),
 ];
 
+/// How hard the model shall think.
+pub(crate) const EFFORT: Type = OneOf(&["none", "minimal", "low", "medium", "high", "xhigh", "max"]);
+
+const BUDGET: Type = Int(0, Some(u32::MAX as i64));
+
 const CHAT: &[Field] = &[
     must("messages", MESSAGES, "The conversation."),
-    may("max_completion_tokens", Int(1, None), "OpenAI's newer name for `max_tokens`."),
+    may("max_completion_tokens", Int(0, None), "OpenAI's newer name for `max_tokens`."),
     defaults("logprobs", Bool, "false", "Give the log-probability of every generated token."),
     may("top_logprobs", Int(0, Some(20)), "And this many rivals of each; needs `logprobs`."),
     may(
         "tool_choice",
-        Either(&[OneOf(&["none", "auto", "required"]), Ref("NamedToolChoice")]),
+        Either(&[OneOf(&["none", "auto", "required", "any"]), Ref("NamedToolChoice")]),
         "Whether tools are called: never, as the model likes, always, or this one.",
     ),
     may("parallel_tool_calls", Bool, "Whether one reply may call several tools."),
     may(
         "reasoning_effort",
-        OneOf(&["none", "minimal", "low", "medium", "high", "xhigh"]),
+        EFFORT,
         "How many tokens the model may think; `none` closes the thinking at once.",
     ),
-    may("thinking", Ref("Thinking"), "Whether the model thinks (DeepSeek)."),
-    may("thinking_budget", Int(0, None), "Most tokens of thinking; then it is ended."),
+    may(
+        "thinking",
+        Either(&[Ref("Thinking"), Bool]),
+        "Whether the model thinks, and how long (DeepSeek, Anthropic).",
+    ),
+    may("enable_thinking", Bool, "Whether the model thinks (Qwen)."),
+    may("thinking_budget", BUDGET, "Most tokens of thinking; then it is ended."),
+    may("thinking_token_budget", BUDGET, "Another name for `thinking_budget`."),
+    defaults("include_reasoning", Bool, "true", "Whether the reply shows the thinking."),
+    defaults("echo", Bool, "false", "Begin the reply with the text that it continues."),
     may("reasoning", Ref("Reasoning"), "Bounds of the thinking, in one object."),
     defaults("separate_reasoning", Bool, "true", "Whether thinking is kept out of `content`."),
 ];
@@ -79,6 +92,7 @@ pub(crate) const OBJECTS: &[Object] = &[
             may("name", Text, "Name of the tool or of the speaker."),
             may("tool_calls", List(&Ref("ToolCall")), "An assistant's calls."),
             may("tool_call_id", Text, "Which call a tool's message answers."),
+            may("reasoning_content", Text, "What an assistant thought, for templates that keep it."),
             may("prefix", Bool, "Of a last assistant message: continue it (DeepSeek)."),
         ]],
     },
@@ -91,11 +105,11 @@ pub(crate) const OBJECTS: &[Object] = &[
         name: "Tool",
         doc: "A function that the model may call.",
         fields: &[&[
-            defaults("type", OneOf(&["function"]), "\"function\"", ""),
+            must("type", OneOf(&["function"]), ""),
             must(
                 "function",
                 Of(&[
-                    must("name", Text, ""),
+                    must("name", Text, "Up to 64 letters, digits, underscores, dashes and dots."),
                     may("description", Text, "What it does, for the model."),
                     may("parameters", Free, "JSON Schema of its arguments."),
                     may("strict", Bool, "Hold the arguments to the schema."),
@@ -131,18 +145,19 @@ pub(crate) const OBJECTS: &[Object] = &[
     Object {
         name: "Thinking",
         doc: "Whether the model thinks.",
-        fields: &[&[must("type", OneOf(&["enabled", "disabled"]), "")]],
+        fields: &[&[
+            must("type", OneOf(&["enabled", "disabled", "auto", "adaptive"]), ""),
+            may("budget_tokens", BUDGET, "As `thinking_budget`."),
+        ]],
     },
     Object {
         name: "Reasoning",
         doc: "Bounds of the thinking.",
         fields: &[&[
-            may("max_tokens", Int(0, None), "As `thinking_budget`."),
-            may(
-                "effort",
-                OneOf(&["none", "minimal", "low", "medium", "high", "xhigh"]),
-                "As `reasoning_effort`.",
-            ),
+            may("max_tokens", BUDGET, "As `thinking_budget`."),
+            may("enabled", Bool, "Whether the model thinks."),
+            may("exclude", Bool, "Leave the thinking out of the reply."),
+            may("effort", EFFORT, "As `reasoning_effort`."),
         ]],
     },
     Object {
@@ -155,6 +170,7 @@ pub(crate) const OBJECTS: &[Object] = &[
             must("model", Text, ""),
             must("choices", List(&Of(CHOICE)), ""),
             must("usage", Ref("Usage"), ""),
+            may("prompt_logprobs", PROMPT_LOGPROBS, "Per token of the prompt; null for the first."),
         ]],
     },
     Object {
@@ -178,11 +194,11 @@ pub(crate) const OBJECTS: &[Object] = &[
         doc: "A token and its rivals.",
         fields: &[&[
             must("token", Text, ""),
-            must("logprob", Number(None, Some(0.0)), ""),
+            must("logprob", Number(None, None), ""),
             nullable("bytes", List(&Int(0, Some(255))), "A token need not be whole characters."),
             may(
                 "top_logprobs",
-                List(&Of(&[must("token", Text, ""), must("logprob", Number(None, Some(0.0)), "")])),
+                List(&Of(&[must("token", Text, ""), must("logprob", Number(None, None), "")])),
                 "",
             ),
         ]],

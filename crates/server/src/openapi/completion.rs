@@ -2,7 +2,7 @@
 
 use super::schema::Type::{Bool, Either, Int, List, Number, Of, OneOf, OrNull, Ref, Text};
 use super::schema::{Field, Object, Type, defaults, may, must, nullable};
-use super::shared::{COUNT, ENDING, OUTPUT, SAMPLING, STRUCTURE, TOKEN_ID, TOP_LOGPROBS};
+use super::shared::{COUNT, ENDING, OUTPUT, PROMPT_LOGPROBS, SAMPLING, STRUCTURE, TOKEN_ID, TOP_LOGPROBS};
 use super::{Access, Body, Endpoint};
 
 /// The endpoint.
@@ -63,7 +63,7 @@ pub(crate) const OBJECTS: &[Object] = &[
         doc: "Four lists of one length, one entry per token.",
         fields: &[&[
             must("tokens", List(&Text), ""),
-            must("token_logprobs", List(&OrNull(&Number(None, Some(0.0)))), ""),
+            must("token_logprobs", List(&OrNull(&Number(None, None))), ""),
             nullable("top_logprobs", TOP_LOGPROBS, ""),
             must("text_offset", List(&COUNT), "Where each token begins in `text`, in characters."),
         ]],
@@ -74,6 +74,7 @@ const CHOICE: &[Field] = &[
     must("index", COUNT, ""),
     must("text", Text, ""),
     nullable("logprobs", Ref("CompletionLogprobs"), ""),
+    may("prompt_logprobs", PROMPT_LOGPROBS, "Per token of the prompt; null for the first."),
     ENDING[0],
     ENDING[1],
     ENDING[2],

@@ -5,7 +5,7 @@ use super::schema::Type::{
     Above, Any, Bool, Either, Int, Items, List, Number, Object as Free, Of, OneOf, Ref, Text,
 };
 use super::schema::{Field, Object, defaults, may, must, nullable};
-use super::shared::COUNT;
+use super::shared::{COUNT, UNUSED};
 use super::{Access, Body, Endpoint};
 
 /// Whether the router has these endpoints.
@@ -80,7 +80,7 @@ const GENERATION: &[Field] = &[
     may("top_k", Int(0, None), "Keeps this many most likely tokens."),
     may("stop_sequences", List(&Text), "Texts that end the reply and are not part of it."),
     defaults("stream", Bool, "false", "Send the reply as server-sent events."),
-    may("metadata", Any, "Accepted and not used."),
+    may("metadata", Any, UNUSED),
 ];
 
 /// Objects of their requests and replies.

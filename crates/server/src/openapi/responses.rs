@@ -1,8 +1,11 @@
 //! `/v1/responses` as the document describes it once it is served. Must not know how fields are read.
 
-use super::schema::Type::{Any, Bool, Either, Int, List, Number, Object as Free, Of, OneOf, Ref, Text};
+use super::chat::EFFORT;
+use super::schema::Type::{
+    Above, Any, Bool, Either, Int, List, Number, Object as Free, Of, OneOf, Ref, Text,
+};
 use super::schema::{Object, defaults, may, must, nullable};
-use super::shared::COUNT;
+use super::shared::{COUNT, UNUSED};
 use super::{Access, Body, Endpoint};
 
 /// Whether the router has these endpoints.
@@ -42,11 +45,7 @@ pub(crate) const OBJECTS: &[Object] = &[
                 "Most tokens to generate; what is left of the context where absent.",
             ),
             may("temperature", Number(Some(0.0), Some(2.0)), "0 is greedy. Absent: the model's own default."),
-            may(
-                "top_p",
-                super::schema::Type::Above(0.0, 1.0),
-                "Keeps the smallest set of tokens whose probability reaches this.",
-            ),
+            may("top_p", Above(0.0, 1.0), "Keeps the smallest set of tokens whose probability reaches this."),
             may("top_logprobs", Int(0, Some(20)), "Rivals of each token whose log-probabilities are given."),
             defaults("stream", Bool, "false", "Send the reply as server-sent events."),
             may("tools", List(&Ref("ResponsesTool")), "Functions that the model may call."),
@@ -62,11 +61,7 @@ pub(crate) const OBJECTS: &[Object] = &[
             may(
                 "reasoning",
                 Of(&[
-                    may(
-                        "effort",
-                        OneOf(&["none", "minimal", "low", "medium", "high", "xhigh"]),
-                        "How long the model may think.",
-                    ),
+                    may("effort", EFFORT, "How long the model may think."),
                     may(
                         "summary",
                         OneOf(&["auto", "concise", "detailed"]),
@@ -94,7 +89,7 @@ pub(crate) const OBJECTS: &[Object] = &[
             may("truncation", OneOf(&["auto", "disabled"]), ""),
             may("include", List(&Text), "Further parts of the reply."),
             may("background", Bool, ""),
-            may("user", Any, "Accepted and not used."),
+            may("user", Any, UNUSED),
             may("metadata", Any, "Given back."),
         ]],
     },

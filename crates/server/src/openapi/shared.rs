@@ -11,7 +11,8 @@ const TOKEN_IDS: Type = List(&TOKEN_ID);
 const TEXTS: Type = List(&Text);
 /// Any 64-bit integer, signed or not; a schema's bounds are signed.
 const SEED: Type = Int(i64::MIN, None);
-const SCHEMA: Type = Either(&[Free, Text]);
+/// As an object or as its text; true and false are schemas too.
+const SCHEMA: Type = Either(&[Free, Text, Bool]);
 
 /// Model, length, sampling.
 pub(crate) const SAMPLING: &[Field] = &[
@@ -20,7 +21,11 @@ pub(crate) const SAMPLING: &[Field] = &[
         Text,
         "A served name. Any name means the one model, unless the server runs with --strict-model-name.",
     ),
-    may("max_tokens", Int(1, None), "Most tokens to generate; what is left of the context where absent."),
+    may(
+        "max_tokens",
+        Int(0, None),
+        "Most tokens to generate; what is left of the context where absent. 0 goes with `echo` and `prompt_logprobs`.",
+    ),
     defaults(
         "min_tokens",
         Int(0, Some(u32::MAX as i64)),
@@ -53,7 +58,11 @@ pub(crate) const SAMPLING: &[Field] = &[
     ),
     may("seed", SEED, "The same seed draws the same random numbers, whatever else runs."),
     defaults("n", Int(1, None), "1", "Choices per prompt."),
-    may("best_of", Int(1, None), "Choices that are generated, of which the `n` most likely ones are given."),
+    may(
+        "best_of",
+        Int(1, None),
+        "Choices that are generated, of which the `n` most likely ones are given; more than `n` cannot be streamed.",
+    ),
 ];
 
 /// Where a reply ends and how it comes.
@@ -82,7 +91,7 @@ pub(crate) const OUTPUT: &[Field] = &[
     may("stream_options", Ref("StreamOptions"), "Only read where `stream` is true."),
     may(
         "prompt_logprobs",
-        Int(0, Some(20)),
+        Either(&[Int(0, Some(20)), Bool]),
         "Log-probabilities of the prompt's tokens, with this many rivals of each.",
     ),
     may(
@@ -98,9 +107,17 @@ pub(crate) const OUTPUT: &[Field] = &[
         Text,
         "Cached prefixes are shared only with requests of the same salt; up to 256 bytes.",
     ),
-    may("user", Any, "Accepted and not used."),
-    may("metadata", Any, "Accepted and not used."),
+    may("user", Any, UNUSED),
+    may("metadata", Any, UNUSED),
+    may("store", Any, UNUSED),
+    may("service_tier", Any, UNUSED),
+    may("safety_identifier", Any, UNUSED),
+    may("prompt_cache_key", Any, UNUSED),
+    may("verbosity", Any, UNUSED),
 ];
+
+/// Of fields that change nothing here.
+pub(crate) const UNUSED: &str = "Accepted and not used.";
 
 /// What form the text has. Reasoning comes before it and is free.
 pub(crate) const STRUCTURE: &[Field] = &[
@@ -110,8 +127,13 @@ pub(crate) const STRUCTURE: &[Field] = &[
     may("guided_regex", Text, "A regular expression for the whole text."),
     may("guided_choice", TEXTS, "The text is one of these."),
     may("guided_grammar", Text, "A grammar in EBNF."),
+    may("guided_json_object", Bool, "Any JSON object."),
+    may("json_schema", SCHEMA, "SGLang's and llama-server's name for `guided_json`."),
     may("regex", Text, "SGLang's name for `guided_regex`."),
     may("ebnf", Text, "SGLang's name for `guided_grammar`."),
+    may("grammar", Text, "llama-server's name for `guided_grammar`."),
+    may("guided_decoding_backend", Any, UNUSED),
+    may("guided_whitespace_pattern", Any, UNUSED),
 ];
 
 /// Objects of both endpoints' requests and replies, and the error that all share.
@@ -136,11 +158,12 @@ pub(crate) const OBJECTS: &[Object] = &[
                 Of(&[
                     may("name", Text, ""),
                     may("description", Text, ""),
-                    may("schema", Free, "A JSON Schema."),
+                    may("schema", SCHEMA, "A JSON Schema; it must be there."),
                     may("strict", Bool, "Schemas are always held to."),
                 ]),
                 "With `type: json_schema`.",
             ),
+            may("schema", SCHEMA, "With `type: json_object`: what the object must be (llama-server)."),
         ]],
     },
     Object {
@@ -205,3 +228,10 @@ pub(crate) const ENDING: &[Field] = &[
 
 /// A token's log-probability by its text.
 pub(crate) const TOP_LOGPROBS: Type = List(&OrNull(&Map(&Number(None, None))));
+
+/// Per token of a prompt, its own and its rivals' by id.
+pub(crate) const PROMPT_LOGPROBS: Type = List(&OrNull(&Map(&Of(&[
+    must("logprob", Number(None, None), ""),
+    nullable("rank", Int(1, None), "Known of the most likely ones."),
+    must("decoded_token", Text, ""),
+]))));

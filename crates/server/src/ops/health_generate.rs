@@ -52,7 +52,7 @@ impl Probe {
 async fn any_token(engine: &Handle, token: TokenId) -> Result<(), String> {
     let before = engine.stats().generation_tokens_total;
     let params = SamplingParams { temperature: 0.0, max_tokens: 1, ..SamplingParams::default() };
-    let request = Request { prompt: vec![token], params, priority: 0, constraint: None, cache_salt: None };
+    let request = Request::new(vec![token], params);
     let own = match engine.submit(request) {
         Ok(generation) => Some(generation),
         Err(SubmitError::QueueFull { .. }) => None,
@@ -74,7 +74,7 @@ async fn own_token(own: Option<Generation>) -> Result<(), String> {
     let Some(mut own) = own else { return std::future::pending().await };
     loop {
         match own.next().await {
-            Some(Event::Scheduled { .. }) => {}
+            Some(Event::Scheduled { .. } | Event::PromptLogprobs(_)) => {}
             Some(Event::Token { .. } | Event::Finished(_)) => return Ok(()),
             Some(Event::Failed(error)) => return Err(error.to_string()),
             None => return Err("the engine gave no token".to_owned()),
@@ -140,13 +140,7 @@ mod tests {
     #[tokio::test]
     async fn a_crowd_costs_two_probes_and_others_tokens_count() {
         let (handle, inbox) = engine(0);
-        let _running = handle.submit(Request {
-            prompt: vec![TokenId(1)],
-            params: SamplingParams::default(),
-            priority: 0,
-            constraint: None,
-            cache_salt: None,
-        });
+        let _running = handle.submit(Request::new(vec![TokenId(1)], SamplingParams::default()));
         let probe = Probe::default();
         let silent = probe.run(&handle, TokenId(1), SHORT).await.unwrap_err();
         assert!(silent.contains("no token came"), "a full queue that does not move: {silent}");

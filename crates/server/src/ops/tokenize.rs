@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 
 use r1_core::TokenId;
-use r1_text::{ChatInput, ControlText, TextError, Tokenizer};
+use r1_text::{ControlText, TextError, Tokenizer};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -146,15 +146,8 @@ fn conversation(app: &App, fields: Fields) -> Result<Batch<Vec<u32>>, ApiError> 
     let Some(template) = &app.model.template else {
         return Err(ApiError::bad_field("messages", "this model has no chat template; send `prompt`"));
     };
-    let input = ChatInput {
-        messages: request.messages.iter().map(convert::template_message).collect(),
-        tools: None,
-        add_generation_prompt: request.add_generation_prompt,
-        continue_final_message: false,
-        kwargs: request.template_kwargs,
-    };
     let max = max_tokens(app);
-    let rendered = template.render(&input);
+    let rendered = convert::render_any_length(template, &request);
     let tokens = rendered.and_then(|rendered| app.model.tokenizer.encode_prompt(&rendered, max));
     Ok(Batch::One(ids(&tokens.map_err(|error| text_error(error, "messages", 0, max))?)))
 }
