@@ -19,9 +19,16 @@ pub(crate) enum Part {
     Reasoning(String),
     Content(String),
     /// A call begins; calls of a reply count from 0.
-    Call { index: usize, id: String, name: String },
+    Call {
+        index: usize,
+        id: String,
+        name: String,
+    },
     /// More of a call's arguments.
-    Arguments { index: usize, text: String },
+    Arguments {
+        index: usize,
+        text: String,
+    },
 }
 
 /// What a choice gained, in order.

@@ -103,6 +103,11 @@ impl Fields {
         }
     }
 
+    /// Whether a field is there and not null.
+    pub(crate) fn is_given(&self, name: &str) -> bool {
+        self.map.get(name).is_some_and(|value| !value.is_null())
+    }
+
     /// As [`take`](Self::take) for a field without which there is no request.
     pub(crate) fn require<T: Field>(&mut self, name: &'static str) -> Result<T, ApiError> {
         self.take(name)?.ok_or_else(|| ApiError::bad_field(name, "missing; this field is required"))

@@ -18,6 +18,8 @@ mod error;
 mod fields;
 mod health;
 mod metrics;
+mod openapi;
+mod ops;
 mod render;
 mod reply;
 mod routes;

@@ -26,6 +26,7 @@ use crate::convert;
 use crate::cors;
 use crate::error::ApiError;
 use crate::health;
+use crate::ops;
 use crate::reply::{self, Reply};
 use crate::sse::{self, StreamLimits};
 use crate::types::models::{ModelCard, ModelList};
@@ -58,6 +59,7 @@ pub(crate) fn build(app: Arc<App>) -> Router {
     let cors = cors::layer(&app.config);
     let mut router = open
         .merge(keyed)
+        .merge(ops::routes(&app, &prefixes(&app.config.root_path)))
         .fallback(unknown_path)
         .method_not_allowed_fallback(wrong_method)
         .with_state(app.clone());
@@ -197,7 +199,7 @@ async fn answer(
     }
 }
 
-async fn read_body(config: &ServerConfig, request: Request) -> Result<Vec<u8>, ApiError> {
+pub(crate) async fn read_body(config: &ServerConfig, request: Request) -> Result<Vec<u8>, ApiError> {
     let max = config.max_body_bytes;
     let body = request.into_body();
     if body.size_hint().lower() > max as u64 {

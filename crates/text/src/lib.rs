@@ -20,8 +20,11 @@ mod tools;
 
 pub use control::{ControlTokens, THINK_CLOSE, THINK_OPEN, TokenClass};
 pub use detok::{ControlText, Detokenizer, Piece};
-pub use grammar::{Constraint, Format, GrammarError, Grammars, ReplyRules, Thinking, ToolChoice, ToolRule, Tools, bad_word_tokens};
 pub use error::{Result, TextError};
+pub use grammar::{
+    Constraint, Format, GrammarError, Grammars, ReplyRules, Thinking, ToolChoice, ToolRule, Tools,
+    bad_word_tokens,
+};
 pub use parse::{Delta, Output, OutputParser, ParserConfig};
 pub use template::{ChatInput, ChatTemplate, PromptEnd, RenderedPrompt};
 pub use tokenizer::{AddedToken, Tokenizer};

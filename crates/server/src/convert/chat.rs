@@ -3,11 +3,13 @@
 
 use std::sync::Arc;
 
-use r1_text::{ChatInput, ParserConfig, PromptEnd, TextError};
+use r1_text::{ChatInput, ChatTemplate, ParserConfig, PromptEnd, RenderedPrompt, TextError};
 use serde_json::{Map, Value};
 
 use super::rules;
-use super::{Job, Names, Parts, Run, Tokenized, check_size, header, max_text_tokens, run, text_error, truncate};
+use super::{
+    Job, Names, Parts, Run, Tokenized, check_size, header, max_text_tokens, run, text_error, truncate,
+};
 use crate::app::App;
 use crate::config::ReasoningParser;
 use crate::error::ApiError;
@@ -67,11 +69,7 @@ pub(crate) fn chat_run(app: &App, request: ChatRequest, names: Names) -> Result<
 }
 
 /// The conversation as the model reads it.
-pub(crate) fn render(
-    app: &App,
-    request: &ChatRequest,
-    names: Names,
-) -> Result<r1_text::RenderedPrompt, ApiError> {
+pub(crate) fn render(app: &App, request: &ChatRequest, names: Names) -> Result<RenderedPrompt, ApiError> {
     let Some(template) = &app.model.template else {
         return Err(ApiError::bad_field(
             names.prompt,
@@ -80,6 +78,14 @@ pub(crate) fn render(
     };
     let text_error = |error| text_error(app, error, &names, request.common.max_tokens);
     check_messages(app, &request.common, &request.messages).map_err(text_error)?;
+    render_any_length(template, request).map_err(text_error)
+}
+
+/// The conversation as the model would read it if it fitted.
+pub(crate) fn render_any_length(
+    template: &ChatTemplate,
+    request: &ChatRequest,
+) -> Result<RenderedPrompt, TextError> {
     let tools = &request.tools.tools;
     let input = ChatInput {
         messages: request.messages.iter().map(template_message).collect(),
@@ -88,7 +94,7 @@ pub(crate) fn render(
         continue_final_message: request.continue_final_message,
         kwargs: app.template_kwargs(request.template_kwargs.clone()),
     };
-    template.render(&input).map_err(text_error)
+    template.render(&input)
 }
 
 /// Refuses before it is rendered what cannot fit. Templates drop an assistant's old thoughts and blanks around a text, but

@@ -2,8 +2,8 @@
 
 use r1_core::TokenId;
 use r1_text::{
-    Constraint, GrammarError, ReplyRules, THINK_CLOSE, THINK_OPEN, Thinking as Phase,
-    ToolChoice as MustCall, ToolParser, ToolRule, Tools as CallRules, bad_word_tokens,
+    Constraint, GrammarError, ReplyRules, THINK_CLOSE, THINK_OPEN, Thinking as Phase, ToolChoice as MustCall,
+    ToolParser, ToolRule, Tools as CallRules, bad_word_tokens,
 };
 
 use super::{Tokenized, sampling};
@@ -102,7 +102,9 @@ pub(super) fn constraint(
 fn grammar_error(common: &Common, error: &GrammarError) -> ApiError {
     let param = match (error.field.as_str(), &common.format) {
         ("format", Some(asked)) => asked.param.clone(),
-        (field, _) => field.replace("].parameters", "].function.parameters").replace("].name", "].function.name"),
+        (field, _) => {
+            field.replace("].parameters", "].function.parameters").replace("].name", "].function.name")
+        }
     };
     let place = error.place.as_ref().map_or_else(String::new, |place| format!("at {place}: "));
     ApiError::bad_field(param, format!("{place}{}", error.reason))

@@ -187,7 +187,9 @@ impl Message {
             match part {
                 Part::Reasoning(text) => message.reasoning.push_str(&text),
                 Part::Content(text) => message.content.push_str(&text),
-                Part::Call { id, name, .. } => message.calls.push(Call { id, name, arguments: String::new() }),
+                Part::Call { id, name, .. } => {
+                    message.calls.push(Call { id, name, arguments: String::new() })
+                }
                 Part::Arguments { index, text } => message.calls[index].arguments.push_str(&text),
             }
         }

@@ -90,7 +90,8 @@ impl Render for CompletionRender {
             choice
         });
         let choices = choices.collect();
-        Json(CompletionReply { usage: ChunkUsage::Total(usage(counts)), ..self.reply(choices) }).into_response()
+        Json(CompletionReply { usage: ChunkUsage::Total(usage(counts)), ..self.reply(choices) })
+            .into_response()
     }
 }
 

@@ -131,7 +131,8 @@ fn ending(end: &End) -> Ending {
         Reason::Abort => ("abort", None, None),
     };
     // A reply that was cut off in a call is still cut off.
-    let finish_reason = if finish_reason == "stop" && end.called_tools { "tool_calls" } else { finish_reason };
+    let finish_reason =
+        if finish_reason == "stop" && end.called_tools { "tool_calls" } else { finish_reason };
     Ending { finish_reason, stop_reason, matched_stop }
 }
 

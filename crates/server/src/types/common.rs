@@ -153,7 +153,15 @@ impl Common {
             return Err(ApiError::bad_field("stop", "an empty string would stop at once"));
         }
         // What they would change is nothing that this server has.
-        for ignored in ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"] {
+        for ignored in [
+            "user",
+            "metadata",
+            "store",
+            "service_tier",
+            "safety_identifier",
+            "prompt_cache_key",
+            "verbosity",
+        ] {
             fields.take::<Value>(ignored)?;
         }
         let cache_salt = fields.take::<String>("cache_salt")?.filter(|salt| !salt.is_empty());

@@ -59,7 +59,10 @@ impl CompletionRequest {
         };
         if request.suffix.is_some() {
             if request.echo {
-                return Err(ApiError::bad_field("suffix", "goes with no `echo`: the prompt is what stands before the hole"));
+                return Err(ApiError::bad_field(
+                    "suffix",
+                    "goes with no `echo`: the prompt is what stands before the hole",
+                ));
             }
             if request.prompts.iter().any(|prompt| matches!(prompt, Prompt::Tokens(_))) {
                 return Err(ApiError::bad_field("suffix", "needs `prompt` as text"));

@@ -39,7 +39,8 @@ pub(crate) fn take_format(fields: &mut Fields) -> Result<Option<AskedFormat>, Ap
             ask(name.to_owned(), Format::Grammar(grammar));
         }
     }
-    if let Some(choices) = fields.take::<Vec<String>>("guided_choice")?.filter(|choices| !choices.is_empty()) {
+    if let Some(choices) = fields.take::<Vec<String>>("guided_choice")?.filter(|choices| !choices.is_empty())
+    {
         ask("guided_choice".to_owned(), Format::Choice(choices));
     }
     if fields.take::<bool>("guided_json_object")? == Some(true) {
@@ -71,7 +72,8 @@ fn read_response_format(
         },
         "json_schema" => {
             let at = format!("{AT}.json_schema");
-            let outer = format.remove("json_schema").ok_or_else(|| ApiError::bad_field(at.clone(), "missing"))?;
+            let outer =
+                format.remove("json_schema").ok_or_else(|| ApiError::bad_field(at.clone(), "missing"))?;
             let mut outer: Map<String, Value> = typed(at.clone(), outer)?;
             let at = format!("{at}.schema");
             let schema = outer.remove("schema").filter(|schema| !schema.is_null());

@@ -56,7 +56,8 @@ impl Thinking {
         for name in SWITCHES {
             if let Some(value) = kwargs.get(name) {
                 let param = format!("chat_template_kwargs.{name}");
-                let on = value.as_bool().ok_or_else(|| ApiError::bad_field(param, "must be true or false"))?;
+                let on =
+                    value.as_bool().ok_or_else(|| ApiError::bad_field(param, "must be true or false"))?;
                 thinking.switch("chat_template_kwargs", on)?;
             }
         }

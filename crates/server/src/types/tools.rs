@@ -55,7 +55,10 @@ impl Tools {
             tools.into_iter().enumerate().map(|(i, tool)| read_tool(i, tool)).collect::<Result<_, _>>()?;
         let mut names = HashSet::new();
         if let Some(twice) = tools.iter().find(|tool| !names.insert(tool.name.as_str())) {
-            return Err(ApiError::bad_field("tools", format!("the function {:?} stands there twice", twice.name)));
+            return Err(ApiError::bad_field(
+                "tools",
+                format!("the function {:?} stands there twice", twice.name),
+            ));
         }
         let choice = fields.take::<ToolChoice>("tool_choice")?;
         let parallel = fields.take("parallel_tool_calls")?.unwrap_or(true);
@@ -106,7 +109,10 @@ fn read_tool(index: usize, tool: Value) -> Result<Tool, ApiError> {
     }
     let parameters = take("parameters").unwrap_or(Value::Null);
     if !parameters.is_null() && !parameters.is_object() {
-        return Err(ApiError::bad_field(at("function.parameters"), "must be a JSON schema, which is an object"));
+        return Err(ApiError::bad_field(
+            at("function.parameters"),
+            "must be a JSON schema, which is an object",
+        ));
     }
     let strict = take("strict").map_or(Ok(false), |strict| typed(at("function.strict"), strict))?;
     let json = json!({ "type": "function", "function": function });
@@ -115,8 +121,7 @@ fn read_tool(index: usize, tool: Value) -> Result<Tool, ApiError> {
 
 impl Field for ToolChoice {
     fn read(value: Value) -> Result<Self, String> {
-        const FORMS: &str =
-            "must be \"none\", \"auto\", \"required\" or {\"type\": \"function\", \"function\": {\"name\": …}}";
+        const FORMS: &str = "must be \"none\", \"auto\", \"required\" or {\"type\": \"function\", \"function\": {\"name\": …}}";
         match &value {
             Value::String(word) => match word.as_str() {
                 "none" => Ok(Self::None),

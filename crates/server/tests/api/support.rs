@@ -11,9 +11,7 @@ use http_body_util::BodyExt;
 use r1_core::{FinishReason, SamplingParams, SeqId, TokenId};
 use r1_engine::EventSender;
 use r1_engine::{Command, EngineInfo, Event, Handle, Inbox, Status, TokenLogprobs};
-use r1_server::{
-    ReasoningParser, SamplingDefaults, ServedModel, ServerConfig, ThinkingBudgets, router,
-};
+use r1_server::{ReasoningParser, SamplingDefaults, ServedModel, ServerConfig, ThinkingBudgets, router};
 use r1_text::{ChatTemplate, Grammars, Tokenizer, ToolSyntax};
 use serde_json::Value;
 use tower::ServiceExt;
