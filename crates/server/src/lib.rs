@@ -17,6 +17,7 @@ mod error;
 mod fields;
 mod health;
 mod metrics;
+mod page;
 mod render;
 mod reply;
 mod routes;
