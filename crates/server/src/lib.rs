@@ -20,6 +20,7 @@ mod health;
 mod metrics;
 mod openapi;
 mod ops;
+mod page;
 mod render;
 mod reply;
 mod routes;

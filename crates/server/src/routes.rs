@@ -27,6 +27,7 @@ use crate::cors;
 use crate::error::ApiError;
 use crate::health;
 use crate::ops;
+use crate::page;
 use crate::reply::{self, Reply};
 use crate::sse::{self, StreamLimits};
 use crate::types::models::{ModelCard, ModelList};
@@ -60,7 +61,11 @@ pub(crate) fn build(app: Arc<App>) -> Router {
     let mut router = open
         .merge(keyed)
         .merge(ops::routes(&app, &prefixes(&app.config.root_path)))
-        .fallback(unknown_path)
+        .fallback_service(
+            page::routes(&root(&app.config.root_path))
+                .fallback(unknown_path)
+                .method_not_allowed_fallback(wrong_method),
+        )
         .method_not_allowed_fallback(wrong_method)
         .with_state(app.clone());
     if let Some(cors) = cors {
@@ -71,10 +76,15 @@ pub(crate) fn build(app: Arc<App>) -> Router {
 
 /// Where every route answers. Proxies strip the root path or leave it; clients know the API with `/v1` or without.
 fn prefixes(root_path: &str) -> BTreeSet<String> {
+    let root = root(root_path);
+    BTreeSet::from([String::new(), "/v1".to_owned(), root.clone(), format!("{root}/v1")])
+}
+
+/// The root path as routes begin with it.
+fn root(root_path: &str) -> String {
     // Braces are parameters to axum; in a URL's path they travel encoded, and paths are matched as they travel.
     let trimmed = root_path.trim_matches('/').replace('{', "%7B").replace('}', "%7D");
-    let root = if trimmed.is_empty() { trimmed } else { format!("/{trimmed}") };
-    BTreeSet::from([String::new(), "/v1".to_owned(), root.clone(), format!("{root}/v1")])
+    if trimmed.is_empty() { trimmed } else { format!("/{trimmed}") }
 }
 
 async fn unknown_path(method: Method, uri: Uri) -> ApiError {
