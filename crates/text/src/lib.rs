@@ -8,6 +8,7 @@
 mod control;
 mod detok;
 mod error;
+mod grammar;
 mod jinja;
 mod parse;
 mod python;
@@ -19,6 +20,10 @@ mod tokenizer;
 pub use control::{ControlTokens, THINK_CLOSE, THINK_OPEN, TokenClass};
 pub use detok::{ControlText, Detokenizer, Piece};
 pub use error::{Result, TextError};
+pub use grammar::{
+    Constraint, Format, GrammarError, Grammars, ReplyRules, Thinking, ToolChoice, ToolRule, ToolSyntax, Tools,
+    bad_word_tokens,
+};
 pub use parse::{Delta, Output, OutputParser, ParserConfig};
 pub use template::{ChatInput, ChatTemplate, PromptEnd, RenderedPrompt};
 pub use tokenizer::{AddedToken, Tokenizer};
