@@ -11,7 +11,7 @@ pub struct World {
 }
 
 impl World {
-    fn new(json: &[u8]) -> Self {
+    pub fn new(json: &[u8]) -> Self {
         let tokenizer = Tokenizer::from_bytes(json, None).expect("a tokenizer");
         let eos = tokenizer.token_to_id("<｜end▁of▁sentence｜>").expect("EOS");
         // More logits than tokens, and not a multiple of 32.
@@ -92,10 +92,19 @@ impl World {
         tokens
     }
 
-    /// Goes along a text; gives the part that was allowed.
+    /// Goes along a text without control tokens; gives the part that was allowed.
     pub fn follow(&self, constraint: &mut Constraint, text: &str) -> String {
+        self.follow_tokens(constraint, &self.tokenizer.encode_literal(text).expect("tokens"))
+    }
+
+    /// Goes along a text in which control tokens are meant; gives the part that was allowed.
+    pub fn follow_markup(&self, constraint: &mut Constraint, text: &str) -> String {
+        self.follow_tokens(constraint, &self.tokens(text))
+    }
+
+    pub fn follow_tokens(&self, constraint: &mut Constraint, tokens: &[TokenId]) -> String {
         let mut done = Vec::new();
-        for token in self.tokens(text) {
+        for &token in tokens {
             if !self.may(constraint, token) {
                 break;
             }
@@ -109,6 +118,12 @@ impl World {
     pub fn accepts(&self, constraint: &Constraint, text: &str) -> bool {
         let mut constraint = constraint.clone();
         self.follow(&mut constraint, text) == text && self.may_end(&mut constraint)
+    }
+
+    /// The same of a text in which control tokens are meant.
+    pub fn accepts_markup(&self, constraint: &Constraint, text: &str) -> bool {
+        let mut constraint = constraint.clone();
+        self.follow_markup(&mut constraint, text) == text && self.may_end(&mut constraint)
     }
 
     pub fn text(&self, tokens: &[TokenId]) -> String {
