@@ -270,7 +270,10 @@ impl<'t> Parser<'t> {
                 _ => return Ok(atom),
             };
             self.next();
-            atom = Node::Repeat(Box::new(atom), min, max);
+            atom = match max {
+                Some(0) => Node::Sequence(Vec::new()),
+                max => Node::Repeat(Box::new(atom), min, max),
+            };
         }
     }
 
@@ -483,9 +486,13 @@ impl<'r> Writer<'r> {
             Node::Sequence(list) => {
                 // Neighbours that do not recurse are one terminal.
                 let mut text = String::new();
-                let runs: Vec<Vec<Node>> = list.chunk_by(|a, b| is_regular(a, &self.regular) && is_regular(b, &self.regular)).map(<[Node]>::to_vec).collect();
-                for run in &runs {
-                    let part = if run.len() == 1 { self.node(&run[0])? } else { self.terminal(&Node::Sequence(run.to_vec()))? };
+                let is_one = |a: &Node, b: &Node| is_regular(a, &self.regular) && is_regular(b, &self.regular);
+                let runs: Vec<&[Node]> = list.chunk_by(is_one).collect();
+                for run in runs {
+                    let part = match run {
+                        [one] => self.node(one)?,
+                        several => self.terminal(&Node::Sequence(several.to_vec()))?,
+                    };
                     text.push_str(&part);
                     text.push(' ');
                 }
