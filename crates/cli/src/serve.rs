@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use r1_backend::Backend;
 use r1_engine::{Connect, EngineInfo, Handle, Inbox, LocalRanks, Status};
-use r1_server::{ReasoningParser as ServerParser, ServedModel, ServerConfig, ThinkingBudgets};
-use r1_text::{ChatTemplate, Grammars, ToolSyntax, Tokenizer};
+use r1_server::{ReasoningParser as ServerParser, ServedModel, ServerConfig};
+use r1_text::{ChatTemplate, Grammars, Tokenizer, ToolSyntax, ToolsBlock};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
@@ -130,8 +130,9 @@ fn served_model(args: &ServeArgs, source: &Source) -> Result<ServedModel> {
         );
     }
     let template = source.template(args.text.chat_template.as_deref(), &tokenizer)?;
-    let tool_syntax = args.text.tool_syntax(template.as_deref().and_then(ToolSyntax::of_template));
-    let template = template.map(|source| compile(&source, &tokenizer)).transpose()?;
+    let family = source.family(template.as_deref().unwrap_or_default());
+    let tool_syntax = args.text.tool_syntax(family.tool_syntax);
+    let template = template.map(|source| compile(&source, &tokenizer, tool_syntax)).transpose()?;
     let generation = args.text.generation(&source.defaults, source.config.vocab_size)?;
     let mut eos_token_ids = source.config.eos_token_ids.clone();
     eos_token_ids.extend(&generation.advice.eos_token_ids);
@@ -148,7 +149,7 @@ fn served_model(args: &ServeArgs, source: &Source) -> Result<ServedModel> {
         template,
         grammars: Arc::new(grammars),
         tool_syntax,
-        thinking_budgets: ThinkingBudgets::default(),
+        thinking_budgets: family.thinking_budgets,
         tokenizer: Arc::new(tokenizer),
         defaults: generation.sampling(),
         eos_token_ids,
@@ -159,10 +160,19 @@ fn served_model(args: &ServeArgs, source: &Source) -> Result<ServedModel> {
     })
 }
 
-fn compile(source: &str, tokenizer: &Tokenizer) -> Result<Arc<ChatTemplate>> {
+/// `tool_syntax` says which block tells the model of its tools where the template does not.
+fn compile(
+    source: &str,
+    tokenizer: &Tokenizer,
+    tool_syntax: Option<ToolSyntax>,
+) -> Result<Arc<ChatTemplate>> {
     let control = tokenizer.control_tokens().clone();
     let template = ChatTemplate::new(source, tokenizer.bos_text(), tokenizer.eos_text(), control);
-    Ok(Arc::new(template.context("the chat template")?))
+    let template = template.context("the chat template")?;
+    Ok(Arc::new(match tool_syntax {
+        Some(syntax) => template.with_tools_block(ToolsBlock::of_syntax(syntax)),
+        None => template,
+    }))
 }
 
 struct Banner {

@@ -77,7 +77,4 @@ pub enum TextError {
     /// An empty stop string would stop every reply before its first character.
     #[error("stop[{0}] is empty")]
     EmptyStop(usize),
-    /// The tokenizer has no tokens to mark a hole with.
-    #[error("this model's tokenizer has no {0}, so it cannot fill a hole")]
-    NoFim(&'static str),
 }

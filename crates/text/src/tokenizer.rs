@@ -158,9 +158,6 @@ impl Tokenizer {
         Ok(tokens)
     }
 
-    pub fn encode_fim(&self, _: &str, _: &str, _: usize) -> Result<Vec<TokenId>> {
-        Err(TextError::NoFim("x"))
-    }
     /// Encodes text in which nothing is a control token.
     pub fn encode_literal(&self, text: &str) -> Result<Vec<TokenId>> {
         let mut out = Vec::new();

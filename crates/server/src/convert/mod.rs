@@ -205,7 +205,9 @@ fn text_error(app: &App, error: TextError, names: &Names, max_tokens: Option<u64
         TextError::Template { .. } | TextError::Arguments { .. } | TextError::Encode(_) => {
             ApiError::bad_field(names.prompt, error)
         }
-        TextError::NoFim(_) => ApiError::bad_field("suffix", error),
+        TextError::NoFimToken(_) => ApiError::bad_field("suffix", error),
+        TextError::BadTool(_) => ApiError::bad_field("tools", error),
+        TextError::NoReasoningToContinue(_) => ApiError::bad_field(names.prompt, error),
         TextError::ReservedKwarg(_) => ApiError::bad_field("chat_template_kwargs", error),
         TextError::EmptyStop(_) => ApiError::bad_field("stop", error),
         TextError::Io { .. } | TextError::BadFile { .. } | TextError::UnsupportedTokenizer { .. } => {

@@ -64,7 +64,7 @@ pub(crate) async fn get_server(State(app): State<Arc<App>>) -> Json<Value> {
         "api_key_required": !config.api_keys.is_empty(),
         "cors": match &config.cors {
             Cors::AnyOrigin => json!("*"),
-            Cors::Origins(origins) => {
+            Cors::Origins { origins, .. } => {
                 json!(origins.iter().map(|origin| String::from_utf8_lossy(origin.0.as_bytes())).collect::<Vec<_>>())
             }
             Cors::Off => Value::Null,
