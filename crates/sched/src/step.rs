@@ -87,6 +87,7 @@ fn preempt(state: &mut State, id: SeqId) {
         "stale plan: sequence {id} cannot be preempted"
     );
     state.pool.release(&mut seq.blocks);
+    seq.keep_logits();
     seq.phase = Phase::Waiting;
     seq.placed = 0;
     seq.settled = 0;

@@ -259,7 +259,7 @@ proptest! {
         }
         let mut in_flight = std::collections::VecDeque::new();
         for (max_num_batched_tokens, max_num_seqs, num_drafts) in budgets {
-            let limits = Limits { max_num_batched_tokens, max_num_seqs, num_drafts };
+            let limits = Limits { max_num_batched_tokens, max_num_seqs, num_drafts, max_prompt_logits: 0 };
             let chosen = plan(&state, &limits);
             prop_assert_eq!(&chosen, &plan(&state.clone(), &limits));
             prop_assert!(chosen.num_tokens() <= max_num_batched_tokens.min(16));
