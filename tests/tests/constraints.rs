@@ -37,7 +37,7 @@ fn collect(mut generation: Generation) -> Reply {
     let (mut tokens, mut logprobs) = (Vec::new(), Vec::new());
     loop {
         match generation.next_blocking().expect("an end") {
-            Event::Scheduled { .. } => {}
+            Event::Scheduled { .. } | Event::PromptLogprobs(_) => {}
             Event::Token { token, logprobs: of_token } => {
                 tokens.push(token);
                 logprobs.push(of_token);

@@ -210,6 +210,8 @@ impl Choice {
                     tracing::info_span!(parent: parent, "prefill", choice, prompt_tokens, cached_tokens);
                 Vec::new()
             }
+            // No endpoint asks for them.
+            Event::PromptLogprobs(_) => Vec::new(),
             Event::Token { token, logprobs } => {
                 let stopped = decoder.push(token, logprobs);
                 self.count_token();
