@@ -109,32 +109,28 @@ fn they_are_those_of_generation_however_the_prompt_is_cut() {
     let tokens: Vec<_> =
         prompts.iter().map(|p| run(&engine, Request::new(p.clone(), params(8))).tokens).collect();
     // Rows for the whole prompt, for less than a step, and one; steps for the whole prompt, and small ones.
-    for (prompt_logit_rows, max_num_batched_tokens) in [(300, 256), (16, 64), (5, 64), (0, 64), (300, 9)] {
-        for (depth, ranks) in [(1, 1), (2, 1), (1, 2)] {
-            let what = format!(
-                "{prompt_logit_rows} rows, steps of {max_num_batched_tokens}, {depth} in flight, {ranks} ranks"
-            );
-            let tiny = Tiny { prompt_logit_rows, max_num_batched_tokens, depth, ranks, ..Tiny::default() };
-            let engine = tiny.start();
-            let alone: Vec<_> =
-                prompts.iter().map(|prompt| run(&engine, scored(prompt.clone(), 8))).collect();
-            // All at once, beside others that want nothing of the kind.
-            let plain = |seed| Request::new(prompt(seed, 40), params(30));
-            let mut together = vec![plain(10), plain(11)];
-            together.extend(prompts.iter().map(|prompt| scored(prompt.clone(), 8)));
-            together.push(plain(12));
-            let together: Vec<_> =
-                engine.submit_all(together).expect("accepted").into_iter().map(read).collect();
-            assert!(
-                [0, 1, 6].iter().all(|&at| together[at].prompt.is_none() && together[at].tokens.len() == 30)
-            );
-            for (nth, (alone, together)) in alone.iter().zip(&together[2..]).enumerate() {
-                same(&format!("{what}: alone"), alone.prompt.as_ref(), &expected[nth]);
-                same(&format!("{what}: together"), together.prompt.as_ref(), &expected[nth]);
-                assert_eq!((&alone.tokens, &together.tokens), (&tokens[nth], &tokens[nth]), "{what}");
-            }
-            engine.stop();
+    let cuts =
+        [(300, 256, 1, 1), (16, 64, 1, 1), (16, 64, 2, 1), (5, 64, 1, 2), (0, 64, 2, 1), (300, 9, 1, 1)];
+    for (prompt_logit_rows, max_num_batched_tokens, depth, ranks) in cuts {
+        let what = format!(
+            "{prompt_logit_rows} rows, steps of {max_num_batched_tokens}, {depth} in flight, {ranks} ranks"
+        );
+        let tiny = Tiny { prompt_logit_rows, max_num_batched_tokens, depth, ranks, ..Tiny::default() };
+        let engine = tiny.start();
+        let alone: Vec<_> = prompts.iter().map(|prompt| run(&engine, scored(prompt.clone(), 8))).collect();
+        // All at once, beside others that want nothing of the kind.
+        let plain = |seed| Request::new(prompt(seed, 40), params(30));
+        let mut together = vec![plain(10), plain(11)];
+        together.extend(prompts.iter().map(|prompt| scored(prompt.clone(), 8)));
+        together.push(plain(12));
+        let together: Vec<_> = engine.submit_all(together).expect("accepted").into_iter().map(read).collect();
+        assert!([0, 1, 6].iter().all(|&at| together[at].prompt.is_none() && together[at].tokens.len() == 30));
+        for (nth, (alone, together)) in alone.iter().zip(&together[2..]).enumerate() {
+            same(&format!("{what}: alone"), alone.prompt.as_ref(), &expected[nth]);
+            same(&format!("{what}: together"), together.prompt.as_ref(), &expected[nth]);
+            assert_eq!((&alone.tokens, &together.tokens), (&tokens[nth], &tokens[nth]), "{what}");
         }
+        engine.stop();
     }
 }
 

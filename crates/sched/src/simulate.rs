@@ -5,7 +5,7 @@
 //! block that is shared holds its readers' own history; tables only grow while a sequence runs; rows stay within budgets
 //! and limits, in order of service but for short prefills that overtake a long one within its half; nobody is admitted
 //! past a sequence that does not fit, and only a better priority takes a running sequence's place; nobody runs ahead of
-//! the host who may not; the logits of a prompt come whole, once, and within their rows; no token is lost, doubled or reordered, whatever was cached; after a failed step nothing of it
+//! the host who may not, nor while it is paused, and a row that drew nothing costs nothing but time; the logits of a prompt come whole, once, and within their rows; no token is lost, doubled or reordered, whatever was cached; after a failed step nothing of it
 //! is found; every sequence is reported once, for the right reason; the first sequence in order of service ends within a
 //! bound, and if it runs it is never left out of more than two plans.
 //!
