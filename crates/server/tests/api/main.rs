@@ -10,3 +10,4 @@ mod numbers;
 mod replies;
 mod socket;
 mod support;
+mod tls;
