@@ -118,8 +118,7 @@ def test_wrong_files_of_flags_are_refused_by_name(tmp_path):
 
 
 def test_without_an_admin_key_nothing_is_there(server):
-    for key in ("", "root"):
-        headers = {"Authorization": f"Bearer {key}"}
+    for headers in ({}, {"Authorization": "Bearer wurzel"}, {"x-api-key": ""}):
         assert httpx2.post(server.url + "/flush_cache", headers=headers).status_code == 404
 
 
@@ -137,7 +136,7 @@ def ask_and_leave(server):
     server.openai().chat.completions.create(model="any", messages=USER, temperature=0)
     options = {"extra_body": {"ignore_eos": True, "min_tokens": 2000}, "max_tokens": 2000}
     with server.openai().chat.completions.create(model="any", messages=USER, stream=True, **options) as stream:
-        next(iter(stream))
+        next(chunk for chunk in stream if getattr(chunk.choices[0].delta, "reasoning_content", None))
     server.wait_idle()
     time.sleep(0.2)
 
