@@ -115,44 +115,6 @@ fn logprobs_are_of_the_models_own_distribution() {
     assert!(none.iter().all(Option::is_none));
 }
 
-/// A grammar that panics, in one of its two calls.
-struct Broken {
-    accepts: bool,
-}
-
-impl TokenConstraint for Broken {
-    fn accept(&mut self, _: TokenId) -> Result<(), ConstraintError> {
-        assert!(self.accepts, "this grammar is broken");
-        Ok(())
-    }
-
-    fn fill_mask(&mut self, _: &mut [u32]) -> Result<Allowed, ConstraintError> {
-        assert!(!self.accepts, "this grammar is broken");
-        Ok(Allowed::Any)
-    }
-}
-
-#[test]
-fn a_grammar_that_panics_fails_its_own_request_only() {
-    let engine = engine();
-    let params = SamplingParams { temperature: 0.0, max_tokens: 40, ..SamplingParams::default() };
-    let (whole, ..) = run(&engine, params.clone());
-    for accepts in [true, false] {
-        let mut beside = engine.submit(request(params.clone())).expect("accepted");
-        assert!(matches!(beside.next_blocking(), Some(Event::Scheduled { .. })));
-        let broken = Request { constraint: Some(Box::new(Broken { accepts })), ..request(params.clone()) };
-        let (tokens, _, reason) = collect(engine.submit(broken).expect("accepted"));
-        assert_eq!(
-            (tokens.len(), reason),
-            (0, Err(EngineError::Constraint("this grammar is broken".into())))
-        );
-        let (tokens, _, reason) = collect(beside);
-        assert_eq!((tokens, reason), (whole.clone(), Ok(FinishReason::Length)), "its neighbour goes on");
-    }
-    assert_eq!(engine.stats().failed_steps_total, 0);
-    idle(&engine);
-}
-
 /// Waits until nothing runs; then no block may be held.
 fn idle(engine: &Handle) {
     let since = Instant::now();

@@ -11,6 +11,7 @@ mod auth;
 mod config;
 mod connection;
 mod convert;
+mod cors;
 mod decode;
 mod drain;
 mod error;
@@ -19,15 +20,18 @@ mod health;
 mod metrics;
 mod openapi;
 mod ops;
+mod page;
 mod render;
 mod reply;
 mod routes;
 mod serve;
 mod sse;
+mod tls;
 mod types;
 
+pub use auth::ApiKeys;
 pub use config::{
-    Cors, InvalidOrigin, Origin, ReasoningParser, SamplingDefaults, ServedModel, ServerConfig,
+    ConfigError, Cors, CorsRequests, Origin, ReasoningParser, SamplingDefaults, ServedModel, ServerConfig,
     ThinkingBudgets,
 };
 pub use error::ApiError;
@@ -35,3 +39,4 @@ pub use routes::router;
 pub use serve::serve;
 #[doc(hidden)]
 pub use sse::frames;
+pub use tls::Tls;

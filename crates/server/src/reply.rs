@@ -9,7 +9,7 @@ use std::time::Instant;
 use axum::response::Response;
 use futures_util::stream::{self, SelectAll, Stream, StreamExt};
 use r1_core::TokenId;
-use r1_engine::{EngineError, Event, Generation};
+use r1_engine::{EngineError, Event, Generation, Request};
 use tracing::Span;
 
 use crate::access::RequestLog;
@@ -67,6 +67,8 @@ impl Reply {
                 (choice.request, (choice.prompt, choice.decoder, choice.echo, scored))
             })
             .unzip();
+        let of_prompts = requests.iter().map(|request: &Request| &request.prompt[..]);
+        log.note_prompts(&app.model.tokenizer, prompt_of.iter().copied().zip(of_prompts));
         let generations = app.engine.submit_all(requests)?;
         let submitted = Instant::now();
         let mut updates = SelectAll::new();
@@ -253,6 +255,7 @@ impl Choice {
                 vec![Ok(Update::Delta(delta))]
             }
             Event::Token { token, logprobs } => {
+                self.log.note_token(self.index, self.app.model.tokenizer.token_bytes(token));
                 let stopped = decoder.push(token, logprobs);
                 self.count_token();
                 if stopped { self.end(None) } else { self.delta() }

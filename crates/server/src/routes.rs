@@ -17,16 +17,17 @@ use http_body_util::BodyExt;
 use r1_engine::Handle;
 use serde_json::json;
 use tokio::time::{Instant, timeout, timeout_at};
-use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
 
 use crate::access::{self, RequestLog};
 use crate::app::App;
 use crate::auth;
-use crate::config::{Cors, ServedModel, ServerConfig};
+use crate::config::{ServedModel, ServerConfig};
 use crate::convert;
+use crate::cors;
 use crate::error::ApiError;
 use crate::health;
 use crate::ops;
+use crate::page;
 use crate::reply::{self, Reply};
 use crate::sse::{self, StreamLimits};
 use crate::types::models::{ModelCard, ModelList};
@@ -56,11 +57,15 @@ pub(crate) fn build(app: Arc<App>) -> Router {
             .route(&format!("{at}/models/{{*id}}"), get(get_model));
     }
     let keyed = keyed.route_layer(middleware::from_fn_with_state(app.clone(), auth::require_key));
-    let cors = cors_layer(&app.config.cors);
+    let cors = cors::layer(&app.config);
     let mut router = open
         .merge(keyed)
         .merge(ops::routes(&app, &prefixes(&app.config.root_path)))
-        .fallback(unknown_path)
+        .fallback_service(
+            page::routes(&root(&app.config.root_path))
+                .fallback(unknown_path)
+                .method_not_allowed_fallback(wrong_method),
+        )
         .method_not_allowed_fallback(wrong_method)
         .with_state(app.clone());
     if let Some(cors) = cors {
@@ -71,25 +76,15 @@ pub(crate) fn build(app: Arc<App>) -> Router {
 
 /// Where every route answers. Proxies strip the root path or leave it; clients know the API with `/v1` or without.
 fn prefixes(root_path: &str) -> BTreeSet<String> {
-    // Braces are parameters to axum; in a URL's path they travel encoded, and paths are matched as they travel.
-    let trimmed = root_path.trim_matches('/').replace('{', "%7B").replace('}', "%7D");
-    let root = if trimmed.is_empty() { trimmed } else { format!("/{trimmed}") };
+    let root = root(root_path);
     BTreeSet::from([String::new(), "/v1".to_owned(), root.clone(), format!("{root}/v1")])
 }
 
-fn cors_layer(cors: &Cors) -> Option<CorsLayer> {
-    let origins = match cors {
-        Cors::Off => return None,
-        Cors::AnyOrigin => AllowOrigin::any(),
-        Cors::Origins(origins) => AllowOrigin::list(origins.iter().map(|origin| origin.0.clone())),
-    };
-    // `Authorization` is not covered by `*`, so the headers that a page asks for are mirrored.
-    let layer = CorsLayer::new().allow_origin(origins).allow_methods(AllowMethods::mirror_request());
-    Some(
-        layer
-            .allow_headers(AllowHeaders::mirror_request())
-            .expose_headers([access::REQUEST_ID, header::RETRY_AFTER]),
-    )
+/// The root path as routes begin with it.
+fn root(root_path: &str) -> String {
+    // Braces are parameters to axum; in a URL's path they travel encoded, and paths are matched as they travel.
+    let trimmed = root_path.trim_matches('/').replace('{', "%7B").replace('}', "%7D");
+    if trimmed.is_empty() { trimmed } else { format!("/{trimmed}") }
 }
 
 async fn unknown_path(method: Method, uri: Uri) -> ApiError {

@@ -59,13 +59,22 @@ pub enum TextError {
         /// The JSON parser's words.
         reason: String,
     },
+    /// A tool without a name, which a tools block cannot write.
+    #[error("tools[{0}].function.name is missing")]
+    BadTool(usize),
+    /// The last message brings reasoning to continue from, and the prompt opens none.
+    #[error(
+        "messages[{0}] has reasoning to continue from, but the chat template does not open the reasoning here: leave its \
+         reasoning out, or turn thinking on"
+    )]
+    NoReasoningToContinue(usize),
+    /// The tokenizer lacks the tokens of fill-in-the-middle prompts.
+    #[error("this model cannot fill in the middle: its tokenizer has no token {0}")]
+    NoFimToken(&'static str),
     /// A template variable that only the server sets.
     #[error("{0} is reserved")]
     ReservedKwarg(String),
     /// An empty stop string would stop every reply before its first character.
     #[error("stop[{0}] is empty")]
     EmptyStop(usize),
-    /// The tokenizer has no tokens to mark a hole with.
-    #[error("this model's tokenizer has no {0}, so it cannot fill a hole")]
-    NoFim(&'static str),
 }

@@ -5,8 +5,27 @@
 //! Nothing here constrains the reasoning but its budget, the bad words and the allowed ids: grammars begin behind
 //! `</think>`. What is too large or not supported is refused before it is compiled, with the place in the request.
 
+mod answer;
+mod cache;
+mod constraint;
+mod ebnf;
+mod error;
+mod lark;
+mod regex;
+mod schema;
+mod session;
+mod vocabulary;
+mod words;
+
 use r1_core::TokenId;
 use serde_json::Value;
+
+use crate::tools::ToolSyntax;
+
+pub use cache::Grammars;
+pub use constraint::Constraint;
+pub use error::GrammarError;
+pub use words::bad_word_tokens;
 
 /// What a reply must be.
 #[derive(Clone, Debug, PartialEq)]
@@ -46,7 +65,6 @@ pub enum ToolChoice {
     Named(String),
 }
 
-use crate::tools::ToolSyntax;
 /// Functions and how they are called.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tools {
@@ -99,32 +117,4 @@ impl Default for ReplyRules {
             bad_words: Vec::new(),
         }
     }
-}
-
-pub struct Grammars;
-#[derive(Clone)]
-pub struct Constraint;
-pub struct GrammarError {
-    pub field: String,
-    pub place: Option<String>,
-    pub reason: String,
-}
-impl Grammars {
-    pub fn new(_: &crate::Tokenizer, _: &[TokenId], _: usize) -> crate::Result<Self> {
-        Ok(Self)
-    }
-    pub fn constraint(&self, _: &ReplyRules) -> Result<Option<Constraint>, GrammarError> {
-        Ok(None)
-    }
-}
-impl r1_core::TokenConstraint for Constraint {
-    fn accept(&mut self, _: TokenId) -> Result<(), r1_core::ConstraintError> {
-        Ok(())
-    }
-    fn fill_mask(&mut self, _: &mut [u32]) -> Result<r1_core::Allowed, r1_core::ConstraintError> {
-        Ok(r1_core::Allowed::Any)
-    }
-}
-pub fn bad_word_tokens(_: &crate::Tokenizer, _: &[String]) -> Result<Vec<Vec<TokenId>>, GrammarError> {
-    Ok(vec![])
 }

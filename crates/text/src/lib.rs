@@ -17,6 +17,7 @@ mod strftime;
 mod template;
 mod tokenizer;
 mod tools;
+mod tools_block;
 
 pub use control::{ControlTokens, THINK_CLOSE, THINK_OPEN, TokenClass};
 pub use detok::{ControlText, Detokenizer, Piece};
@@ -29,3 +30,4 @@ pub use parse::{Delta, Output, OutputParser, ParserConfig};
 pub use template::{ChatInput, ChatTemplate, PromptEnd, RenderedPrompt};
 pub use tokenizer::{AddedToken, Tokenizer};
 pub use tools::{ToolParser, ToolSyntax};
+pub use tools_block::ToolsBlock;

@@ -78,11 +78,12 @@ pub(crate) fn render(app: &App, request: &ChatRequest, names: Names) -> Result<R
     };
     let text_error = |error| text_error(app, error, &names, request.common.max_tokens);
     check_messages(app, &request.common, &request.messages).map_err(text_error)?;
-    render_any_length(template, request).map_err(text_error)
+    render_any_length(app, template, request).map_err(text_error)
 }
 
 /// The conversation as the model would read it if it fitted.
 pub(crate) fn render_any_length(
+    app: &App,
     template: &ChatTemplate,
     request: &ChatRequest,
 ) -> Result<RenderedPrompt, TextError> {
@@ -92,7 +93,7 @@ pub(crate) fn render_any_length(
         tools: (!tools.is_empty()).then(|| tools.iter().map(|tool| tool.json.clone()).collect()),
         add_generation_prompt: request.add_generation_prompt,
         continue_final_message: request.continue_final_message,
-        kwargs: request.template_kwargs.clone(),
+        kwargs: app.template_kwargs(request.template_kwargs.clone()),
     };
     template.render(&input)
 }

@@ -6,7 +6,7 @@ mod completion;
 mod rules;
 mod sampling;
 
-use r1_core::{SamplingParams, TokenId};
+use r1_core::TokenId;
 use r1_engine::Request;
 use r1_text::{ControlText, ParserConfig, ReplyRules, TextError};
 
@@ -130,14 +130,13 @@ fn check_num_choices(app: &App, common: &Common, prompts: usize) -> Result<(), A
     Ok(())
 }
 
-fn check_prompt_logprobs(asked: Option<u32>) -> Result<(), ApiError> {
-    let max = SamplingParams::MAX_LOGPROBS;
-    match asked.filter(|asked| *asked > max) {
-        Some(asked) => {
-            Err(ApiError::bad_field("prompt_logprobs", format!("is {asked}; it must be at most {max}")))
-        }
-        None => Ok(()),
+fn check_logprobs(app: &App, param: &'static str, asked: Option<u32>) -> Result<(), ApiError> {
+    let (asked, max) = (asked.unwrap_or(0), app.config.max_logprobs);
+    if asked > max {
+        let problem = format!("is {asked}; it must be at most {max} (--max-logprobs)");
+        return Err(ApiError::bad_field(param, problem));
     }
+    Ok(())
 }
 
 fn run(app: &App, common: &Common, parts: Parts) -> Result<Run, ApiError> {
@@ -148,7 +147,8 @@ fn run(app: &App, common: &Common, parts: Parts) -> Result<Run, ApiError> {
         let problem = "is 0; it must be at least 1 (0 goes with `echo` and `prompt_logprobs`)";
         return Err(ApiError::bad_field(common.max_tokens_name, problem));
     }
-    check_prompt_logprobs(prompt_logprobs)?;
+    check_logprobs(app, names.logprobs, logprobs)?;
+    check_logprobs(app, "prompt_logprobs", prompt_logprobs)?;
     let eos = if common.ignore_eos { Vec::new() } else { app.model.eos_token_ids.clone() };
     let control = if common.skip_special_tokens { ControlText::Hide } else { ControlText::Show };
     let decode = DecodeRules {
@@ -205,7 +205,9 @@ fn text_error(app: &App, error: TextError, names: &Names, max_tokens: Option<u64
         TextError::Template { .. } | TextError::Arguments { .. } | TextError::Encode(_) => {
             ApiError::bad_field(names.prompt, error)
         }
-        TextError::NoFim(_) => ApiError::bad_field("suffix", error),
+        TextError::NoFimToken(_) => ApiError::bad_field("suffix", error),
+        TextError::BadTool(_) => ApiError::bad_field("tools", error),
+        TextError::NoReasoningToContinue(_) => ApiError::bad_field(names.prompt, error),
         TextError::ReservedKwarg(_) => ApiError::bad_field("chat_template_kwargs", error),
         TextError::EmptyStop(_) => ApiError::bad_field("stop", error),
         TextError::Io { .. } | TextError::BadFile { .. } | TextError::UnsupportedTokenizer { .. } => {

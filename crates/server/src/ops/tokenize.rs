@@ -147,7 +147,7 @@ fn conversation(app: &App, fields: Fields) -> Result<Batch<Vec<u32>>, ApiError> 
         return Err(ApiError::bad_field("messages", "this model has no chat template; send `prompt`"));
     };
     let max = max_tokens(app);
-    let rendered = convert::render_any_length(template, &request);
+    let rendered = convert::render_any_length(app, template, &request);
     let tokens = rendered.and_then(|rendered| app.model.tokenizer.encode_prompt(&rendered, max));
     Ok(Batch::One(ids(&tokens.map_err(|error| text_error(error, "messages", 0, max))?)))
 }

@@ -62,7 +62,7 @@ async fn models_are_listed_and_found_by_any_name() {
 #[tokio::test]
 async fn unknown_paths_and_wrong_methods_are_openai_errors() {
     let router = Engine::saying("ok").router(ServerConfig::default());
-    for path in ["/", "/v1", "/v1/nothing", "/v1/chat", "/metrics/"] {
+    for path in ["/v1", "/v1/nothing", "/v1/chat", "/metrics/"] {
         assert_eq!(get(&router, path).await.refused(404)["code"], "unknown_url", "{path}");
     }
     let wrong = get(&router, "/v1/chat/completions").await;
@@ -115,7 +115,7 @@ async fn a_body_that_never_ends_is_408_and_huge_headers_are_431() {
 #[tokio::test]
 async fn keys_guard_the_api_and_nothing_else() {
     let engine = Engine::saying("ok");
-    let config = ServerConfig { api_keys: vec!["one".into(), "two".into()], ..ServerConfig::default() };
+    let config = ServerConfig { api_keys: ["one", "two"].iter().collect(), ..ServerConfig::default() };
     let router = engine.router(config);
     let with_key = |key: Option<&str>| {
         let mut request = request(Method::POST, "/v1/chat/completions", &hi().to_string());
@@ -261,8 +261,8 @@ async fn web_pages_may_call_as_configured() {
             .body(Body::empty())
             .unwrap()
     };
-    let with = |cors| ServerConfig { cors, api_keys: vec!["key".into()], ..ServerConfig::default() };
-    let origin = |origin: &str| Cors::Origins(vec![origin.parse().unwrap()]);
+    let with = |cors| ServerConfig { cors, api_keys: ["key"].iter().collect(), ..ServerConfig::default() };
+    let origin = |origin: &str| Cors::Origins { origins: vec![origin.parse().unwrap()], credentials: false };
     for (cors, allowed) in [
         (Cors::AnyOrigin, Some("*")),
         (origin("https://chat.example.com"), Some("https://chat.example.com")),

@@ -242,3 +242,12 @@ async fn the_page_needs_nothing_from_elsewhere() {
     assert!(page.text.contains("fetch(\"openapi.json\")"));
     send(&router, request(Method::POST, "/docs", "")).await.refused(405);
 }
+
+#[tokio::test]
+async fn it_can_be_left_out() {
+    let router = Engine::saying("ok").router(ServerConfig { docs: false, ..ServerConfig::default() });
+    for path in ["/openapi.json", "/docs", "/v1/docs"] {
+        get(&router, path).await.refused(404);
+    }
+    assert_eq!(get(&router, "/version").await.status, 200);
+}
