@@ -11,7 +11,7 @@ from schemathesis.specs.openapi.checks import content_type_conformance, response
 
 SEED = 20250120
 # Examples of well-formed requests and of broken ones.
-POST = {"/v1/chat/completions": (260, 260), "/v1/completions": (260, 260), "/tokenize": (300, 160), "/detokenize": (300, 160)}
+POST = {"/v1/chat/completions": (200, 180), "/v1/completions": (220, 220), "/tokenize": (380, 220), "/detokenize": (380, 220)}
 GET = (20, 0)
 EXAMPLES = 2000
 # What a reply costs. Smaller than any limit, so that nothing else about the request changes.
@@ -83,8 +83,7 @@ def test_the_document_is_valid_and_describes_what_is_drawn(tested):
     schema.validate()
     paths = {(operation.method.upper(), operation.path) for operation in operations(schema)}
     assert {("POST", path) for path in POST} <= paths
-    others = len(paths) - len(POST)
-    assert sum(map(sum, POST.values())) + others * sum(GET) >= EXAMPLES
+    assert sum(map(sum, POST.values())) >= EXAMPLES
 
 
 @pytest.mark.parametrize("path", POST)

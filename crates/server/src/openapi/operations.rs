@@ -127,6 +127,14 @@ pub(crate) const ENDPOINTS: &[Endpoint] = &[
         "Facts about the server",
         "As /get_server_info.",
     ),
+    get(
+        "/",
+        "Server",
+        OPEN,
+        Body::Text("text/html"),
+        "A page to chat with the model",
+        "At the root and at --root-path.",
+    ),
     get("/openapi.json", "Server", OPEN, Body::Json("OpenApi"), "This document", ""),
     get("/docs", "Server", OPEN, Body::Text("text/html"), "This document as a page", ""),
 ];

@@ -8,7 +8,7 @@ use axum::extract::State;
 use serde_json::{Value, json};
 
 use crate::app::App;
-use crate::config::{Cors, ReasoningParser};
+use crate::config::ReasoningParser;
 use crate::health;
 
 /// Answers `/get_model_info`.
@@ -62,13 +62,6 @@ pub(crate) async fn get_server(State(app): State<Arc<App>>) -> Json<Value> {
         },
         "root_path": config.root_path,
         "api_key_required": !config.api_keys.is_empty(),
-        "cors": match &config.cors {
-            Cors::AnyOrigin => json!("*"),
-            Cors::Origins { origins, .. } => {
-                json!(origins.iter().map(|origin| String::from_utf8_lossy(origin.0.as_bytes())).collect::<Vec<_>>())
-            }
-            Cors::Off => Value::Null,
-        },
         "strict_model_name": config.strict_model_name,
         "seed": config.seed,
         "max_choices": config.max_choices,

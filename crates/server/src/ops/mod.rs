@@ -28,12 +28,13 @@ pub(crate) fn routes(app: &Arc<App>, prefixes: &BTreeSet<String>) -> Router<Arc<
     let probe = Arc::new(Probe::default());
     let document = openapi::document(app);
     for at in prefixes {
-        open = open
-            .route(
-                &format!("{at}/health_generate"),
-                get(health_generate::get).layer(Extension(probe.clone())),
-            )
-            .merge(openapi::routes(&document, at));
+        open = open.route(
+            &format!("{at}/health_generate"),
+            get(health_generate::get).layer(Extension(probe.clone())),
+        );
+        if app.config.docs {
+            open = open.merge(openapi::routes(&document, at));
+        }
         keyed = keyed
             .route(&format!("{at}/tokenize"), post(post_tokenize))
             .route(&format!("{at}/detokenize"), post(post_detokenize))

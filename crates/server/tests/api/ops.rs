@@ -31,7 +31,8 @@ async fn they_answer_under_every_prefix() {
 
 #[tokio::test]
 async fn keys_guard_what_costs_or_tells_something() {
-    let config = ServerConfig { api_keys: vec!["secret-key".into()], ..ServerConfig::default() };
+    let config =
+        ServerConfig { api_keys: ["secret-key".to_owned()].into_iter().collect(), ..ServerConfig::default() };
     let router = Engine::saying("ok").router(config);
     for path in ["/get_model_info", "/model_info", "/get_server_info", "/server_info"] {
         get(&router, path).await.refused(401);

@@ -53,7 +53,8 @@ pub(super) fn answer(
         }));
     };
     let tokens = vocabulary.tool_tokens.as_ref().map_err(|missing| {
-        let reason = format!("this model's tokenizer has no token {}; it cannot call functions", missing.join(", "));
+        let reason =
+            format!("this model's tokenizer has no token {}; it cannot call functions", missing.join(", "));
         GrammarError::new("tools", reason)
     })?;
     let called = called(tools)?;
@@ -81,7 +82,11 @@ pub(super) fn answer(
         let arguments = arguments.map_err(|fault| fault.of(format!("tools[{i}].parameters")))?;
         grammars.push(GrammarWithLexer { name: Some(format!("arguments{i}")), ..arguments });
     }
-    let field = if grammars.iter().any(|g| g.name.as_deref() == Some("format")) { "format or tools" } else { "tools" };
+    let field = if grammars.iter().any(|g| g.name.as_deref() == Some("format")) {
+        "format or tools"
+    } else {
+        "tools"
+    };
     Ok(Some(Answer { begins, grammar: TopLevelGrammar { grammars, max_tokens: None }, field }))
 }
 
@@ -173,7 +178,11 @@ fn format_grammar(format: &Format) -> Result<GrammarWithLexer, Fault> {
         }
         Format::Choice(strings) => choice(strings),
         Format::Grammar(text) => {
-            let text = if ebnf::is_gbnf(text) { ebnf::to_lark(text)? } else { lark::check(text).map(|()| text.clone())? };
+            let text = if ebnf::is_gbnf(text) {
+                ebnf::to_lark(text)?
+            } else {
+                lark::check(text).map(|()| text.clone())?
+            };
             Ok(GrammarWithLexer::from_lark(text))
         }
     }

@@ -68,7 +68,9 @@ impl Constraint {
         let mut constraint = Self { vocabulary, grammar, budget, filter, phase: Phase::Free };
         constraint.phase = match thinking {
             Thinking::Open => Phase::Thinking(Thought::default()),
-            Thinking::MayOpen => Phase::Start(Start { text: Vec::new(), session: constraint.first_session() }),
+            Thinking::MayOpen => {
+                Phase::Start(Start { text: Vec::new(), session: constraint.first_session() })
+            }
             Thinking::None => constraint.answer(),
         };
         constraint
@@ -241,7 +243,8 @@ impl TokenConstraint for Constraint {
             }
             Phase::Start(start) => self.start(start, token)?,
             Phase::Thinking(mut thought) => {
-                let is_forced = thought.forced > 0 || self.budget.is_some_and(|budget| thought.tokens >= budget);
+                let is_forced =
+                    thought.forced > 0 || self.budget.is_some_and(|budget| thought.tokens >= budget);
                 if is_forced {
                     if vocabulary.think_close[thought.forced] != token {
                         return Err(refused("the thinking budget is spent; only `</think>` may follow"));

@@ -59,9 +59,8 @@ const UNSUPPORTED: [(&str, &str); 18] = [
     ("extends", "use `allOf`"),
     ("disallow", "describe what is allowed instead"),
 ];
-const FORMATS: [&str; 11] = [
-    "date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown",
-];
+const FORMATS: [&str; 11] =
+    ["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown"];
 const TYPES: [&str; 7] = ["null", "boolean", "number", "integer", "string", "array", "object"];
 
 /// What one schema needs so that some finite value satisfies it.
@@ -136,7 +135,10 @@ impl Reader {
             return Err(fault(pointer, format!("schemas nest deeper than {MAX_DEPTH}")));
         }
         if pointer.len() > MAX_POINTER {
-            return Err(fault(pointer, format!("the names above this schema are longer than {MAX_POINTER} bytes")));
+            return Err(fault(
+                pointer,
+                format!("the names above this schema are longer than {MAX_POINTER} bytes"),
+            ));
         }
         if self.nodes.len() == MAX_NODES {
             return Err(fault(pointer, format!("more than {MAX_NODES} schemas")));
@@ -193,7 +195,8 @@ impl Reader {
             return self.list(node, list, at, depth).map(Some);
         }
         if NAMED.contains(&key) {
-            let named = value.as_object().ok_or_else(|| fault(at, format!("`{key}` holds schemas by name")))?;
+            let named =
+                value.as_object().ok_or_else(|| fault(at, format!("`{key}` holds schemas by name")))?;
             let limit = match key {
                 "properties" => MAX_PROPERTIES,
                 "patternProperties" => MAX_PATTERNS,
@@ -239,7 +242,9 @@ impl Reader {
             "type" => {
                 let known = |v: &Value| v.as_str().is_some_and(|t| TYPES.contains(&t));
                 let valid = match value {
-                    Value::Array(types) => !types.is_empty() && types.len() <= TYPES.len() && types.iter().all(known),
+                    Value::Array(types) => {
+                        !types.is_empty() && types.len() <= TYPES.len() && types.iter().all(known)
+                    }
                     one => known(one),
                 };
                 let reason = || format!("`type` is one or several of {}", TYPES.join(", "));
@@ -280,20 +285,16 @@ impl Reader {
             }
             "minimum" | "maximum" | "multipleOf" => number(key, value, at).map(Some),
             // Draft 4 had booleans here.
-            "exclusiveMinimum" | "exclusiveMaximum" if !value.is_boolean() => number(key, value, at).map(Some),
+            "exclusiveMinimum" | "exclusiveMaximum" if !value.is_boolean() => {
+                number(key, value, at).map(Some)
+            }
             "exclusiveMinimum" | "exclusiveMaximum" => Ok(Some(value.clone())),
             // Annotations, and what nobody defined.
             _ => Ok(None),
         }
     }
 
-    fn list(
-        &mut self,
-        node: usize,
-        list: &[Value],
-        at: &mut String,
-        depth: usize,
-    ) -> Result<Value, Fault> {
+    fn list(&mut self, node: usize, list: &[Value], at: &mut String, depth: usize) -> Result<Value, Fault> {
         if list.len() > MAX_OPTIONS {
             return Err(fault(at, format!("{} schemas; at most {MAX_OPTIONS} are supported", list.len())));
         }
@@ -325,7 +326,8 @@ impl Reader {
         let merges = map.keys().any(|key| {
             LIST.contains(&key.as_str())
                 || ONE.contains(&key.as_str())
-                || ["properties", "patternProperties", "required", "type", "enum", "const"].contains(&key.as_str())
+                || ["properties", "patternProperties", "required", "type", "enum", "const"]
+                    .contains(&key.as_str())
         });
         let unescaped = percent_decoded(pointer).ok_or_else(|| fault(at, "`$ref` is not a JSON pointer"))?;
         self.nodes[node].reference = Some(unescaped);
@@ -360,7 +362,8 @@ impl Reader {
             (0..len).filter_map(|i| part(format!("/{key}/{i}"))).collect()
         };
         let mut all = list("allOf");
-        let any: Vec<Vec<usize>> = ["anyOf", "oneOf"].into_iter().map(list).filter(|l| !l.is_empty()).collect();
+        let any: Vec<Vec<usize>> =
+            ["anyOf", "oneOf"].into_iter().map(list).filter(|l| !l.is_empty()).collect();
         let may_be = |name: &str| match map.get("type") {
             Some(Value::String(one)) => one == name,
             Some(Value::Array(types)) => types.iter().any(|t| t == name) && types.len() == 1,
@@ -519,7 +522,8 @@ fn number(key: &str, value: &Value, at: &str) -> Result<Value, Fault> {
 
 fn pattern(text: &str, at: &str) -> Result<(), Fault> {
     regex::check(text).map_err(|inner| {
-        let reason = inner.place.map_or(inner.reason.clone(), |place| format!("at {place}: {}", inner.reason));
+        let reason =
+            inner.place.map_or(inner.reason.clone(), |place| format!("at {place}: {}", inner.reason));
         fault(at, reason)
     })
 }
