@@ -98,7 +98,6 @@ for (const [how, act] of [
   ["Escape", (page) => page.press("#input", "Escape")],
 ]) {
   test(`${how} stops a reply, and the server with it`, async () => {
-    const slow = new Cleanup();
     // A reply of the bundled model would be over before anything could be stopped; without end tokens it goes on.
     const page = await browser.newPage();
     try {
@@ -120,7 +119,6 @@ for (const [how, act] of [
       assert.ok(await page.isVisible("#send"));
     } finally {
       await page.close();
-      await slow.run();
     }
   });
 }
@@ -162,7 +160,8 @@ test("the key is asked for, works, and is kept nowhere", async () => {
     await page.reload();
     await page.waitForSelector("#key[open]");
     await page.press("#key-input", "Escape");
-    await ask(page, STRAWBERRY, 1).catch(() => {});
+    await page.fill("#input", STRAWBERRY);
+    await page.press("#input", "Enter");
     await page.waitForSelector("#key[open]");
     await page.click("#key .close");
     await page.waitForSelector(".notice.error");
@@ -180,7 +179,7 @@ test("it works under a root path, with a slash at its end and without", async ()
     for (const path of ["/proxy/models/main", "/proxy/models/main/", "/"]) {
       const page = await open(browser, proxied.url + path);
       const asked = [];
-      page.on("request", (request) => asked.push(new URL(request.url()).pathname));
+      page.on("request", (request) => request.method() === "POST" && asked.push(new URL(request.url()).pathname));
       await greedy(page);
       await ask(page, STRAWBERRY);
       assert.equal(await page.locator(".turn.assistant > .md strong").innerText(), "3");
