@@ -56,7 +56,7 @@ fn request(round: u32, i: u32) -> Request {
     let shared = (0..SHARED_TOKENS).map(|j| TokenId(60 + (round * 131 + j * 37) % 400));
     let own = (0..20).map(|j| TokenId(60 + (i * 7 + j) % 400));
     let params = SamplingParams { temperature: 0.0, max_tokens: 8, ..SamplingParams::default() };
-    Request { prompt: shared.chain(own).collect(), params, priority: 0, constraint: None, cache_salt: None }
+    Request::new(shared.chain(own).collect(), params)
 }
 
 /// Time to the first token, and all tokens.

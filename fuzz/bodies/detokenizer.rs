@@ -7,7 +7,7 @@
 use std::sync::{Arc, OnceLock};
 
 use r1_core::TokenId;
-use r1_text::{ControlText, Delta, Detokenizer, OutputParser, ParserConfig, Tokenizer};
+use r1_text::{ControlText, Delta, Detokenizer, OutputParser, ParserConfig, Piece, TokenClass, Tokenizer};
 
 pub(crate) fn run(data: &[u8]) {
     let [flags, seed, num_stops, rest @ ..] = data else { return };
@@ -34,6 +34,7 @@ pub(crate) fn run(data: &[u8]) {
         separate_reasoning: flag(2),
         include_stop: flag(3),
         stop,
+        ..ParserConfig::default()
     };
     let at_once = parse(&config, [whole.as_str()]);
     assert_eq!(parse(&config, pieces.iter().map(String::as_str)), at_once);
@@ -80,12 +81,13 @@ fn parse<'t>(config: &ParserConfig, pieces: impl IntoIterator<Item = &'t str>) -
                     assert!(!text.is_empty());
                     parsed.content += &text;
                 }
+                other => panic!("{other:?} without tools"),
             }
         }
         parsed.stopped = output.stopped;
     };
     for piece in pieces {
-        take(parser.push(piece));
+        take(parser.push(&Piece { text: piece.to_owned(), class: TokenClass::Text }));
     }
     take(parser.finish());
     Some(parsed)

@@ -85,7 +85,7 @@ fn decode_steps_allocate_nothing() {
                     ..SamplingParams::default()
                 };
                 let prompt = (0..20).map(|j| TokenId(60 + i * 40 + j)).collect();
-                engine.submit(Request { prompt, params, priority: 0, constraint: None, cache_salt: None })
+                engine.submit(Request::new(prompt, params))
             })
             .collect::<Result<_, _>>()
             .expect("accepted");

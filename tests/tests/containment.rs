@@ -48,7 +48,7 @@ fn cpu() -> Arc<Cpu> {
 fn request(start: u32) -> Request {
     let prompt = (0..100).map(|i| TokenId(60 + (start + i * 7) % 400)).collect();
     let params = SamplingParams { temperature: 0.0, max_tokens: 24, ..SamplingParams::default() };
-    Request { prompt, params, priority: 0, constraint: None, cache_salt: None }
+    Request::new(prompt, params)
 }
 
 fn read(mut generation: Generation) -> (Vec<TokenId>, Result<(), EngineError>) {

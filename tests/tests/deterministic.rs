@@ -26,7 +26,7 @@ fn request(prompt: Vec<TokenId>, max_tokens: u32) -> Request {
         logprobs: Some(5),
         ..SamplingParams::default()
     };
-    Request { prompt, params, priority: 0, constraint: None, cache_salt: None }
+    Request::new(prompt, params)
 }
 
 struct Traced {

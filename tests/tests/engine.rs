@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use r1_core::{FinishReason, SamplingParams, TokenConstraint, TokenId};
+use r1_core::{Allowed, ConstraintError, FinishReason, SamplingParams, TokenConstraint, TokenId};
 use r1_engine::{EngineError, Event, Handle, Request, SubmitError, TokenLogprobs};
 use r1_tests::Tiny;
 
@@ -22,7 +22,7 @@ fn prompt() -> Vec<TokenId> {
 }
 
 fn request(params: SamplingParams) -> Request {
-    Request { prompt: prompt(), params, priority: 0, constraint: None, cache_salt: None }
+    Request::new(prompt(), params)
 }
 
 type Reply = (Vec<TokenId>, Vec<Option<TokenLogprobs>>, Result<FinishReason, EngineError>);
@@ -115,40 +115,6 @@ fn logprobs_are_of_the_models_own_distribution() {
     assert!(none.iter().all(Option::is_none));
 }
 
-/// A grammar that panics, in one of its two calls.
-struct Broken {
-    accepts: bool,
-}
-
-impl TokenConstraint for Broken {
-    fn accept(&mut self, _: TokenId) {
-        assert!(self.accepts, "this grammar is broken");
-    }
-
-    fn fill_mask(&mut self, mask: &mut [u32]) {
-        assert!(!self.accepts, "this grammar is broken");
-        mask.fill(u32::MAX);
-    }
-}
-
-#[test]
-fn a_grammar_that_panics_fails_its_own_request_only() {
-    let engine = engine();
-    let params = SamplingParams { temperature: 0.0, max_tokens: 40, ..SamplingParams::default() };
-    let (whole, ..) = run(&engine, params.clone());
-    for accepts in [true, false] {
-        let mut beside = engine.submit(request(params.clone())).expect("accepted");
-        assert!(matches!(beside.next_blocking(), Some(Event::Scheduled { .. })));
-        let broken = Request { constraint: Some(Box::new(Broken { accepts })), ..request(params.clone()) };
-        let (tokens, _, reason) = collect(engine.submit(broken).expect("accepted"));
-        assert_eq!((tokens.len(), reason), (0, Err(EngineError::Step("this grammar is broken".into()))));
-        let (tokens, _, reason) = collect(beside);
-        assert_eq!((tokens, reason), (whole.clone(), Ok(FinishReason::Length)), "its neighbour goes on");
-    }
-    assert_eq!(engine.stats().failed_steps_total, 0);
-    idle(&engine);
-}
-
 /// Waits until nothing runs; then no block may be held.
 fn idle(engine: &Handle) {
     let since = Instant::now();
@@ -207,13 +173,14 @@ struct Probe {
 }
 
 impl TokenConstraint for Probe {
-    fn accept(&mut self, _: TokenId) {
+    fn accept(&mut self, _: TokenId) -> Result<(), ConstraintError> {
         let steps = self.engine.stats().steps_total;
         let _ = self.steps.compare_exchange(u64::MAX, steps, Ordering::Relaxed, Ordering::Relaxed);
+        Ok(())
     }
 
-    fn fill_mask(&mut self, mask: &mut [u32]) {
-        mask.fill(u32::MAX);
+    fn fill_mask(&mut self, _: &mut [u32]) -> Result<Allowed, ConstraintError> {
+        Ok(Allowed::Any)
     }
 }
 

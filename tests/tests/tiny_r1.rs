@@ -56,14 +56,7 @@ fn answers(handle: &Handle, expected: &[Expected]) {
                 stop_token_ids: vec![eos],
                 ..SamplingParams::default()
             };
-            let request = Request {
-                prompt: expected.prompt.clone(),
-                params,
-                priority: 0,
-                constraint: None,
-                cache_salt: None,
-            };
-            handle.submit(request).expect("the engine takes it")
+            handle.submit(Request::new(expected.prompt.clone(), params)).expect("the engine takes it")
         })
         .collect();
     for (expected, mut generation) in expected.iter().zip(running) {
@@ -136,7 +129,7 @@ fn traces(handle: &Handle) -> Vec<Trace> {
             ..SamplingParams::default()
         };
         let prompt = expected.prompt;
-        handle.submit(Request { prompt, params, priority: 0, constraint: None, cache_salt: None })
+        handle.submit(Request::new(prompt, params))
     };
     let running: Vec<_> = expected().into_iter().enumerate().map(request).collect();
     let read = |running: Result<r1_engine::Generation, _>| {

@@ -160,6 +160,27 @@ CONVERSATIONS = {
         assistant(None, tool_calls=[call("get_weather", {"city": "Rome"})], reasoning_content="Again."),
         tool("25"),
     ],
+    "three outputs": [
+        system("Use tools."),
+        user("Weather?"),
+        assistant(
+            "Let me look.",
+            tool_calls=[call("get_weather", {"city": c}, id=f"call_{c}") for c in ["Paris", "Rome", "Zürich"]],
+            reasoning_content="Three cities.",
+        ),
+        tool("21", id="call_Rome"),
+        tool('{"a": "<b>\\n"}', id="call_Paris"),
+        tool("", id="call_Zürich"),
+    ],
+    "answer between calls": [
+        user("Weather?"),
+        assistant(None, tool_calls=[call("get_weather", {"city": "Paris"})]),
+        tool("21"),
+        assistant("21. And now Rome.", tool_calls=[call("get_weather", {"city": "Rome"}, id="call_1")]),
+        tool("25", id="call_1"),
+        assistant("25."),
+        user("Thanks"),
+    ],
     "tool first": [tool("21"), user("What is that?")],
     "markup": [user("<b>&amp;\"quoted\" 'single' </b> {{ 1 }} {% if %} {# c #}"), assistant("a < b && c > d"), user("`x`\\n")],
     "unicode": [system("Du bist höflich."), user("你好，世界 🌍 e\u0301 \u200d \u00a0 naïve"), assistant("مرحبا"), user("👩‍👩‍👧")],
@@ -232,7 +253,56 @@ def whole_conversations():
             except Exception:
                 expected = None
             cases.append({"template": path.stem, **given, "expected": expected})
-    return {"bos": BOS, "eos": EOS, "conversations": CONVERSATIONS, "tools": TOOLS, "texts": texts, "cases": cases}
+    return {"bos": BOS, "eos": EOS, "conversations": CONVERSATIONS, "tools": TOOLS, "texts": texts, "cases": cases, "tools_blocks": tools_blocks()}
+
+
+# Templates that ignore `tools`, and how the checkpoints that use them were trained to read tools in the system prompt.
+TOOLS_BLOCKS = {
+    "deepseek-ai-DeepSeek-R1-Distill-Llama-8B": "deepseek-v3",
+    "deepseek-ai-DeepSeek-V3": "deepseek-v3",
+    "deepseek-ai-DeepSeek-V3.1": "deepseek-v3.1",
+}
+V31_RULES = """
+IMPORTANT: ALWAYS adhere to this exact format for tool use:
+<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>tool_call_name<｜tool▁sep｜>tool_call_arguments<｜tool▁call▁end｜>{additional_tool_calls}<｜tool▁calls▁end｜>
+
+Where:
+- `tool_call_name` must be an exact match to one of the available tools
+- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters Schema
+- For multiple tool calls, chain them directly without separators or spaces
+"""
+
+
+def with_tools(system_prompt, tools, block):
+    def dumps(value):
+        return json.dumps(value, ensure_ascii=False)
+
+    if block == "deepseek-v3":
+        parts = [f"\n- `{t['function']['name']}`:\n```json\n{dumps(t)}\n```\n" for t in tools]
+        return (system_prompt or "You are a helpful assistant.") + "\n\n## Tools\n\n### Function\n" + "".join(parts)
+    parts = [
+        f"\n### {f['name']}\nDescription: {f.get('description', '')}\n\nParameters: {dumps(f['parameters'])}\n"
+        for f in (t["function"] for t in tools)
+    ]
+    head = "## Tools\nYou have access to the following tools:\n"
+    return (system_prompt + "\n\n" if system_prompt else "") + head + "".join(parts) + V31_RULES
+
+
+def tools_blocks():
+    cases = []
+    for name, block in TOOLS_BLOCKS.items():
+        path = DATA / "templates" / f"{name}.jinja"
+        template = environment().from_string(path.read_text(encoding="utf-8"))
+        for conversation, tools in itertools.product(WITH_TOOLS + ["late system"], ["one", "two"]):
+            messages = adapted(CONVERSATIONS[conversation], ARGUMENTS[name])
+            systems = [m for m in messages if m["role"] == "system"]
+            if not systems:
+                systems = [system("")]
+                messages.insert(0, systems[0])
+            systems[-1]["content"] = with_tools(systems[-1]["content"], TOOLS[tools], block)
+            text = template.render(messages=messages, tools=None, add_generation_prompt=True, bos_token=BOS, eos_token=EOS)
+            cases.append({"template": name, "block": block, "messages": conversation, "tools": tools, "expected": text})
+    return cases
 
 
 VALUES = {

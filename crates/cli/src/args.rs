@@ -5,7 +5,10 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::http::HttpArgs;
+use crate::log::LogArgs;
 use crate::peers::PeerArgs;
+use crate::text::TextArgs;
 
 /// Serves DeepSeek-R1 and its family over the OpenAI API.
 ///
@@ -148,20 +151,9 @@ pub(crate) struct ModelArgs {
     pub(crate) peers: PeerArgs,
 }
 
-impl ServeArgs {
-    /// The keys of the command line, else the one of the environment; an empty variable counts as unset.
-    pub(crate) fn api_keys(&self) -> Vec<String> {
-        if self.api_key.is_empty() {
-            std::env::var("R1_API_KEY").into_iter().filter(|key| !key.is_empty()).collect()
-        } else {
-            self.api_key.clone()
-        }
-    }
-}
-
 impl ModelArgs {
     /// Refuses what is asked for and not built; gives a note for each flag that has nothing to do.
-    pub(crate) fn check(&self) -> anyhow::Result<Vec<&'static str>> {
+    pub(crate) fn check(&self) -> anyhow::Result<Vec<String>> {
         self.peers.check(self.tp, self.device.captures())
     }
 
@@ -180,75 +172,23 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "NAME", num_args = 1.., action = clap::ArgAction::Append)]
     pub(crate) served_model_name: Vec<String>,
 
-    /// Refuse requests for other names than the served ones.
-    #[arg(long)]
-    pub(crate) strict_model_name: bool,
-
-    /// A folder with tokenizer.json, or the file itself [default: the model's].
-    #[arg(long, alias = "tokenizer-path", value_name = "PATH")]
-    pub(crate) tokenizer: Option<PathBuf>,
-
-    /// A Jinja chat template to use instead of the model's.
+    /// Flags from a YAML or TOML file, its keys without the dashes; what stands on the command line wins.
     #[arg(long, value_name = "FILE")]
-    pub(crate) chat_template: Option<PathBuf>,
-
-    /// How reasoning is told from the answer; none leaves <think> inline.
-    #[arg(long, value_enum, default_value_t = ReasoningParser::DeepseekR1)]
-    pub(crate) reasoning_parser: ReasoningParser,
-
-    /// Address or name to listen on; 0.0.0.0 is every address of the machine.
-    #[arg(long, default_value = "127.0.0.1")]
-    pub(crate) host: String,
-
-    /// Port to listen on.
-    #[arg(long, default_value_t = 8000)]
-    pub(crate) port: u16,
-
-    /// Path prefix under which the API answers too, as behind a proxy.
-    #[arg(long, value_name = "PATH", default_value = "")]
-    pub(crate) root_path: String,
-
-    /// A key that clients must send; may be given more than once [env: R1_API_KEY].
-    #[arg(long, value_name = "KEY", action = clap::ArgAction::Append)]
-    pub(crate) api_key: Vec<String>,
+    pub(crate) config: Option<PathBuf>,
 
     /// Seed of the first choice that brings none; each further one gets the next, in the order they are read [default:
     /// random seeds].
-    #[arg(long, value_name = "N")]
+    #[arg(long, alias = "random-seed", value_name = "N")]
     pub(crate) seed: Option<u64>,
 
-    /// Most requests that may wait; one more gets a 429.
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = at_least_one)]
-    pub(crate) max_queued_requests: usize,
+    #[command(flatten)]
+    pub(crate) text: TextArgs,
 
-    /// Largest request body in bytes.
-    #[arg(long, value_name = "BYTES", default_value_t = 16 << 20)]
-    pub(crate) max_body_bytes: usize,
+    #[command(flatten)]
+    pub(crate) http: HttpArgs,
 
-    /// Seconds that running replies get after SIGTERM.
-    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = seconds)]
-    pub(crate) shutdown_timeout: Duration,
-
-    /// Seconds without the end of a step, while work waits, after which /health says that the engine is stuck.
-    #[arg(long, value_name = "SECONDS", default_value = "120", value_parser = some_seconds)]
-    pub(crate) watchdog_timeout: Duration,
-
-    /// Seconds that a generating request may take, from its headers until its reply is handed to the connection [default:
-    /// no limit].
-    #[arg(long, value_name = "SECONDS", value_parser = some_seconds)]
-    pub(crate) request_timeout: Option<Duration>,
-
-    /// Seconds that a connection may stay open without a request.
-    #[arg(long, value_name = "SECONDS", default_value = "75", value_parser = some_seconds)]
-    pub(crate) idle_timeout: Duration,
-
-    /// Send the spans of requests to this OpenTelemetry collector by OTLP over HTTP, as http://localhost:4318/v1/traces.
-    #[arg(long, value_name = "URL")]
-    pub(crate) otlp_traces_endpoint: Option<String>,
-
-    /// How log lines look.
-    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
-    pub(crate) log_format: LogFormat,
+    #[command(flatten)]
+    pub(crate) log: LogArgs,
 }
 
 #[derive(Debug, Args)]
@@ -263,6 +203,11 @@ pub(crate) struct ChatArgs {
     /// Model name to ask for [default: the first the server lists].
     #[arg(long)]
     pub(crate) model: Option<String>,
+
+    /// A PEM file with the authorities that may vouch for an https server, such as its own certificate [default: the
+    /// system's, or those of SSL_CERT_FILE].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) cacert: Option<PathBuf>,
 
     /// Key to send.
     #[arg(long, env = "R1_API_KEY", hide_env_values = true)]
@@ -349,19 +294,6 @@ pub(crate) enum LoadFormat {
     Dummy,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum ReasoningParser {
-    #[value(name = "deepseek-r1", alias = "deepseek_r1", alias = "deepseek-v3", alias = "deepseek_v3")]
-    DeepseekR1,
-    None,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum LogFormat {
-    Text,
-    Json,
-}
-
 fn share(text: &str) -> Result<f64, String> {
     text.parse()
         .ok()
@@ -378,11 +310,11 @@ fn tokens_per_step(text: &str) -> Result<usize, String> {
     at_least_one(text)
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "a whole number of at least 1".into())
 }
 
-fn seconds(text: &str) -> Result<Duration, String> {
+pub(crate) fn seconds(text: &str) -> Result<Duration, String> {
     // Ten years; moments that far ahead can still be told apart from now on every system.
     const MOST: Duration = Duration::from_hours(10 * 365 * 24);
     let seconds: f64 = text.parse().map_err(|_| "a number of seconds".to_owned())?;
@@ -390,7 +322,7 @@ fn seconds(text: &str) -> Result<Duration, String> {
     duration.ok_or_else(|| format!("must be from 0 to {}", MOST.as_secs()))
 }
 
-fn some_seconds(text: &str) -> Result<Duration, String> {
+pub(crate) fn some_seconds(text: &str) -> Result<Duration, String> {
     let duration = seconds(text)?;
     if duration < Duration::from_millis(1) { Err("must be at least 0.001".into()) } else { Ok(duration) }
 }
@@ -427,7 +359,7 @@ mod tests {
         else {
             panic!("a subcommand")
         };
-        assert_eq!((args.model.model(), args.port), (Some("deepseek-ai/DeepSeek-R1"), 1));
+        assert_eq!((args.model.model(), args.http.port), (Some("deepseek-ai/DeepSeek-R1"), 1));
     }
 
     #[test]
@@ -442,11 +374,11 @@ mod tests {
 
     #[test]
     fn timeouts_are_seconds_and_not_zero() {
-        let args = parse("r1-serve --watchdog-timeout 0.5 --request-timeout 90 --idle-timeout 5").serve;
+        let args = parse("r1-serve --watchdog-timeout 0.5 --request-timeout 90 --idle-timeout 5").serve.http;
         let seconds =
             (args.watchdog_timeout.as_secs_f64(), args.request_timeout, args.idle_timeout.as_secs());
         assert_eq!(seconds, (0.5, Some(Duration::from_secs(90)), 5));
-        let args = parse("r1-serve").serve;
+        let args = parse("r1-serve").serve.http;
         assert_eq!((args.watchdog_timeout.as_secs(), args.request_timeout), (120, None));
         for flag in ["--watchdog-timeout", "--request-timeout", "--idle-timeout"] {
             for value in ["0", "-1", "soon", "NaN", "inf", "1e10", "1e19", "1e300"] {

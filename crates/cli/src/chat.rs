@@ -1,14 +1,19 @@
 //! `r1-serve chat`: a conversation with a server in the terminal, over the same API that every client uses.
 
+use std::fs;
 use std::io::{self, BufRead, BufReader, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
+use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 
 use crate::args::ChatArgs;
 
 const DIM: &str = "\x1b[2m";
 const RESET: &str = "\x1b[0m";
+const CALL_END: &str = ")]";
 
 /// One question, or a conversation until end of input.
 pub(crate) fn run(args: &ChatArgs) -> Result<()> {
@@ -47,6 +52,34 @@ pub(crate) fn run(args: &ChatArgs) -> Result<()> {
     }
 }
 
+/// Where systems keep the authorities they trust.
+const SYSTEM_AUTHORITIES: [&str; 3] =
+    ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
+
+/// How https servers are trusted: those that an authority in `authorities` vouches for, or in the system's list.
+fn tls(authorities: Option<&Path>) -> Result<TlsConfig> {
+    let variable = std::env::var_os("SSL_CERT_FILE").map(PathBuf::from);
+    let system = || SYSTEM_AUTHORITIES.map(PathBuf::from).into_iter().find(|path| path.is_file());
+    let path = authorities.map(Path::to_owned).or(variable).or_else(system).context(
+        "no list of certificate authorities was found on this system; name a PEM file with --cacert",
+    )?;
+    let pem = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let certificates = parse_pem(&pem).filter_map(|item| match item {
+        Ok(PemItem::Certificate(certificate)) => Some(Ok(certificate)),
+        Ok(_) => None,
+        Err(error) => Some(Err(error)),
+    });
+    let certificates: Vec<Certificate<'static>> =
+        certificates.collect::<Result<_, _>>().with_context(|| path.display().to_string())?;
+    if certificates.is_empty() {
+        bail!("{} has no PEM block BEGIN CERTIFICATE", path.display());
+    }
+    Ok(TlsConfig::builder()
+        .root_certs(RootCerts::new_with_certs(&certificates))
+        .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .build())
+}
+
 struct Chat<'a> {
     agent: ureq::Agent,
     base: String,
@@ -61,14 +94,14 @@ impl<'a> Chat<'a> {
     fn connect(args: &'a ChatArgs) -> Result<Self> {
         let base = args.url.trim_end_matches('/').trim_end_matches("/v1");
         let base = if base.contains("://") { base.to_owned() } else { format!("http://{base}") };
-        if !base.starts_with("http://") {
-            bail!(
-                "--url {} is not supported: only http:// is; put a TLS proxy in front to reach https servers",
-                args.url
-            );
-        }
         // Errors come as a body with a message, so a status is not an error here.
-        let agent = ureq::Agent::config_builder().http_status_as_error(false).build().into();
+        let agent = ureq::Agent::config_builder().http_status_as_error(false);
+        let agent = match base.split_once("://") {
+            Some(("http", _)) => agent,
+            Some(("https", _)) => agent.tls_config(tls(args.cacert.as_deref())?),
+            _ => bail!("--url {} is not supported: http:// and https:// are", args.url),
+        };
+        let agent = agent.build().into();
         let mut chat = Self {
             agent,
             base,
@@ -140,8 +173,13 @@ impl<'a> Chat<'a> {
             fail_on_error(&reply)?;
             bail!("the server answered {}", response.status());
         }
-        let mut printer =
-            Printer { colour: self.colour, reasoning: false, content: String::new(), cut: false };
+        let mut printer = Printer {
+            colour: self.colour,
+            reasoning: false,
+            calling: false,
+            content: String::new(),
+            cut: false,
+        };
         for line in BufReader::new(response.body_mut().as_reader()).lines() {
             let line = line.context("the server broke off")?;
             // Blank lines part events, and a colon begins a comment.
@@ -170,10 +208,12 @@ fn fail_on_error(reply: &Value) -> Result<()> {
     }
 }
 
-/// Prints deltas: reasoning dimmed, then the answer.
+/// Prints deltas: reasoning dimmed, then the answer, each call of a tool on a line of its own.
 struct Printer {
     colour: bool,
     reasoning: bool,
+    /// A call is being written.
+    calling: bool,
     content: String,
     /// The reply was cut off by a limit.
     cut: bool,
@@ -190,17 +230,31 @@ impl Printer {
             write!(out, "{text}")?;
         }
         if let Some(text) = delta["content"].as_str().filter(|text| !text.is_empty()) {
-            if std::mem::take(&mut self.reasoning) {
-                write!(out, "{}\n\n", if self.colour { RESET } else { "" })?;
-            }
+            self.end_reasoning(&mut out)?;
             self.content += text;
             write!(out, "{text}")?;
+        }
+        for call in delta["tool_calls"].as_array().into_iter().flatten() {
+            let call = &call["function"];
+            if let Some(name) = call["name"].as_str() {
+                self.end_reasoning(&mut out)?;
+                let end = if std::mem::replace(&mut self.calling, true) { CALL_END } else { "" };
+                write!(out, "{end}\n[calls {name}(")?;
+            }
+            write!(out, "{}", call["arguments"].as_str().unwrap_or_default())?;
         }
         Ok(out.flush()?)
     }
 
+    fn end_reasoning(&mut self, out: &mut impl Write) -> io::Result<()> {
+        if std::mem::take(&mut self.reasoning) {
+            write!(out, "{}\n\n", if self.colour { RESET } else { "" })?;
+        }
+        Ok(())
+    }
+
     fn finish(mut self) -> String {
-        println!("{}", if self.cut { " […]" } else { "" });
+        println!("{}{}", if self.calling { CALL_END } else { "" }, if self.cut { " […]" } else { "" });
         std::mem::take(&mut self.content)
     }
 }

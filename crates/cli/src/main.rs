@@ -4,18 +4,23 @@
 mod args;
 mod bench;
 mod chat;
+mod command_line;
+mod config_file;
+mod http;
 mod launch;
+mod log;
+mod noted;
 mod peers;
 mod serve;
 mod source;
+mod text;
 mod traces;
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use mimalloc::MiMalloc;
 
-use crate::args::{BenchCommand, Cli, Command};
+use crate::args::{BenchCommand, Command};
 
 /// Requests come and go on many threads, and what one allocates another frees: the C library's allocator keeps growing under
 /// that.
@@ -23,7 +28,7 @@ use crate::args::{BenchCommand, Cli, Command};
 static ALLOCATOR: MiMalloc = MiMalloc;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = command_line::parse();
     let result = match cli.command {
         None => serve::run(&cli.serve),
         Some(Command::Serve(args)) => serve::run(&args),

@@ -1,9 +1,11 @@
-//! Flags that commands written for other servers carry: accepted with a note where there is nothing to do, refused by
-//! name where there is and it is not built. None is ever ignored in silence.
+//! Flags that commands written for other servers carry and that depend on the model's or the device's: accepted with a note
+//! where there is nothing to do, refused by name where there is and it is not built. None is ever ignored in silence.
 
 use anyhow::{Result, bail};
 use clap::Args;
 use r1_core::Topology;
+
+use crate::noted::NotedArgs;
 
 /// Flags that do not do anything here yet, or never will.
 #[derive(Debug, Args)]
@@ -40,17 +42,6 @@ pub(crate) struct PeerArgs {
     enable_expert_parallel: bool,
     #[arg(long, hide = true)]
     enable_dp_attention: bool,
-    #[arg(long, hide = true)]
-    tool_call_parser: Option<String>,
-    #[arg(long, hide = true)]
-    enable_auto_tool_choice: bool,
-    #[arg(long, hide = true)]
-    config: Option<std::path::PathBuf>,
-    #[arg(long, hide = true)]
-    admin_api_key: Option<String>,
-    #[arg(long, hide = true)]
-    log_prompts: bool,
-
     /// Capture no steps. Nothing to do on a device that captures none.
     #[arg(long, hide = true)]
     enforce_eager: bool,
@@ -60,17 +51,12 @@ pub(crate) struct PeerArgs {
     /// Most sequences of a decode step that is captured; larger ones run eagerly, and 0 captures none.
     #[arg(long, alias = "max-cudagraph-capture-size", value_name = "N", hide = true)]
     cuda_graph_max_bs: Option<usize>,
-    /// Accepted: no code of a checkpoint is ever run.
-    #[arg(long, hide = true)]
-    trust_remote_code: bool,
-    /// Accepted: there is nothing to compile.
-    #[arg(long, hide = true)]
-    enable_torch_compile: bool,
     /// Accepted: it is on unless --no-prefix-cache turns it off.
     #[arg(long, hide = true, conflicts_with = "no_prefix_cache")]
     enable_prefix_caching: bool,
-    #[arg(long, value_name = "N", hide = true)]
-    torch_compile_max_bs: Option<usize>,
+
+    #[command(flatten)]
+    noted: NotedArgs,
 }
 
 impl PeerArgs {
@@ -85,7 +71,7 @@ impl PeerArgs {
 
     /// Refuses what is asked for and not built; gives a note for each flag that has nothing to do.
     /// `captures` says whether the device captures steps.
-    pub(crate) fn check(&self, tp: usize, captures: bool) -> Result<Vec<&'static str>> {
+    pub(crate) fn check(&self, tp: usize, captures: bool) -> Result<Vec<String>> {
         let Self { pp, dp, ep, .. } = *self;
         let topology = Topology { tp, pp, dp, ep }.validate()?;
         if self.nnodes == 0 {
@@ -101,23 +87,6 @@ impl PeerArgs {
             (self.dist_init_addr.is_some(), "--dist-init-addr", "this build runs on one node"),
             (self.enable_expert_parallel, "--enable-expert-parallel", one_worker),
             (self.enable_dp_attention, "--enable-dp-attention", one_worker),
-            (
-                self.tool_call_parser.is_some(),
-                "--tool-call-parser",
-                "tool calls are not parsed yet; leave it out",
-            ),
-            (
-                self.enable_auto_tool_choice,
-                "--enable-auto-tool-choice",
-                "tool calls are not parsed yet; leave it out",
-            ),
-            (self.config.is_some(), "--config", "give the options as flags"),
-            (
-                self.admin_api_key.is_some(),
-                "--admin-api-key",
-                "there are no admin endpoints yet; leave it out",
-            ),
-            (self.log_prompts, "--log-prompts", "leave it out; the log never holds prompts"),
         ];
         for (given, flag, way_out) in refusals {
             if given {
@@ -138,12 +107,10 @@ impl PeerArgs {
                 self.enforce_eager && !captures,
                 "--enforce-eager: nothing is captured on this device; steps always run eagerly",
             ),
-            (self.trust_remote_code, "--trust-remote-code: no code of a checkpoint is ever run"),
-            (self.enable_torch_compile, "--enable-torch-compile: there is nothing to compile"),
             (self.enable_prefix_caching, "--enable-prefix-caching: the prefix cache is on by default"),
-            (self.torch_compile_max_bs.is_some(), "--torch-compile-max-bs: there is nothing to compile"),
         ];
-        Ok(notes.into_iter().filter(|(given, _)| *given).map(|(_, note)| note).collect())
+        let notes = notes.into_iter().filter(|(given, _)| *given).map(|(_, note)| note.to_owned());
+        Ok(notes.chain(self.noted.check()?).collect())
     }
 }
 
@@ -153,7 +120,7 @@ mod tests {
 
     use crate::args::Cli;
 
-    fn check(flags: &str) -> anyhow::Result<Vec<&'static str>> {
+    fn check(flags: &str) -> anyhow::Result<Vec<String>> {
         Cli::try_parse_from(format!("r1-serve {flags}").split_whitespace()).unwrap().serve.model.check()
     }
 
@@ -174,9 +141,15 @@ mod tests {
 
     #[test]
     fn what_is_not_built_is_refused_by_name() {
-        for flags in
-            ["--dp 8", "--pipeline-parallel-size=2", "--enable-dp-attention", "--nnodes 2", "--config x"]
-        {
+        for flags in [
+            "--dp 8",
+            "--pipeline-parallel-size=2",
+            "--enable-dp-attention",
+            "--nnodes 2",
+            "--uds x",
+            "--lora-modules a=b c=d",
+            "--ssl-keyfile-password x",
+        ] {
             let error = check(flags).unwrap_err().to_string();
             let flag = if flags.starts_with("--pipe") { "--pp" } else { flags.split(' ').next().unwrap() };
             assert!(error.contains(flag), "{flags}: {error}");

@@ -1,6 +1,5 @@
 //! `r1-serve`: loads a model in the background and serves it.
 
-use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,25 +8,24 @@ use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use r1_backend::Backend;
 use r1_engine::{Connect, EngineInfo, Handle, Inbox, LocalRanks, Status};
-use r1_server::{ReasoningParser as ServerParser, SamplingDefaults, ServedModel, ServerConfig};
+use r1_server::{ReasoningParser as ServerParser, ServedModel, ServerConfig};
+use r1_text::{ChatTemplate, Grammars, Tokenizer, ToolSyntax, ToolsBlock};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tracing_subscriber::Layer;
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
 
-use crate::args::{LogFormat, ReasoningParser, ServeArgs};
+use crate::args::ServeArgs;
 use crate::launch::{AnyDevice, Launch, OnDevice};
 use crate::source::Source;
-use crate::traces::{self, Traces};
+use crate::text::ReasoningParser;
+use crate::traces;
 
 /// Tokens of a reply that may wait for a client that does not read: beyond what sockets hold, minutes at a large model's pace.
 const MAX_UNREAD_TOKENS: usize = 4096;
 
 /// Loads and serves until a signal comes.
 pub(crate) fn run(args: &ServeArgs) -> Result<()> {
-    let traces = args.otlp_traces_endpoint.as_deref().map(Traces::open).transpose()?;
-    init_log(args.log_format, traces.as_ref());
+    let traces = args.log.traces()?;
+    args.log.init(traces.as_ref());
     for note in args.model.check()? {
         tracing::info!("{note}");
     }
@@ -38,9 +36,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
             args.served_model_name.join(", ")
         );
     }
-    if args.api_key.iter().any(String::is_empty) {
-        bail!("--api-key is empty; no client can send an empty key");
-    }
+    let config = server_config(args)?;
     let source = Source::open(&args.model)?;
     let (device, note) = AnyDevice::open(&args.model)?;
     if let Some(note) = note {
@@ -53,7 +49,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         max_model_len: launch.engine.max_model_len,
         vocab_size: source.config.vocab_size,
         max_num_seqs: launch.engine.max_num_seqs,
-        max_queued: args.max_queued_requests,
+        max_queued: args.http.max_queued_requests,
         max_unread_tokens: MAX_UNREAD_TOKENS,
     });
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
@@ -64,10 +60,10 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         .build()
         .context("cannot start the network threads")?;
     // A port that is taken is known before minutes of loading.
-    let listener =
-        runtime.block_on(TcpListener::bind((args.host.as_str(), args.port))).with_context(|| {
-            format!("cannot listen on {}:{}; choose another --host or --port", args.host, args.port)
-        })?;
+    let (host, port) = (args.http.host.as_str(), args.http.port);
+    let listener = runtime
+        .block_on(TcpListener::bind((host, port)))
+        .with_context(|| format!("cannot listen on {host}:{port}; choose another --host or --port"))?;
     // Port 0 asks the system for a free one.
     let address = listener.local_addr()?;
     let banner = Banner {
@@ -77,10 +73,11 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         precision: launch.precision(&source),
         address,
         has_template: model.template.is_some(),
-        needs_key: !args.api_keys().is_empty(),
+        is_tls: config.tls.is_some(),
+        needs_key: !config.api_keys.is_empty(),
     };
     let thread = device.with(Spawn { inbox, launch, source });
-    let served = runtime.block_on(serve(args, listener, model, engine.clone(), banner));
+    let served = runtime.block_on(serve(listener, config, model, engine.clone(), banner));
     let loading = matches!(engine.status(), Status::Loading { .. });
     engine.stop();
     if !loading {
@@ -94,15 +91,16 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     served
 }
 
-fn init_log(format: LogFormat, traces: Option<&Traces>) {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into());
-    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
-    let log = match format {
-        LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).with_target(false).boxed(),
-        LogFormat::Json => log.json().boxed(),
-    };
-    // What is logged and what is traced are chosen apart.
-    tracing_subscriber::registry().with(log.with_filter(filter)).with(traces.map(Traces::layer)).init();
+/// What the command line says about the HTTP side.
+fn server_config(args: &ServeArgs) -> Result<ServerConfig> {
+    Ok(ServerConfig {
+        seed: args.seed,
+        request_log: !args.log.no_request_log,
+        log_texts: args.log.text_len(),
+        default_template_kwargs: args.text.template_kwargs()?,
+        adopt_trace: args.log.otlp_traces_endpoint.is_some().then_some(traces::adopt),
+        ..args.http.config()?
+    })
 }
 
 struct Spawn {
@@ -123,7 +121,7 @@ impl OnDevice for Spawn {
 }
 
 fn served_model(args: &ServeArgs, source: &Source) -> Result<ServedModel> {
-    let tokenizer = source.tokenizer(args.tokenizer.as_deref())?;
+    let tokenizer = source.tokenizer(args.text.tokenizer.as_deref())?;
     if tokenizer.vocab_size() > source.config.vocab_size {
         bail!(
             "the tokenizer has {} tokens, but the model's vocab_size is {}; they do not belong together",
@@ -131,10 +129,13 @@ fn served_model(args: &ServeArgs, source: &Source) -> Result<ServedModel> {
             source.config.vocab_size
         );
     }
-    let template = source.template(args.chat_template.as_deref(), &tokenizer)?;
-    let advice = &source.defaults;
+    let template = source.template(args.text.chat_template.as_deref(), &tokenizer)?;
+    let family = source.family(template.as_deref().unwrap_or_default());
+    let tool_syntax = args.text.tool_syntax(family.tool_syntax);
+    let template = template.map(|source| compile(&source, &tokenizer, tool_syntax)).transpose()?;
+    let generation = args.text.generation(&source.defaults, source.config.vocab_size)?;
     let mut eos_token_ids = source.config.eos_token_ids.clone();
-    eos_token_ids.extend(&advice.eos_token_ids);
+    eos_token_ids.extend(&generation.advice.eos_token_ids);
     eos_token_ids.sort_unstable();
     eos_token_ids.dedup();
     let names = if args.served_model_name.is_empty() {
@@ -142,25 +143,36 @@ fn served_model(args: &ServeArgs, source: &Source) -> Result<ServedModel> {
     } else {
         args.served_model_name.clone()
     };
+    let grammars = Grammars::new(&tokenizer, &eos_token_ids, source.config.vocab_size)?;
     Ok(ServedModel {
         names,
         template,
+        grammars: Arc::new(grammars),
+        tool_syntax,
+        thinking_budgets: family.thinking_budgets,
         tokenizer: Arc::new(tokenizer),
-        defaults: SamplingDefaults {
-            // `do_sample: false` asks for greedy decoding whatever temperature stands beside it.
-            temperature: if advice.do_sample == Some(false) { Some(0.0) } else { advice.temperature },
-            top_p: advice.top_p,
-            top_k: advice.top_k,
-            min_p: advice.min_p,
-            repetition_penalty: advice.repetition_penalty,
-            max_tokens: None,
-        },
+        defaults: generation.sampling(),
         eos_token_ids,
-        reasoning_parser: match args.reasoning_parser {
+        reasoning_parser: match args.text.reasoning_parser {
             ReasoningParser::DeepseekR1 => ServerParser::DeepSeekR1,
             ReasoningParser::None => ServerParser::None,
         },
     })
+}
+
+/// `tool_syntax` says which block tells the model of its tools where the template does not.
+fn compile(
+    source: &str,
+    tokenizer: &Tokenizer,
+    tool_syntax: Option<ToolSyntax>,
+) -> Result<Arc<ChatTemplate>> {
+    let control = tokenizer.control_tokens().clone();
+    let template = ChatTemplate::new(source, tokenizer.bos_text(), tokenizer.eos_text(), control);
+    let template = template.context("the chat template")?;
+    Ok(Arc::new(match tool_syntax {
+        Some(syntax) => template.with_tools_block(ToolsBlock::of_syntax(syntax)),
+        None => template,
+    }))
 }
 
 struct Banner {
@@ -171,6 +183,7 @@ struct Banner {
     precision: String,
     address: SocketAddr,
     has_template: bool,
+    is_tls: bool,
     needs_key: bool,
 }
 
@@ -178,17 +191,18 @@ impl Banner {
     /// What to do next, once the server is ready.
     fn print(&self) {
         let Self { name, device, precision, address, .. } = self;
-        println!("\nr1-serve is ready: {name} on {device}; {precision}\n  http://{address}/v1\n\nTry it:\n");
+        let url = format!("{}://{address}", if self.is_tls { "https" } else { "http" });
+        println!("\nr1-serve is ready: {name} on {device}; {precision}\n  {url}/v1\n\nTry it:\n");
         let key = if self.needs_key { " \\\n    -H \"Authorization: Bearer $R1_API_KEY\"" } else { "" };
         if self.has_template {
             println!(
-                "  curl -N http://{address}/v1/chat/completions{key} \\\n    -H 'Content-Type: application/json' \\\n    -d '{{\"model\": \
+                "  curl -N {url}/v1/chat/completions{key} \\\n    -H 'Content-Type: application/json' \\\n    -d '{{\"model\": \
                  \"{name}\", \"stream\": true, \"messages\": [{{\"role\": \"user\", \"content\": \"how many rs are in \
-                 strawberry\"}}]}}'\n\n  r1-serve chat --url http://{address}\n"
+                 strawberry\"}}]}}'\n\n  r1-serve chat --url {url}\n"
             );
         } else {
             println!(
-                "  curl http://{address}/v1/completions{key} \\\n    -H 'Content-Type: application/json' \\\n    -d '{{\"model\": \
+                "  curl {url}/v1/completions{key} \\\n    -H 'Content-Type: application/json' \\\n    -d '{{\"model\": \
                  \"{name}\", \"prompt\": \"San Francisco is a\", \"max_tokens\": 32}}'\n"
             );
         }
@@ -196,25 +210,12 @@ impl Banner {
 }
 
 async fn serve(
-    args: &ServeArgs,
     listener: TcpListener,
+    config: ServerConfig,
     model: ServedModel,
     engine: Handle,
     banner: Banner,
 ) -> Result<()> {
-    let config = ServerConfig {
-        root_path: args.root_path.clone(),
-        api_keys: args.api_keys(),
-        max_body_bytes: args.max_body_bytes,
-        strict_model_name: args.strict_model_name,
-        seed: args.seed,
-        shutdown_timeout: args.shutdown_timeout,
-        watchdog_timeout: args.watchdog_timeout,
-        request_timeout: args.request_timeout,
-        idle_timeout: args.idle_timeout,
-        adopt_trace: args.otlp_traces_endpoint.is_some().then_some(traces::adopt),
-        ..ServerConfig::default()
-    };
     let watched = engine.clone();
     let (start, mut outcome) = watch::channel(None);
     tokio::spawn(async move { start.send_replace(Some(until_ready(&watched, &banner).await)) });

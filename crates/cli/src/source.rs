@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use r1_model::{ModelStatus, Registry};
-use r1_text::{ChatTemplate, Tokenizer};
+use r1_model::{ModelStatus, ReasoningEffort, Registry, ToolSyntaxKind};
+use r1_server::ThinkingBudgets;
+use r1_text::{Tokenizer, ToolSyntax};
 use r1_weights::{Checkpoint, GenerationDefaults, HubEnv, ModelConfig, resolve_model};
 
 use crate::args::{LoadFormat, ModelArgs, Quantization};
@@ -26,6 +27,12 @@ pub(crate) struct Source {
     pub(crate) checkpoint: Arc<Checkpoint>,
     pub(crate) defaults: GenerationDefaults,
     folder: Option<PathBuf>,
+}
+
+/// How a model's prompts and replies are written.
+pub(crate) struct Family {
+    pub(crate) tool_syntax: Option<ToolSyntax>,
+    pub(crate) thinking_budgets: ThinkingBudgets,
 }
 
 impl Source {
@@ -115,29 +122,40 @@ impl Source {
         Ok(Tokenizer::from_dir(folder)?)
     }
 
-    /// The chat template: the file `path`, the model's chat_template.jinja, or the one in its tokenizer_config.json.
-    pub(crate) fn template(
-        &self,
-        path: Option<&Path>,
-        tokenizer: &Tokenizer,
-    ) -> Result<Option<Arc<ChatTemplate>>> {
+    /// How prompts and replies are written, by the table of models or else by the chat template.
+    pub(crate) fn family(&self, template: &str) -> Family {
+        let registry = Registry::builtin();
+        let family = registry.family(registry.find(&self.name), template);
+        let budgets = &family.thinking_budgets;
+        let budget = |effort| budgets.of(effort).map(|tokens| u32::try_from(tokens).unwrap_or(u32::MAX));
+        Family {
+            tool_syntax: family.tool_syntax.map(|syntax| match syntax {
+                ToolSyntaxKind::Fenced => ToolSyntax::Fenced,
+                ToolSyntaxKind::Plain => ToolSyntax::Plain,
+            }),
+            thinking_budgets: ThinkingBudgets {
+                minimal: budget(ReasoningEffort::Minimal),
+                low: budget(ReasoningEffort::Low),
+                medium: budget(ReasoningEffort::Medium),
+                high: budget(ReasoningEffort::High),
+            },
+        }
+    }
+
+    /// The chat template's text: the file `path`, the model's chat_template.jinja, or the one in its tokenizer_config.json.
+    pub(crate) fn template(&self, path: Option<&Path>, tokenizer: &Tokenizer) -> Result<Option<String>> {
         let read =
             |path: &Path| fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()));
         let own = self.folder.as_ref().map(|folder| folder.join("chat_template.jinja"));
-        let text = match (path, own) {
-            (Some(path), _) => Some(read(path)?),
+        let inline = path.filter(|path| !path.is_file() && path.to_string_lossy().contains(['{', '\n']));
+        if inline.is_some() {
+            bail!("--chat-template takes a file, and this is a template; write it into one");
+        }
+        Ok(match (path, own) {
+            (Some(path), _) => Some(read(path).context("--chat-template")?),
             (None, Some(own)) if own.is_file() => Some(read(&own)?),
             (None, Some(_)) => tokenizer.chat_template().map(str::to_owned),
             (None, None) => Some(include_str!("../model/chat_template.jinja").to_owned()),
-        };
-        let compile = |text: String| {
-            ChatTemplate::new(
-                &text,
-                tokenizer.bos_text(),
-                tokenizer.eos_text(),
-                tokenizer.control_tokens().clone(),
-            )
-        };
-        Ok(text.map(compile).transpose().context("the chat template")?.map(Arc::new))
+        })
     }
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use r1_core::{FinishReason, SamplingParams, SeqId, TokenConstraint, TokenId};
 
+use crate::bell::Bell;
 use crate::events::{EventReceiver, EventSender, queue};
 
 /// One generation to run.
@@ -24,6 +25,15 @@ pub struct Request {
     pub constraint: Option<Box<dyn TokenConstraint>>,
     /// Requests share cached prefixes only with those that have the same salt.
     pub cache_salt: Option<String>,
+    /// Prompt.
+    pub prompt_logprobs: Option<u32>,
+}
+
+impl Request {
+    /// A request that asks for nothing beyond its tokens: to be completed with `..Request::new(prompt, params)`.
+    pub fn new(prompt: Vec<TokenId>, params: SamplingParams) -> Self {
+        Self { prompt, params, priority: 0, constraint: None, cache_salt: None, prompt_logprobs: None }
+    }
 }
 
 /// Log-probabilities of one drawn token, natural logarithm, of the model's own distribution (before penalties,
@@ -44,6 +54,8 @@ pub enum Event {
         /// Prompt tokens whose KV came from the prefix cache.
         cached_tokens: u32,
     },
+    /// Prompt.
+    PromptLogprobs(Vec<TokenLogprobs>),
     /// A token was drawn. A stop token is reported too, before `Finished`.
     Token {
         /// The token.
@@ -63,6 +75,9 @@ pub enum EngineError {
     /// The forward pass or the sampler failed; the next request is served.
     #[error("the step that ran this request failed: {0}")]
     Step(String),
+    /// Its constraint cannot go on: it broke, or it leaves no token to draw.
+    #[error("the constraint of this request failed: {0}")]
+    Constraint(String),
     /// The scheduler does not take it.
     #[error("the request cannot be scheduled: {0}")]
     Refused(String),
@@ -199,6 +214,8 @@ pub struct Stats {
     pub steps_total: u64,
     /// Steps that failed since start.
     pub failed_steps_total: u64,
+    /// Rows of steps since start that drew nothing because their constraint was not ready in time; each was run again.
+    pub late_masks_total: u64,
     /// Sequences that gave up their blocks and were computed again.
     pub preemptions_total: u64,
     /// Generated tokens per second over the last reporting interval.
@@ -220,6 +237,21 @@ pub enum Command {
     Abort(SeqId),
     /// End the thread after failing whatever still runs.
     Stop,
+}
+
+/// The way of commands to the engine thread.
+#[derive(Clone)]
+struct Commands {
+    sender: mpsc::Sender<Command>,
+    bell: Arc<Bell>,
+}
+
+impl Commands {
+    /// An engine that is gone takes nothing any more, which shows elsewhere.
+    fn send(&self, command: Command) {
+        let _ = self.sender.send(command);
+        self.bell.ring();
+    }
 }
 
 struct Shared {
@@ -249,7 +281,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[derive(Clone)]
 pub struct Handle {
     shared: Arc<Shared>,
-    commands: mpsc::Sender<Command>,
+    commands: Commands,
 }
 
 /// A running generation. Dropping it aborts the generation within two steps.
@@ -257,7 +289,7 @@ pub struct Generation {
     /// The sequence.
     pub id: SeqId,
     events: EventReceiver,
-    commands: mpsc::Sender<Command>,
+    commands: Commands,
     ended: bool,
 }
 
@@ -287,7 +319,7 @@ impl Drop for Generation {
     fn drop(&mut self) {
         if !self.ended {
             // An engine that is gone has nothing left to abort.
-            let _ = self.commands.send(Command::Abort(self.id));
+            self.commands.send(Command::Abort(self.id));
         }
     }
 }
@@ -295,7 +327,8 @@ impl Drop for Generation {
 impl Handle {
     /// Both ends of an engine: the handle, and the inbox its thread reads. Status starts as `Loading`.
     pub fn channel(info: EngineInfo) -> (Self, Inbox) {
-        let (commands, receiver) = mpsc::channel();
+        let (sender, receiver) = mpsc::channel();
+        let bell = Arc::<Bell>::default();
         let shared = Arc::new(Shared {
             info,
             status: Mutex::new(Status::Loading { progress: 0.0, elapsed: Duration::ZERO }),
@@ -305,7 +338,8 @@ impl Handle {
             last_progress_ms: AtomicU64::new(0),
             next_id: AtomicU64::new(1),
         });
-        (Self { shared: shared.clone(), commands }, Inbox { shared, commands: receiver })
+        let commands = Commands { sender, bell: bell.clone() };
+        (Self { shared: shared.clone(), commands }, Inbox { shared, commands: receiver, bell })
     }
 
     /// Facts about the served model.
@@ -386,7 +420,7 @@ impl Handle {
             let id = SeqId(self.shared.next_id.fetch_add(1, Ordering::Relaxed));
             let (sender, events) = queue(self.shared.info.max_unread_tokens);
             // An engine that is gone lets go of the other end, so the generation fails at its first event.
-            let _ = self.commands.send(Command::Submit { id, request, events: sender });
+            self.commands.send(Command::Submit { id, request, events: sender });
             generations.push(Generation { id, events, commands: self.commands.clone(), ended: false });
         }
         Ok(generations)
@@ -416,7 +450,7 @@ impl Handle {
 
     /// Asks the engine thread to end; whatever still runs gets `Failed(Stopped)`.
     pub fn stop(&self) {
-        let _ = self.commands.send(Command::Stop);
+        self.commands.send(Command::Stop);
     }
 }
 
@@ -425,6 +459,8 @@ impl Handle {
 pub struct Inbox {
     shared: Arc<Shared>,
     commands: mpsc::Receiver<Command>,
+    /// Rung with every command.
+    bell: Arc<Bell>,
 }
 
 impl Inbox {
@@ -438,6 +474,11 @@ impl Inbox {
         self.commands.try_recv().ok()
     }
 
+    /// What rings when a command is there.
+    pub(crate) fn bell(&self) -> &Arc<Bell> {
+        &self.bell
+    }
+
     /// Publishes the engine's status.
     pub fn set_status(&self, status: Status) {
         *lock(&self.shared.status) = status;
@@ -448,7 +489,7 @@ impl Inbox {
         *lock(&self.shared.stats) = stats;
     }
 
-    /// Says that a step has ended, well or not.
+    /// Says that a step has ended, well or not, or that the engine is able to run one and has a reason not to.
     pub fn step_ended(&self) {
         self.shared.progressed();
     }
@@ -478,13 +519,7 @@ mod tests {
     use super::*;
 
     fn request() -> Request {
-        Request {
-            prompt: vec![TokenId(1)],
-            params: SamplingParams::default(),
-            priority: 0,
-            constraint: None,
-            cache_salt: None,
-        }
+        Request::new(vec![TokenId(1)], SamplingParams::default())
     }
 
     fn info() -> EngineInfo {

@@ -2,6 +2,7 @@
 //! Non-generic outside, generic over the backend inside. Speaks token ids only; knows nothing of HTTP, text or JSON.
 #![forbid(unsafe_code)]
 
+mod bell;
 mod buckets;
 mod config;
 mod events;
@@ -9,6 +10,7 @@ mod handle;
 mod input;
 mod live;
 mod local;
+mod masks;
 mod memory;
 mod one_batch;
 mod pipeline;

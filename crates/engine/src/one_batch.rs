@@ -79,7 +79,7 @@ impl<B: Backend> OneBatchBench<B> {
         progress: &mut dyn FnMut(f32),
     ) -> Result<Self, StartError> {
         let (ranks, sched) = Ranks::start(loader, config, progress)?;
-        Ok(Self { pipeline: Pipeline::new(ranks, State::new(sched)?), next_id: 0 })
+        Ok(Self { pipeline: Pipeline::new(ranks, State::new(sched)?, Arc::default()), next_id: 0 })
     }
 
     /// The first rank's shard of the model.

@@ -4,14 +4,24 @@
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use r1_backend::{Backend, RowSampling};
 use r1_core::SeqId;
 use r1_sched::{Finished, Limits, Plan, SchedConfig, State, StepId, begin, fail, plan_into};
 
-use crate::live::Live;
+use crate::bell::Bell;
+use crate::live::{Live, Row};
 use crate::rank::{Drawn, Failure, panic_text};
 use crate::ranks::Ranks;
+
+/// How long a step waits for the masks of its rows once its forward pass is enqueued, all of them together. A row whose mask
+/// comes later draws nothing, so that no constraint holds up its neighbours by more in a step.
+const PATIENCE: Duration = Duration::from_millis(2);
+/// The same where no sequence of the step can draw, and no other step runs: only what arrives meanwhile is held up, and the
+/// forward pass would have to be run again.
+const LONE_PATIENCE: Duration = Duration::from_millis(20);
 
 /// Where a step finds the sampling state of its sequences.
 pub(crate) trait Lives {
@@ -28,8 +38,18 @@ struct Step {
     sampled: Vec<SeqId>,
     /// Why it never got to the ranks whole.
     failure: Option<Failure>,
-    /// Sequences whose sampling could not be set up, and why; their rows draw something that counts for nothing.
+    /// Rows that draw something that counts for nothing, since their masks came too late.
+    late: Vec<Late>,
+    /// Sequences whose constraints have failed, and why; their draws count for nothing either.
     spoilt: Vec<(SeqId, String)>,
+}
+
+/// A row whose mask was not known when the others' were.
+#[derive(Clone, Copy, Debug)]
+struct Late {
+    row: usize,
+    seq: SeqId,
+    position: usize,
 }
 
 /// The ranks, the scheduler's state, and the steps between them.
@@ -42,6 +62,8 @@ pub(crate) struct Pipeline<B: Backend> {
     in_flight: VecDeque<usize>,
     next_slot: usize,
     drawn: Drawn,
+    /// Rung when a mask is known.
+    bell: Arc<Bell>,
 }
 
 /// Steps that failed.
@@ -61,13 +83,36 @@ pub(crate) struct Done<'a> {
     /// Sequences that drew a token, in the order of rows.
     pub(crate) sampled: &'a [SeqId],
     pub(crate) drawn: &'a Drawn,
-    /// Of these, those whose draw counts for nothing, and why.
-    pub(crate) spoilt: &'a [(SeqId, String)],
+    /// Of these, those that drew nothing after all.
+    late: &'a [Late],
+    /// Of these, those whose constraints have failed, and why.
+    spoilt: &'a [(SeqId, String)],
     pub(crate) state: &'a mut State,
 }
 
+/// What became of a row that samples.
+pub(crate) enum Became<'a> {
+    Drawn,
+    /// Nothing: its mask came too late.
+    Late,
+    /// Nothing, since its constraint has failed.
+    Spoilt(&'a str),
+}
+
+impl Done<'_> {
+    /// What became of a sequence's row.
+    pub(crate) fn became(&self, seq: SeqId) -> Became<'_> {
+        if self.late.iter().any(|late| late.seq == seq) {
+            return Became::Late;
+        }
+        let spoilt = self.spoilt.iter().find(|(spoilt, _)| *spoilt == seq);
+        spoilt.map_or(Became::Drawn, |(_, why)| Became::Spoilt(why))
+    }
+}
+
 impl<B: Backend> Pipeline<B> {
-    pub(crate) fn new(ranks: Ranks<B>, state: State) -> Self {
+    /// `bell` rings when a mask is known.
+    pub(crate) fn new(ranks: Ranks<B>, state: State, bell: Arc<Bell>) -> Self {
         let SchedConfig { depth, max_num_seqs, .. } = *state.config();
         let step = || Step { sampled: Vec::with_capacity(max_num_seqs), ..Step::default() };
         Self {
@@ -77,6 +122,7 @@ impl<B: Backend> Pipeline<B> {
             in_flight: VecDeque::with_capacity(depth),
             next_slot: 0,
             drawn: Drawn::with_room(max_num_seqs),
+            bell,
         }
     }
 
@@ -140,27 +186,49 @@ impl<B: Backend> Pipeline<B> {
         drop(input);
         self.ranks.forward(slot);
 
-        let vocab_size = self.ranks.model().config().vocab_size;
-        let Step { plan, sampled, spoilt, .. } = &mut self.steps[slot];
+        let is_alone = self.in_flight.len() == 1;
+        let Step { plan, sampled, late, spoilt, .. } = &mut self.steps[slot];
+        sampled.clear();
+        late.clear();
         spoilt.clear();
         let mut sampling = self.ranks.slot(slot).sampling_mut();
         sampling.batch.clear();
         sampling.wants_logprobs = false;
-        sampled.clear();
         let decodes = plan.decode.iter().map(|row| (row.seq, row.start + 1));
         let prefills = plan.prefill.iter().filter(|chunk| chunk.samples);
         for (seq, position) in decodes.chain(prefills.map(|chunk| (chunk.seq, chunk.start + chunk.len))) {
             let live = lives.get(seq);
-            let batch = &mut sampling.batch;
-            // A constraint is the caller's code, and fills its mask here; one that panics fails its own request. The row itself
-            // is pushed last.
-            if let Err(panic) = catch_unwind(AssertUnwindSafe(|| live.push_row(position, vocab_size, batch)))
-            {
-                spoilt.push((seq, panic_text(&*panic)));
-                batch.rows.push(RowSampling::greedy());
-            }
+            let row = match live.row(position, &mut sampling.batch) {
+                Row::Known(row) => row,
+                Row::Waits => {
+                    late.push(Late { row: sampled.len(), seq, position });
+                    RowSampling::greedy()
+                }
+                Row::Failed(why) => {
+                    spoilt.push((seq, why));
+                    RowSampling::greedy()
+                }
+            };
+            sampling.batch.rows.push(row);
             sampling.wants_logprobs |= live.logprobs().is_some();
             sampled.push(seq);
+        }
+        if !late.is_empty() {
+            let is_lone = is_alone && late.len() == plan.num_seqs();
+            let deadline = Instant::now() + if is_lone { LONE_PATIENCE } else { PATIENCE };
+            loop {
+                late.retain(|&Late { row, seq, position }| {
+                    match lives.get(seq).row(position, &mut sampling.batch) {
+                        Row::Known(known) => sampling.batch.rows[row] = known,
+                        Row::Failed(why) => spoilt.push((seq, why)),
+                        Row::Waits => return true,
+                    }
+                    false
+                });
+                if late.is_empty() || !self.bell.wait_until(deadline) {
+                    break;
+                }
+            }
         }
         drop(sampling);
         self.ranks.sample(slot);
@@ -180,9 +248,9 @@ impl<B: Backend> Pipeline<B> {
         Some(match waited {
             Ok(()) => {
                 self.in_flight.pop_front();
-                let Step { id, plan, sampled, spoilt, .. } = &mut self.steps[slot];
+                let Step { id, plan, sampled, late, spoilt, .. } = &mut self.steps[slot];
                 let id = id.take().expect("a step in flight has an id");
-                Ok(Done { id, plan, sampled, drawn: &self.drawn, spoilt, state: &mut self.state })
+                Ok(Done { id, plan, sampled, drawn: &self.drawn, late, spoilt, state: &mut self.state })
             }
             Err(failure) => Err(self.fail(slot, failure)),
         })

@@ -14,7 +14,8 @@ use crate::config::{EngineConfig, StartError};
 use crate::events::{EventSender, Sent};
 use crate::handle::{Command, EngineError, Event, Inbox, Stats, Status};
 use crate::live::Live;
-use crate::pipeline::{Failed, Lives, Pipeline};
+use crate::masks::Masks;
+use crate::pipeline::{Became, Failed, Lives, Pipeline};
 use crate::rank::panic_text;
 use crate::ranks::{RankLoader, Ranks};
 
@@ -32,7 +33,7 @@ pub fn spawn<B: Backend>(
         let mut progress = |progress| inbox.set_status(Status::Loading { progress, elapsed: Duration::ZERO });
         let started = catch_unwind(AssertUnwindSafe(|| -> Result<_, StartError> {
             let (ranks, sched) = Ranks::start(loader, &config, &mut progress)?;
-            Ok(Pipeline::new(ranks, State::new(sched)?))
+            Ok(Pipeline::new(ranks, State::new(sched)?, inbox.bell().clone()))
         }));
         match started {
             Ok(Ok(pipeline)) => Engine::new(inbox, config, pipeline).run(),
@@ -74,10 +75,14 @@ impl Interval {
     }
 }
 
+/// How long the engine sleeps at most while everything waits for masks. It can run a step, and says so.
+const MAX_SLEEP: Duration = Duration::from_millis(100);
+
 /// A row's draw on its way from the device to the scheduler.
 struct Draw {
     seq: SeqId,
-    token: TokenId,
+    /// None where its mask came too late.
+    token: Option<TokenId>,
     finish: Option<FinishReason>,
 }
 
@@ -86,6 +91,9 @@ struct Engine<B: Backend> {
     config: EngineConfig,
     pipeline: Pipeline<B>,
     active: Actives,
+    masks: Masks,
+    /// Sequences that were late, and are not run before their masks are known.
+    paused: Vec<SeqId>,
     stats: Stats,
     interval: Interval,
     draws: Vec<Draw>,
@@ -104,6 +112,8 @@ impl<B: Backend> Engine<B> {
             ..Stats::default()
         };
         let max_num_seqs = sched.max_num_seqs;
+        let vocab_size = pipeline.ranks().model().config().vocab_size;
+        let masks = Masks::new(vocab_size, inbox.bell().clone());
         inbox.set_stats(stats.clone());
         inbox.set_status(Status::Ready);
         Self {
@@ -111,6 +121,8 @@ impl<B: Backend> Engine<B> {
             config,
             pipeline,
             active: Actives::new(),
+            masks,
+            paused: Vec::with_capacity(max_num_seqs),
             stats,
             interval: Interval::new(),
             draws: Vec::with_capacity(max_num_seqs),
@@ -150,11 +162,12 @@ impl<B: Backend> Engine<B> {
             if self.broken.is_some() {
                 break;
             }
-            // An abort may have emptied the engine; otherwise something is in flight or can run.
-            assert!(
-                began || finished || self.pipeline.state().is_idle(),
-                "the scheduler has sequences and runs none of them"
-            );
+            // An abort may have emptied the engine.
+            if !began && !finished && !self.pipeline.state().is_idle() {
+                assert!(!self.paused.is_empty(), "the scheduler has sequences and runs none of them");
+                self.inbox.bell().wait_until(Instant::now() + MAX_SLEEP);
+                self.inbox.step_ended();
+            }
         }
         // From here on nothing is submitted; what came before is answered below.
         self.inbox.set_status(self.broken.take().map_or(Status::Stopped, Status::Failed));
@@ -172,7 +185,8 @@ impl<B: Backend> Engine<B> {
     fn take(&mut self, command: Command) {
         match command {
             Command::Submit { id, request, events } => {
-                let live = Live::new(request.params.clone(), request.constraint, &request.prompt);
+                let constraint = request.constraint.map(|constraint| self.masks.constrain(constraint));
+                let live = Live::new(request.params.clone(), constraint, &request.prompt);
                 let prompt_len = request.prompt.len();
                 let added = self.pipeline.state_mut().add(NewSequence {
                     id,
@@ -206,8 +220,25 @@ impl<B: Backend> Engine<B> {
         }
     }
 
+    /// Lets sequences go on whose masks are known by now.
+    fn resume(&mut self) {
+        if !self.paused.is_empty() {
+            self.masks.relieve();
+        }
+        let state = self.pipeline.state_mut();
+        self.paused.retain(|&seq| {
+            let Some(active) = self.active.get_mut(&seq) else { return false };
+            let waits = active.live.waits();
+            if !waits {
+                state.resume(seq);
+            }
+            waits
+        });
+    }
+
     /// Begins the next step, if one can run now.
     fn begin(&mut self) -> bool {
+        self.resume();
         let limits = self.pipeline.state().limits();
         let Some(plan) = self.pipeline.begin(&limits, &mut self.active) else { return false };
         for chunk in &plan.prefill {
@@ -246,40 +277,48 @@ impl<B: Backend> Engine<B> {
         self.draws.clear();
         for (row, &seq) in done.sampled.iter().enumerate() {
             let Some(active) = self.active.get_mut(&seq) else { continue };
-            if let Some((_, why)) = done.spoilt.iter().find(|(spoilt, _)| *spoilt == seq) {
-                done.state.abort(seq);
-                let active = self.active.remove(&seq).expect("it was found above");
-                end(&self.inbox, active, failure(why.clone()));
-                continue;
+            match done.became(seq) {
+                Became::Drawn => {}
+                Became::Late => {
+                    if let Some(constraint) = active.live.constraint() {
+                        self.masks.hurry(constraint);
+                    }
+                    self.stats.late_masks_total += 1;
+                    self.paused.push(seq);
+                    self.draws.push(Draw { seq, token: None, finish: None });
+                    continue;
+                }
+                Became::Spoilt(why) => {
+                    let failed = Event::Failed(EngineError::Constraint(why.to_owned()));
+                    done.state.abort(seq);
+                    let active = self.active.remove(&seq).expect("it was found above");
+                    end(&self.inbox, active, failed);
+                    continue;
+                }
             }
             let token = done.drawn.token(row);
             let logprobs = active.live.logprobs().map(|num_top| done.drawn.logprobs(row, num_top));
-            // A constraint is the caller's code; one that panics fails its own request.
-            let finish = match catch_unwind(AssertUnwindSafe(|| active.live.accept(token))) {
-                Ok(finish) => finish,
-                Err(panic) => {
-                    done.state.abort(seq);
-                    let active = self.active.remove(&seq).expect("it was found above");
-                    end(&self.inbox, active, failure(panic_text(&*panic)));
-                    continue;
-                }
-            };
+            let finish = active.live.accept(token, &self.masks);
             if active.events.send(Event::Token { token, logprobs }) != Sent::Delivered {
                 self.unread.push(seq);
             }
-            self.draws.push(Draw { seq, token, finish });
+            self.draws.push(Draw { seq, token: Some(token), finish });
         }
-        self.stats.generation_tokens_total += self.draws.len() as u64;
-        self.interval.tokens += self.draws.len() as u64;
+        let num_drawn = self.draws.iter().filter(|draw| draw.token.is_some()).count() as u64;
+        self.stats.generation_tokens_total += num_drawn;
+        self.interval.tokens += num_drawn;
         let outcomes = self.draws.iter().map(|draw| Outcome {
             seq: draw.seq,
-            tokens: std::slice::from_ref(&draw.token),
+            tokens: draw.token.as_slice(),
             finish: draw.finish,
         });
         for finished in commit(done.state, done.id, outcomes) {
             if let Some(active) = self.active.remove(&finished.seq) {
                 end(&self.inbox, active, Event::Finished(finished.reason));
             }
+        }
+        for draw in self.draws.iter().filter(|draw| draw.token.is_none()) {
+            self.pipeline.state_mut().pause(draw.seq);
         }
         while let Some(seq) = self.unread.pop() {
             self.abort(seq);

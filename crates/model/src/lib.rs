@@ -13,4 +13,7 @@ mod shard;
 pub use deepseek::{DeepSeek, StageInput, StageOutput};
 pub use error::{ModelError, StepError};
 pub use options::{Fp8Compute, KvCacheFormat, MlaForm, ModelOptions, WeightFormat};
-pub use registry::{KnownModel, ModelStatus, Registry};
+pub use registry::{
+    Family, KnownModel, ModelStatus, ReasoningEffort, Registry, ThinkingBudgets, ToolSyntaxKind,
+    ToolsBlockKind,
+};

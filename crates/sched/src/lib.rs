@@ -57,7 +57,8 @@
 //! - Tokens in flight count at their upper bound (every draft accepted) until [`commit`] knows better, and no row is
 //!   planned beyond a sequence's limits on that count.
 //! - A sequence that may not run ahead ([`NewSequence::run_ahead`]) has no decode row while a token of it is in flight,
-//!   and no drafts.
+//!   and no drafts. Its row may draw nothing, and then it runs the same token again; while it is paused ([`State::pause`])
+//!   it has no decode row at all. The block that holds its last known token is not shared before the next one is known.
 //!
 //! # The prefix cache
 //!

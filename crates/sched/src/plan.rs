@@ -55,7 +55,7 @@ pub struct PrefillChunk {
 
 impl Plan {
     /// Nothing can run now: commit the oldest step in flight, or wait for a sequence. Never empty while a sequence is
-    /// live and nothing is in flight, unless the limits of the step are 0.
+    /// live and nothing is in flight, unless the limits of the step are 0 or a sequence is paused.
     pub fn is_empty(&self) -> bool {
         self.decode.is_empty() && self.prefill.is_empty()
     }
@@ -418,8 +418,10 @@ impl<'a, 'p> Room<'a, 'p> {
     /// Whether a chunk of the plan completes its sequence's block `at`, and that has this hash.
     fn fills(&self, chunk: &PrefillChunk, at: usize, hash: BlockHash) -> bool {
         let block_size = self.state.config.block_size;
-        (chunk.start / block_size..(chunk.start + chunk.len) / block_size).contains(&at)
-            && self.state.sequences[&chunk.seq].chain.hashes().get(at) == Some(&hash)
+        let seq = &self.state.sequences[&chunk.seq];
+        let end = (chunk.start + chunk.len).min(seq.num_final());
+        (chunk.start / block_size..end / block_size).contains(&at)
+            && seq.chain.hashes().get(at) == Some(&hash)
     }
 
     /// Available blocks that a waiting sequence takes: new ones, and cached ones that it finds.

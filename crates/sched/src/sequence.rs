@@ -18,7 +18,8 @@ pub struct NewSequence {
     /// Sequences share cached blocks only if their salts are equal: any bytes, or none, which is a salt of its own.
     pub cache_salt: Option<Box<[u8]>>,
     /// Whether its next token may be drawn before the host has seen the one before. `false` for what depends on the
-    /// tokens drawn (penalties, grammars): it is not planned while a token of it is in flight, and gets no drafts.
+    /// tokens drawn (penalties, grammars): it is not planned while a token of it is in flight, and gets no drafts. Its rows
+    /// may draw nothing, and it can be paused.
     pub run_ahead: bool,
 }
 
@@ -28,7 +29,8 @@ pub struct Outcome<'a> {
     /// Whose.
     pub seq: SeqId,
     /// Tokens drawn. A row that samples draws between 1 and `num_drafts + 1`, a prefill chunk that does not sample
-    /// none. With a stop token the tokens end there: what was drawn after it is cut off by the caller.
+    /// none. With a stop token the tokens end there: what was drawn after it is cut off by the caller. A sequence that may
+    /// not run ahead may draw none: it runs its last token once more in a step to come.
     pub tokens: &'a [TokenId],
     /// The caller's reason to end the sequence here. Length is decided by the scheduler.
     pub finish: Option<FinishReason>,
@@ -84,6 +86,8 @@ pub struct Sequence {
     /// Most tokens it may ever have: `min(prompt + max_new_tokens, max_model_len)`.
     pub(crate) max_len: usize,
     pub(crate) run_ahead: bool,
+    /// It has no decode row for now.
+    pub(crate) paused: bool,
     /// What its full blocks are found by.
     pub(crate) chain: HashChain,
     /// Those at the front may be other sequences' too, and are only read.
@@ -157,12 +161,24 @@ impl Sequence {
         self.placed < self.prefill_len
     }
 
+    /// Whether it is [paused](crate::State::pause).
+    pub fn is_paused(&self) -> bool {
+        self.paused
+    }
+
     /// Whether a decode row may be added: without any chance of drawing past the limit, and not ahead of the host where
     /// the host must see the last token first.
     pub(crate) fn may_decode(&self) -> bool {
-        !self.is_prefilling()
+        !self.paused
+            && !self.is_prefilling()
             && self.len_upper_bound() < self.max_len
             && (self.run_ahead || self.pending == 0)
+    }
+
+    /// Tokens at its front that no row will run again while it keeps its blocks: a sequence that may draw nothing runs its
+    /// last one until it does.
+    pub(crate) fn num_final(&self) -> usize {
+        self.tokens.len() - usize::from(!self.run_ahead)
     }
 
     /// Hashes of the blocks that it may share: full, and without its last known token, whose row must be run to draw

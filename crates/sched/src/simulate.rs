@@ -66,6 +66,10 @@ pub struct Report {
     pub gave_way: u64,
     /// Chunks that overtook a long one.
     pub overtakes: u64,
+    /// Rows that drew nothing.
+    pub undrawn: u64,
+    /// Times a sequence was paused.
+    pub pauses: u64,
     /// Hash of every plan in order: equal for equal runs.
     pub trace: u64,
 }
@@ -90,6 +94,8 @@ impl Report {
         self.found_again_tokens += other.found_again_tokens;
         self.gave_way += other.gave_way;
         self.overtakes += other.overtakes;
+        self.undrawn += other.undrawn;
+        self.pauses += other.pauses;
         self.trace = mix(self.trace.rotate_left(1) ^ other.trace);
     }
 }
@@ -100,7 +106,8 @@ impl fmt::Display for Report {
             f,
             "{} steps: {} sequences added, {} refused; {} stopped, {} at their limit, {} aborted; {} preemptions; \
              {} tokens prefilled, {} generated, {} of them accepted drafts; {} rows discarded; {} failures; \
-             {} of {} tokens hit in the prefix cache, {} found again; {} gave way; {} overtook; trace {:016x}",
+             {} of {} tokens hit in the prefix cache, {} found again; {} gave way; {} overtook; {} rows drew nothing, {} \
+             pauses; trace {:016x}",
             self.steps,
             self.added,
             self.refused,
@@ -118,6 +125,8 @@ impl fmt::Display for Report {
             self.found_again_tokens,
             self.gave_way,
             self.overtakes,
+            self.undrawn,
+            self.pauses,
             self.trace
         )
     }
@@ -224,6 +233,7 @@ impl<'a> Simulation<'a> {
                 self.state.flush_prefix_cache();
                 self.state.audit();
             }
+            self.resume();
             // An engine commits when the device is done, which may be before or after it has planned ahead.
             let began = !self.rng.percent(20) && self.begin()?;
             if !began && !self.in_flight.is_empty() {
@@ -276,7 +286,8 @@ impl<'a> Simulation<'a> {
     fn begin_plan(&mut self, chosen: &Plan, limits: &Limits, tight: bool) -> Result<bool, String> {
         self.check_plan(chosen, limits, tight)?;
         if chosen.is_empty() {
-            ensure(!self.in_flight.is_empty() || self.state.is_idle(), || {
+            let paused = self.state.running().any(Sequence::is_paused);
+            ensure(!self.in_flight.is_empty() || self.state.is_idle() || paused, || {
                 "deadlock: nothing to run".to_owned()
             })?;
             return Ok(false);
@@ -335,15 +346,35 @@ impl<'a> Simulation<'a> {
         }
         for &row in &chosen.decode {
             let rejected = self.rejected_in_flight(row.seq);
-            let drawn = self.device.decode(row, rejected, &mut self.rng)?;
+            let draws = self.draws(row.seq);
+            let drawn = self.device.decode(row, rejected, draws, &mut self.rng)?;
             rows.push(Row { seq: row.seq, max_tokens: 1 + row.num_drafts, drawn });
         }
         for &chunk in &chosen.prefill {
-            let drawn = self.device.prefill(chunk, self.state.tokens(chunk.seq))?;
+            let draws = !chunk.samples || self.draws(chunk.seq);
+            let drawn = self.device.prefill(chunk, self.state.tokens(chunk.seq), draws)?;
             self.report.prefilled_tokens += chunk.len as u64;
             rows.push(Row { seq: chunk.seq, max_tokens: usize::from(chunk.samples), drawn });
         }
         Ok(rows)
+    }
+
+    /// Whether a row that samples draws something.
+    fn draws(&mut self, seq: SeqId) -> bool {
+        let percent = self.scenario.undrawn_percent;
+        percent == 0 || self.clients[&seq].run_ahead || !self.rng.percent(percent)
+    }
+
+    /// Lets some paused sequences go on.
+    fn resume(&mut self) {
+        let paused: Vec<_> =
+            self.clients.iter().filter(|(_, client)| client.paused).map(|(&seq, _)| seq).collect();
+        for seq in paused {
+            if self.rng.percent(50) {
+                self.state.resume(seq);
+                self.clients.get_mut(&seq).expect("it was listed above").paused = false;
+            }
+        }
     }
 
     /// What an admitted sequence found in the prefix cache, as the scheduler must count it.
@@ -377,6 +408,7 @@ impl<'a> Simulation<'a> {
         let InFlight { id, rows, .. } = self.in_flight.pop_front().expect("the caller looked");
         let ids: Vec<_> = rows.iter().map(|row| row.seq).collect();
         let mut outcomes: Vec<(SeqId, Vec<TokenId>, Option<FinishReason>)> = Vec::new();
+        let mut undrawn = Vec::new();
         for row in rows {
             let Some(client) = self.clients.get_mut(&row.seq) else {
                 self.report.discarded_rows += 1;
@@ -386,6 +418,9 @@ impl<'a> Simulation<'a> {
                 continue;
             };
             let mut tokens = row.drawn;
+            if row.max_tokens > 0 && tokens.is_empty() {
+                undrawn.push(row.seq);
+            }
             let stop = tokens.iter().position(|&token| client.is_stop(token));
             let finish = stop.map(|at| FinishReason::Stop(tokens[at]));
             tokens.truncate(stop.map_or(tokens.len(), |at| at + 1));
@@ -400,6 +435,14 @@ impl<'a> Simulation<'a> {
             outcomes.iter().map(|(seq, tokens, finish)| Outcome { seq: *seq, tokens, finish: *finish });
         let finished = commit(&mut self.state, id, outcomes);
         self.state.audit();
+        for seq in undrawn {
+            self.report.undrawn += 1;
+            if self.rng.percent(50) {
+                self.report.pauses += 1;
+                self.state.pause(seq);
+                self.clients.get_mut(&seq).expect("it has drawn nothing, so it lives").paused = true;
+            }
+        }
         self.report.steps += 1;
         for finished in &finished {
             self.check_finished(finished, false)?;
@@ -488,6 +531,8 @@ mod tests {
             ("found_again_tokens", total.found_again_tokens),
             ("gave_way", total.gave_way),
             ("overtakes", total.overtakes),
+            ("undrawn", total.undrawn),
+            ("pauses", total.pauses),
         ];
         for (event, count) in events {
             assert!(count >= 500, "only {count} {event}: {total}");
@@ -498,7 +543,7 @@ mod tests {
     #[test]
     fn seeds_that_once_failed_hold() {
         for seed in [103_770, 175_859, 551_464] {
-            check(&Scenario::from_seed(seed, 200));
+            check(&Scenario { undrawn_percent: 0, ..Scenario::from_seed(seed, 200) });
         }
     }
 
@@ -536,7 +581,8 @@ mod tests {
             (max_model_len, num_blocks, max_queued) in (2_usize..40, 1_usize..60, 1_usize..12),
             (depth, max_drafts, headroom_tokens) in (1_usize..=2, 0_usize..5, 0_usize..10),
             (arrival_percent, abort_percent, tight_percent) in (1_usize..60, 0_usize..10, 0_usize..20),
-            (cached, fail_percent, run_ahead_percent) in (any::<bool>(), 0_usize..5, 0_usize..=100),
+            (cached, fail_percent) in (any::<bool>(), 0_usize..5),
+            (run_ahead_percent, undrawn_percent) in (0_usize..=100, 0_usize..70),
         ) {
             let config = crate::SchedConfig {
                 block_size,
@@ -557,6 +603,7 @@ mod tests {
                 fail_percent,
                 tight_percent,
                 run_ahead_percent,
+                undrawn_percent,
                 ..Scenario::from_seed(seed, 100)
             };
             let result = run(&scenario);

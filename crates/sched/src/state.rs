@@ -117,6 +117,7 @@ impl State {
             tokens: prompt,
             max_len,
             run_ahead,
+            paused: false,
             chain,
             blocks: Vec::new(),
             num_registered: 0,
@@ -160,11 +161,35 @@ impl State {
         }
     }
 
-    /// Forgets every block that could be hit: cached blocks become free, and those in use are not found any more.
+    /// Keeps a sequence that may not run ahead out of steps that would draw a token for it, until it is resumed: the host
+    /// has to find out something first. It keeps its blocks and its place in the order of service, and what it has to
+    /// prefill is prefilled. Nothing happens when there is no such sequence.
+    ///
+    /// Panics when the sequence may run ahead. Must not come between a `plan` and its `begin`.
+    pub fn pause(&mut self, id: SeqId) {
+        if let Some(seq) = self.sequences.get_mut(&id) {
+            assert!(!seq.run_ahead, "sequence {id} runs ahead of the host, and cannot be paused");
+            seq.paused = true;
+        }
+    }
+
+    /// Lets a paused sequence go on. Nothing happens when it is not paused, or gone.
     ///
     /// Must not come between a `plan` and its `begin`.
-    pub fn flush_prefix_cache(&mut self) {
+    pub fn resume(&mut self, id: SeqId) {
+        if let Some(seq) = self.sequences.get_mut(&id) {
+            seq.paused = false;
+        }
+    }
+
+    /// Forgets every block that could be hit: cached blocks become free, and those in use are not found any more. Gives
+    /// the number of blocks that became free.
+    ///
+    /// Must not come between a `plan` and its `begin`.
+    pub fn flush_prefix_cache(&mut self) -> usize {
+        let num_cached = self.pool.num_cached();
         self.pool.flush();
+        num_cached
     }
 
     /// What it was made with.
@@ -279,7 +304,7 @@ impl State {
                     );
                     assert!(seq.len_upper_bound() <= seq.max_len, "sequence {id} is past its limit");
                     assert!(
-                        seq.num_registered * self.config.block_size <= seq.placed.min(seq.tokens.len()),
+                        seq.num_registered * self.config.block_size <= seq.placed.min(seq.num_final()),
                         "sequence {id} registered what is not written"
                     );
                     assert!(

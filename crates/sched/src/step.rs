@@ -147,12 +147,14 @@ fn admit(state: &mut State, id: SeqId, start: usize) {
 
 /// Makes the blocks known that a step has filled, or a step in flight fills, with tokens that are known.
 ///
+/// Blocks that are known are only read. So one that ends with a token which may be run again is not known yet.
+///
 /// Position `p` holds token `p` once a row that runs that token has begun. The rows begun run every known token below
 /// `placed`: `placed` counts drafts in flight as accepted, and where some are rejected it is still past the last known
 /// token as long as a row is in flight, which runs that token; when none is, `placed` is exact. No later row writes
 /// below the last known token.
 fn register(pool: &mut BlockPool, seq: &mut Sequence, block_size: usize) {
-    let num_full = seq.placed.min(seq.tokens.len()) / block_size;
+    let num_full = seq.placed.min(seq.num_final()) / block_size;
     let full = seq.blocks.iter().zip(seq.chain.hashes()).take(num_full);
     for (&block, &hash) in full.skip(seq.num_registered) {
         pool.register(block, hash);
@@ -162,8 +164,8 @@ fn register(pool: &mut BlockPool, seq: &mut Sequence, block_size: usize) {
 
 /// Applies what came of the oldest step in flight, and returns the sequences that ended with it.
 ///
-/// Every row that samples has one outcome, in the order of the step's rows: decodes, then prefill chunks, as planned. A
-/// chunk that does not sample may have one without tokens. Rows of sequences that ended while the step was in flight
+/// Every row that samples has one outcome, in the order of the step's rows: decodes, then prefill chunks, as planned. One
+/// of a sequence that may not run ahead can be without tokens, and the same position is decoded again. A chunk that does not sample may have one without tokens. Rows of sequences that ended while the step was in flight
 /// need none, and one they have is discarded. A step that failed goes to [`fail`] instead.
 ///
 /// Panics when steps are committed out of order, when outcomes do not match the step's rows, and when blocks are lost.
@@ -209,6 +211,7 @@ fn pop_oldest(state: &mut State, step: StepId) -> Vec<Row> {
 fn apply(state: &mut State, row: Row, outcome: Option<Outcome<'_>>) -> Option<Finished> {
     const NOTHING: (&[TokenId], Option<FinishReason>) = (&[], None);
     let id = row.seq;
+    let is_given = outcome.is_some();
     let (tokens, finish) = outcome.map_or(NOTHING, |outcome| (outcome.tokens, outcome.finish));
     let drawn = tokens.len();
     assert!(
@@ -216,18 +219,23 @@ fn apply(state: &mut State, row: Row, outcome: Option<Outcome<'_>>) -> Option<Fi
         "sequence {id}: {drawn} tokens, at most {} were asked for",
         row.max_tokens
     );
-    assert!(
-        drawn > 0 || row.max_tokens == 0 || finish.is_some(),
-        "sequence {id}: no token and no reason to finish, or its outcome is out of the order of the step's rows"
-    );
     let block_size = state.config.block_size;
     let seq = state.sequences.get_mut(&id).expect("the caller looked it up");
+    assert!(
+        drawn > 0 || row.max_tokens == 0 || finish.is_some() || is_given && !seq.run_ahead,
+        "sequence {id}: no token and no reason to finish, or its outcome is out of the order of the step's rows"
+    );
     seq.tokens.extend_from_slice(tokens);
     seq.pending -= row.max_tokens;
     // Rejected drafts: rows of later steps in flight move down by as many positions, and so does what comes next.
     seq.placed -= row.max_tokens - drawn;
     // A decode row ran the token before the first it drew, and every draft it accepted.
     seq.settled += if row.chunk_len > 0 { row.chunk_len } else { drawn };
+    if drawn == 0 && row.max_tokens > 0 {
+        // Where it was a chunk, its last token will be run again by a decode row.
+        seq.settled = seq.settled.min(seq.placed);
+        seq.prefill_len = seq.prefill_len.min(seq.placed);
+    }
     assert!(seq.tokens.len() <= seq.max_len, "sequence {id} is past its limit of {} tokens", seq.max_len);
     seq.chain.extend(&seq.tokens, block_size);
     register(&mut state.pool, seq, block_size);

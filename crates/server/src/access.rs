@@ -1,10 +1,12 @@
 //! Request ids, the span that every log line of a request stands in, and the access log: one line per request, written
-//! when the last byte of its reply is handed over or its client is gone. Must not see prompts or replies.
+//! when the last byte of its reply is handed over or its client is gone. Must not see prompts or replies, unless it was asked
+//! for them.
 
+use std::collections::BTreeMap;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use axum::body::HttpBody;
@@ -12,6 +14,8 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use r1_core::TokenId;
+use r1_text::{ControlText, Tokenizer};
 use tracing::field::Empty;
 use tracing::{Instrument, Span};
 
@@ -27,6 +31,8 @@ const MAX_REQUEST_ID_LEN: usize = 128;
 const MAX_HEADER_BYTES: usize = 32 << 10;
 /// A longer path is cut in the log.
 const MAX_LOGGED_PATH_BYTES: usize = 256;
+/// Ends a text that was cut in the log.
+const CUT: char = '…';
 /// What nginx logs for a client that left before its reply was whole.
 const CLIENT_CLOSED_REQUEST: u16 = 499;
 
@@ -47,6 +53,75 @@ pub(crate) struct RequestLog {
     pub(crate) broken_off: AtomicBool,
     /// Set by a stream that has handed over its last event.
     pub(crate) stream_ended: AtomicBool,
+    /// Where prompts and replies are logged.
+    texts: Option<Texts>,
+}
+
+/// What is logged of a request's texts.
+#[derive(Debug)]
+struct Texts {
+    /// Of each text, in characters.
+    max_len: usize,
+    /// The first bytes of each choice's reply, as the model writes it.
+    replies: Mutex<BTreeMap<usize, Vec<u8>>>,
+}
+
+impl RequestLog {
+    /// Logs the prompts as the model reads them, where that was asked for. `choices` are each one's prompt, by its number and
+    /// by its tokens; those of one prompt follow each other.
+    pub(crate) fn note_prompts<'p>(
+        &self,
+        tokenizer: &Tokenizer,
+        choices: impl Iterator<Item = (usize, &'p [TokenId])>,
+    ) {
+        let Some(texts) = &self.texts else { return };
+        let mut last = None;
+        for (index, tokens) in choices {
+            if last.replace(index) != Some(index) {
+                // A character takes four tokens at most, so no more of them can be shown.
+                let read = &tokens[..tokens.len().min(texts.max_bytes())];
+                let mut prompt = texts.cut(tokenizer.decode(read, ControlText::Show));
+                if read.len() < tokens.len() && !prompt.ends_with(CUT) {
+                    prompt.push(CUT);
+                }
+                tracing::info!(parent: &self.span, index, prompt, "prompt");
+            }
+        }
+    }
+
+    /// Keeps a token of a choice's reply for the log, where that was asked for.
+    pub(crate) fn note_token(&self, choice: usize, bytes: &[u8]) {
+        let Some(texts) = &self.texts else { return };
+        let mut replies = texts.replies.lock().unwrap_or_else(PoisonError::into_inner);
+        let reply = replies.entry(choice).or_default();
+        if reply.len() <= texts.max_bytes() {
+            reply.extend_from_slice(bytes);
+        }
+    }
+
+    fn log_replies(&self) {
+        let Some(texts) = &self.texts else { return };
+        let replies = std::mem::take(&mut *texts.replies.lock().unwrap_or_else(PoisonError::into_inner));
+        for (index, reply) in replies {
+            let reply = texts.cut(String::from_utf8_lossy(&reply).into_owned());
+            tracing::info!(parent: &self.span, index, reply, "reply");
+        }
+    }
+}
+
+impl Texts {
+    /// So many bytes hold the characters that are logged, whatever they are.
+    fn max_bytes(&self) -> usize {
+        self.max_len.saturating_mul(4)
+    }
+
+    fn cut(&self, mut text: String) -> String {
+        if let Some((at, _)) = text.char_indices().nth(self.max_len) {
+            text.truncate(at);
+            text.push(CUT);
+        }
+        text
+    }
 }
 
 /// Writes the line when dropped.
@@ -58,6 +133,8 @@ struct Line {
     status: Option<StatusCode>,
     /// The reply is a stream, whole once `RequestLog::stream_ended` is set.
     stream: bool,
+    /// Whether it is written.
+    shown: bool,
 }
 
 impl Drop for Line {
@@ -66,19 +143,22 @@ impl Drop for Line {
         let status = self.status.filter(|_| whole).map_or(CLIENT_CLOSED_REQUEST, |status| status.as_u16());
         let prompt_tokens = self.log.prompt_tokens.load(Ordering::Relaxed);
         let completion_tokens = self.log.completion_tokens.load(Ordering::Relaxed);
-        // The line says all that the span says, so it stands outside.
-        tracing::info!(
-            parent: None,
-            request_id = %self.log.id,
-            method = %self.method,
-            path = %self.path,
-            status,
-            ms = self.log.received.elapsed().as_millis() as u64,
-            model = self.log.model.get(),
-            prompt_tokens,
-            completion_tokens,
-            "request"
-        );
+        self.log.log_replies();
+        if self.shown {
+            // The line says all that the span says, so it stands outside.
+            tracing::info!(
+                parent: None,
+                request_id = %self.log.id,
+                method = %self.method,
+                path = %self.path,
+                status,
+                ms = self.log.received.elapsed().as_millis() as u64,
+                model = self.log.model.get(),
+                prompt_tokens,
+                completion_tokens,
+                "request"
+            );
+        }
         let span = &self.log.span;
         span.record("http.response.status_code", status);
         span.record("prompt_tokens", prompt_tokens);
@@ -101,9 +181,11 @@ pub(crate) async fn log_request(State(app): State<Arc<App>>, mut request: Reques
         model: OnceLock::new(),
         broken_off: AtomicBool::new(false),
         stream_ended: AtomicBool::new(false),
+        texts: app.config.log_texts.map(|max_len| Texts { max_len, replies: Mutex::default() }),
     });
     // A client that leaves drops this future, and the line with it.
-    let mut line = Line { log: log.clone(), method, path, status: None, stream: false };
+    let shown = app.config.request_log;
+    let mut line = Line { log: log.clone(), method, path, status: None, stream: false, shown };
     let header_bytes: usize =
         request.headers().iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
     let mut response = if header_bytes > MAX_HEADER_BYTES {

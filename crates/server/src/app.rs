@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use r1_engine::{Handle, Status};
+use serde_json::{Map, Value};
 
 use crate::access::random_u64;
 use crate::config::{ServedModel, ServerConfig};
@@ -48,6 +49,13 @@ impl App {
             Some(name) if self.config.strict_model_name => Err(ApiError::unknown_model(name, served)),
             _ => Ok(served[0].clone()),
         }
+    }
+
+    /// Variables for the chat template: a request's own, over the configured ones.
+    pub(crate) fn template_kwargs(&self, asked: Map<String, Value>) -> Map<String, Value> {
+        let mut kwargs = self.config.default_template_kwargs.clone();
+        kwargs.extend(asked);
+        kwargs
     }
 
     /// A seed for a request that brings none: the next one from the configured seed on, else a random one.

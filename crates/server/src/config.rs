@@ -1,22 +1,98 @@
 //! What the command line decides about the HTTP side, and what is served. Holds values only.
 
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::http::HeaderValue;
-use r1_core::TokenId;
-use r1_text::{ChatTemplate, Tokenizer};
+use axum::http::{HeaderName, HeaderValue, Method};
+use r1_core::{SamplingParams, TokenId};
+use r1_text::{ChatTemplate, Grammars, Tokenizer, ToolSyntax};
+use serde_json::{Map, Value};
+
+use crate::auth::ApiKeys;
+use crate::tls::Tls;
+
+/// What cannot be served with.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// Text that is no origin of web pages.
+    #[error("{0:?} is no origin; one is a scheme and a host without a path, as https://chat.example.com")]
+    Origin(String),
+    /// Text that is no HTTP method.
+    #[error("{0:?} is no HTTP method; one is GET or POST")]
+    Method(String),
+    /// Text that names no header.
+    #[error("{0:?} is no name of a header; one is authorization")]
+    Header(String),
+    /// A file could not be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file that must hold certificates holds none, or a broken one.
+    #[error("{path} is no certificate: {reason}")]
+    Certificate {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A file that must hold a private key holds none, or one that cannot be used.
+    #[error("{path} is no usable private key: {reason}")]
+    PrivateKey {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A private key under a passphrase.
+    #[error(
+        "the private key in {path} is encrypted, and nobody is there to type its passphrase; decrypt it with `openssl pkey \
+         -in {path} -out key.pem` and give the new file"
+    )]
+    EncryptedKey {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Certificate and key of different pairs.
+    #[error("the private key in {key} does not belong to the certificate in {certificate}")]
+    KeyMismatch {
+        /// The certificate's file.
+        certificate: PathBuf,
+        /// The key's file.
+        key: PathBuf,
+    },
+}
 
 /// How the server behaves.
 #[derive(Clone, Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "switches of the command line, each independent of the others"
+)]
 pub struct ServerConfig {
     /// Path prefix under which every route answers too, as `/proxy/models/main`; empty for none.
     pub root_path: String,
+    /// Connections are encrypted with it; `None`: they are not.
+    pub tls: Option<Tls>,
     /// Any of these opens the API; empty means that no key is asked for.
-    pub api_keys: Vec<String>,
+    pub api_keys: ApiKeys,
+    /// Any of these opens the administrators' endpoints and nothing else does; empty means that there are none.
+    pub admin_keys: ApiKeys,
     /// Which web pages may call the API.
     pub cors: Cors,
+    /// What those pages may send.
+    pub cors_requests: CorsRequests,
+    /// `/docs` and `/openapi.json` are served.
+    pub docs: bool,
+    /// One line is logged per request.
+    pub request_log: bool,
+    /// Prompts and replies are logged, at most so many characters of each; `None`: never a word of them.
+    pub log_texts: Option<usize>,
     /// Largest accepted body in bytes.
     pub max_body_bytes: usize,
     /// Refuse model names that are not served; otherwise any name means the one model.
@@ -26,6 +102,12 @@ pub struct ServerConfig {
     pub seed: Option<u64>,
     /// Most choices of one request: prompts times `n`.
     pub max_choices: usize,
+    /// Most log-probabilities per token that a request may ask for; at most [`SamplingParams::MAX_LOGPROBS`] count.
+    pub max_logprobs: u32,
+    /// Most replies that are kept for requests that refer to them; the oldest goes first.
+    pub max_stored_responses: usize,
+    /// Variables of the chat template where a request's `chat_template_kwargs` are silent.
+    pub default_template_kwargs: Map<String, Value>,
     /// How long running requests may go on after the server was asked to stop.
     pub shutdown_timeout: Duration,
     /// How long a request's body may take to arrive.
@@ -39,6 +121,8 @@ pub struct ServerConfig {
     pub request_timeout: Option<Duration>,
     /// How long a connection may stay open without a request and without a byte of a reply being taken.
     pub idle_timeout: Duration,
+    /// How long a TLS handshake may take.
+    pub handshake_timeout: Duration,
     /// How long a request's headers may take to arrive.
     pub header_timeout: Duration,
     /// How long a client may leave a reply unread before it counts as gone.
@@ -51,18 +135,28 @@ impl Default for ServerConfig {
     fn default() -> Self {
         Self {
             root_path: String::new(),
-            api_keys: Vec::new(),
+            tls: None,
+            api_keys: ApiKeys::default(),
+            admin_keys: ApiKeys::default(),
             cors: Cors::AnyOrigin,
+            cors_requests: CorsRequests::default(),
+            docs: true,
+            request_log: true,
+            log_texts: None,
             max_body_bytes: 16 << 20,
             strict_model_name: false,
             seed: None,
             max_choices: 128,
+            max_logprobs: SamplingParams::MAX_LOGPROBS,
+            max_stored_responses: 1000,
+            default_template_kwargs: Map::new(),
             shutdown_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_mins(1),
             ping_interval: Duration::from_secs(15),
             watchdog_timeout: Duration::from_mins(2),
             request_timeout: None,
             idle_timeout: Duration::from_secs(75),
+            handshake_timeout: Duration::from_secs(10),
             header_timeout: Duration::from_secs(10),
             write_timeout: Duration::from_mins(1),
             adopt_trace: None,
@@ -76,25 +170,48 @@ pub enum Cors {
     /// All of them; keys travel in a header that pages must know, never in cookies.
     AnyOrigin,
     /// Those of these origins.
-    Origins(Vec<Origin>),
+    Origins {
+        /// Where they come from.
+        origins: Vec<Origin>,
+        /// They may send cookies and other credentials that a browser adds by itself. No origin may be left open then.
+        credentials: bool,
+    },
     /// None: no CORS headers are sent.
     Off,
+}
+
+/// What web pages may send; empty lists leave it open.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CorsRequests {
+    pub(crate) methods: Vec<Method>,
+    pub(crate) headers: Vec<HeaderName>,
+}
+
+impl CorsRequests {
+    /// Only these methods and headers; of either an empty list or `*` leaves it open.
+    pub fn new(methods: &[String], headers: &[String]) -> Result<Self, ConfigError> {
+        let limits = |list: &[String]| !list.iter().any(|entry| entry == "*");
+        let methods = methods.iter().filter(|_| limits(methods)).map(|method| {
+            // Methods are written in capitals; a lower-case one would never match.
+            Method::from_bytes(method.to_ascii_uppercase().as_bytes())
+                .map_err(|_| ConfigError::Method(method.clone()))
+        });
+        let headers = headers.iter().filter(|_| limits(headers)).map(|header| {
+            HeaderName::from_bytes(header.as_bytes()).map_err(|_| ConfigError::Header(header.clone()))
+        });
+        Ok(Self { methods: methods.collect::<Result<_, _>>()?, headers: headers.collect::<Result<_, _>>()? })
+    }
 }
 
 /// Where a web page comes from, as `https://chat.example.com`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Origin(pub(crate) HeaderValue);
 
-/// Text that is no origin.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no origin; one is a scheme and a host without a path, as https://chat.example.com")]
-pub struct InvalidOrigin(pub String);
-
 impl FromStr for Origin {
-    type Err = InvalidOrigin;
+    type Err = ConfigError;
 
-    fn from_str(text: &str) -> Result<Self, InvalidOrigin> {
-        let invalid = || InvalidOrigin(text.to_owned());
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        let invalid = || ConfigError::Origin(text.to_owned());
         let (scheme, host) = text.split_once("://").ok_or_else(invalid)?;
         let printable = text.bytes().all(|byte| byte.is_ascii_graphic());
         if scheme.is_empty() || host.is_empty() || host.contains(['/', '*', ',']) || !printable {
@@ -119,6 +236,25 @@ pub struct ServedModel {
     pub eos_token_ids: Vec<TokenId>,
     /// How thinking is told from the answer.
     pub reasoning_parser: ReasoningParser,
+    /// Forms that replies can be held to, over this tokenizer.
+    pub grammars: Arc<Grammars>,
+    /// How the model writes calls of tools; `None`: it does not, or nobody knows.
+    pub tool_syntax: Option<ToolSyntax>,
+    /// What `reasoning_effort` means.
+    pub thinking_budgets: ThinkingBudgets,
+}
+
+/// Most tokens of thinking per `reasoning_effort`; `None` for as many as it takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ThinkingBudgets {
+    /// `minimal`.
+    pub minimal: Option<u32>,
+    /// `low`.
+    pub low: Option<u32>,
+    /// `medium`.
+    pub medium: Option<u32>,
+    /// `high` and above.
+    pub high: Option<u32>,
 }
 
 /// Sampling where the request is silent, from generation_config.json; `None` leaves OpenAI's default.
@@ -159,7 +295,22 @@ mod tests {
         for bad in
             ["", "*", "chat.example.com", "https://", "https://a/b", "https://a, https://b", "https://a\n"]
         {
-            assert_eq!(bad.parse::<Origin>(), Err(InvalidOrigin(bad.to_owned())));
+            let error = bad.parse::<Origin>().unwrap_err();
+            assert!(matches!(error, ConfigError::Origin(text) if text == bad));
         }
+    }
+
+    #[test]
+    fn pages_requests_are_limited_by_name() {
+        let new = |methods: &[&str], headers: &[&str]| {
+            let owned = |list: &[&str]| list.iter().map(|&entry| entry.to_owned()).collect::<Vec<_>>();
+            CorsRequests::new(&owned(methods), &owned(headers))
+        };
+        assert_eq!(new(&[], &["*"]).unwrap(), CorsRequests::default());
+        let some = new(&["get", "POST"], &["Authorization"]).unwrap();
+        assert_eq!(some.methods, [Method::GET, Method::POST]);
+        assert_eq!(some.headers, ["authorization"]);
+        assert!(matches!(new(&["GET POST"], &[]), Err(ConfigError::Method(_))));
+        assert!(matches!(new(&[], &["x y"]), Err(ConfigError::Header(_))));
     }
 }

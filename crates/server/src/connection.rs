@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes, HttpBody};
+use futures_util::FutureExt;
 use hyper::body::{Frame, Incoming, SizeHint};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -22,6 +23,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tower::ServiceExt;
 
 use crate::error::ApiError;
+use crate::tls::{Accepted, Stream, Tls};
 
 /// More headers than these are answered by hyper's own, empty 431. Ours names the limit of bytes.
 const MAX_HEADERS: usize = 1024;
@@ -39,6 +41,8 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a client may keep a connection waiting.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Patience {
+    /// For a TLS handshake.
+    pub(crate) handshake: Duration,
     /// Without a request and without a byte of a reply being taken.
     pub(crate) idle: Duration,
     /// From the first byte of a request to the end of its headers.
@@ -69,18 +73,16 @@ enum Over {
 
 /// The stream and what its reads and writes tell about the client.
 struct Socket {
-    stream: TcpStream,
+    stream: Stream,
     /// Requests whose replies the protocol has not taken whole.
     requests: usize,
     /// Bodies of replies that the protocol has not taken whole, and when it asked each for more.
     replies: HashMap<u64, Instant>,
     num_replies: u64,
-    /// Since when there is no request, or when the client took a byte after that.
+    /// Since when there is no request.
     idle_since: Instant,
     /// When the first byte of a request came whose headers are not complete.
     head_since: Option<Instant>,
-    /// Since when the client takes no bytes.
-    unread_since: Option<Instant>,
     /// The last request was answered before its body was read, so what comes next may be the rest of it.
     body_left: bool,
     /// How much of HTTP/2's preface has come; `None` on HTTP/1.
@@ -92,21 +94,22 @@ struct Socket {
 impl Socket {
     /// When the client's time is over unless something happens.
     fn deadline(&self, patience: Patience) -> Option<(Instant, Over)> {
-        let unread = self.unread_since.map(|since| (since + patience.write, Over::Unread));
+        let unread = self.stream.unread_since().map(|since| (since + patience.write, Over::Unread));
         // HTTP/2's client can also leave the window of its stream shut, and the socket knows nothing of that.
         let shut = self.replies.values().filter(|_| self.is_http2()).min();
         let shut = shut.map(|since| (*since + patience.write + patience.ping_interval, Over::Unread));
         // A reply that is still being written is no idling, whoever holds it.
-        let quiet = (self.requests == 0 && self.unread_since.is_none()).then(|| match self.head_since {
-            Some(since) => (since + patience.header, Over::SlowHeaders),
-            None => (self.idle_since + patience.idle, Over::Idle),
-        });
+        let quiet =
+            (self.requests == 0 && self.stream.unread_since().is_none()).then(|| match self.head_since {
+                Some(since) => (since + patience.header, Over::SlowHeaders),
+                None => (self.idle_since.max(self.stream.taken_at()) + patience.idle, Over::Idle),
+            });
         unread.into_iter().chain(shut).chain(quiet).min_by_key(|(at, _)| *at)
     }
 
     /// Whether nothing runs but requests that are still coming.
     fn has_nothing_to_say(&self) -> bool {
-        self.replies.is_empty() && self.unread_since.is_none()
+        self.replies.is_empty() && self.stream.unread_since().is_none()
     }
 
     fn is_http2(&self) -> bool {
@@ -131,16 +134,6 @@ impl Socket {
             self.head_since.get_or_insert_with(Instant::now);
         }
     }
-
-    fn note_write<T>(&mut self, written: &Poll<T>) {
-        match written {
-            Poll::Ready(_) => {
-                self.unread_since = None;
-                self.idle_since = Instant::now();
-            }
-            Poll::Pending => _ = self.unread_since.get_or_insert_with(Instant::now),
-        }
-    }
 }
 
 /// The socket, shared by the protocol, its requests and whoever watches over them. Only one of them acts at a time.
@@ -148,7 +141,7 @@ impl Socket {
 struct Shared(Arc<Mutex<Socket>>);
 
 impl Shared {
-    fn new(stream: TcpStream) -> Self {
+    fn new(stream: Stream) -> Self {
         Self(Arc::new(Mutex::new(Socket {
             stream,
             requests: 0,
@@ -156,7 +149,6 @@ impl Shared {
             num_replies: 0,
             idle_since: Instant::now(),
             head_since: None,
-            unread_since: None,
             body_left: false,
             preface: Some(0),
             ended: false,
@@ -189,10 +181,7 @@ impl AsyncRead for Shared {
 
 impl AsyncWrite for Shared {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let mut socket = self.lock();
-        let written = Pin::new(&mut socket.stream).poll_write(cx, buf);
-        socket.note_write(&written);
-        written
+        Pin::new(&mut self.lock().stream).poll_write(cx, buf)
     }
 
     fn poll_write_vectored(
@@ -200,14 +189,11 @@ impl AsyncWrite for Shared {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let mut socket = self.lock();
-        let written = Pin::new(&mut socket.stream).poll_write_vectored(cx, bufs);
-        socket.note_write(&written);
-        written
+        Pin::new(&mut self.lock().stream).poll_write_vectored(cx, bufs)
     }
 
     fn is_write_vectored(&self) -> bool {
-        true
+        self.lock().stream.is_write_vectored()
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -358,6 +344,7 @@ impl<T: Unpin> HttpBody for Keeping<T> {
 /// Serves one connection until either side closes it or the server stops.
 pub(crate) async fn serve(
     stream: TcpStream,
+    tls: Option<Tls>,
     router: Router,
     patience: Patience,
     mut stopping: watch::Receiver<Stopping>,
@@ -366,7 +353,22 @@ pub(crate) async fn serve(
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY could not be set");
     }
-    let socket = Shared::new(stream);
+    let accepted = match tls {
+        None => Some(Accepted::Secure(Stream::plain(stream))),
+        Some(tls) => tokio::select! {
+            accepted = tls.accept(stream, patience.handshake) => accepted,
+            _ = stopping.wait_for(|stopping| *stopping == Stopping::Closing) => None,
+        },
+    };
+    let socket = match accepted {
+        None => return,
+        Some(Accepted::Secure(stream)) => Shared::new(stream),
+        Some(Accepted::PlainHttp(stream)) => {
+            let socket = Shared::new(stream);
+            let _ = socket.clone().write_all(&refusal(&ApiError::plain_http())).now_or_never();
+            return close(socket, &mut stopping).await;
+        }
+    };
     let over = run(&socket, router, patience, &mut stopping).await;
     match over {
         None => {}
@@ -384,9 +386,15 @@ pub(crate) async fn serve(
                 "a connection is closed: its request's headers did not end"
             );
             // What the socket does not take at once is not worth waiting for.
-            let _ = socket.lock().stream.try_write(&slow_headers_reply(patience.header));
+            let reply = refusal(&ApiError::header_timeout(patience.header));
+            let _ = socket.clone().write_all(&reply).now_or_never();
         }
     }
+    close(socket, &mut stopping).await;
+}
+
+/// Closes a connection so that what was written arrives, as long as its client and the server have time for that.
+async fn close(socket: Shared, stopping: &mut watch::Receiver<Stopping>) {
     if !socket.lock().ended {
         tokio::select! {
             () = linger(socket) => {}
@@ -433,7 +441,7 @@ async fn run(
                     // A request that was under way when the client was told is served like any other.
                     told = Some(Instant::now() + CLOSE_TIMEOUT);
                 }
-                let told = told.filter(|_| socket.requests == 0 && socket.unread_since.is_none());
+                let told = told.filter(|_| socket.requests == 0 && socket.stream.unread_since().is_none());
                 let closing = closing.filter(|_| socket.has_nothing_to_say());
                 let must = [told, closing].into_iter().flatten().map(|at| (at, Over::Idle));
                 let may = socket.deadline(patience).filter(|(_, over)| told.is_none() || *over != Over::Idle);
@@ -476,8 +484,8 @@ async fn linger(mut socket: Shared) {
 }
 
 /// The reply to a request that never became one, as the protocol would have written it.
-fn slow_headers_reply(limit: Duration) -> Vec<u8> {
-    let body = ApiError::header_timeout(limit).to_json();
-    let head = "HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close";
+fn refusal(error: &ApiError) -> Vec<u8> {
+    let body = error.to_json();
+    let head = format!("HTTP/1.1 {}\r\ncontent-type: application/json\r\nconnection: close", error.status);
     format!("{head}\r\ncontent-length: {}\r\n\r\n{body}", body.len()).into_bytes()
 }

@@ -6,40 +6,82 @@ use std::sync::Arc;
 use r1_core::{FinishReason, TokenId};
 use r1_engine::TokenLogprobs;
 use r1_text::{
-    ControlText, Delta as Sorted, Detokenizer, OutputParser, ParserConfig, TextError, TokenClass, Tokenizer,
+    ControlText, Delta as Sorted, Detokenizer, Output, OutputParser, ParserConfig, TextError, TokenClass,
+    Tokenizer,
 };
 
+use crate::access::random_u64;
 use crate::metrics::Ended;
 
-/// What a choice gained. Reasoning precedes content.
+/// A piece of a reply; never empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    Reasoning(String),
+    Content(String),
+    /// A call begins; calls of a reply count from 0.
+    Call {
+        index: usize,
+        id: String,
+        name: String,
+    },
+    /// More of a call's arguments.
+    Arguments {
+        index: usize,
+        text: String,
+    },
+}
+
+/// What a choice gained, in order.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Delta {
-    pub(crate) reasoning: String,
-    pub(crate) content: String,
+    /// Neighbours are of different kinds.
+    pub(crate) parts: Vec<Part>,
     /// One entry per token since the last delta, when they were asked for.
     pub(crate) logprobs: Vec<TokenEntry>,
+    /// Of the prompt, when they were asked for; stands in a choice's first delta.
+    pub(crate) prompt: Option<PromptScores>,
 }
 
 impl Delta {
     pub(crate) fn of_content(content: String) -> Self {
-        Self { content, ..Self::default() }
+        Self { parts: vec![Part::Content(content)], ..Self::default() }
     }
 
     /// Joins what came later.
     pub(crate) fn append(&mut self, later: Self) {
-        self.reasoning.push_str(&later.reasoning);
-        self.content.push_str(&later.content);
+        for part in later.parts {
+            self.push(part);
+        }
         self.logprobs.extend(later.logprobs);
+        self.prompt = self.prompt.take().or(later.prompt);
     }
 
-    fn has_text(&self) -> bool {
-        !self.reasoning.is_empty() || !self.content.is_empty()
+    fn push(&mut self, part: Part) {
+        match (self.parts.last_mut(), &part) {
+            (Some(Part::Reasoning(text)), Part::Reasoning(more))
+            | (Some(Part::Content(text)), Part::Content(more)) => text.push_str(more),
+            (Some(Part::Arguments { index, text }), Part::Arguments { index: of, text: more })
+                if index == of =>
+            {
+                text.push_str(more);
+            }
+            _ => self.parts.push(part),
+        }
     }
+}
+
+/// Log-probabilities of a prompt's tokens.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct PromptScores {
+    /// The first token, which has nothing before it.
+    pub(crate) first: String,
+    pub(crate) rest: Vec<TokenEntry>,
 }
 
 /// A token to be shown with its log-probability.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Shown {
+    pub(crate) token: TokenId,
     /// Its text, or `token_id:<id>` where that was asked for.
     pub(crate) name: String,
     pub(crate) bytes: Vec<u8>,
@@ -61,6 +103,10 @@ pub(crate) struct End {
     pub(crate) cached_tokens: u64,
     pub(crate) completion_tokens: u64,
     pub(crate) reasoning_tokens: u64,
+    /// The reply holds a call of a tool.
+    pub(crate) called_tools: bool,
+    /// Mean log-probability of the generated tokens; 0 where they were not asked for.
+    pub(crate) mean_logprob: f64,
 }
 
 /// Why a choice ended.
@@ -88,6 +134,7 @@ impl End {
 
 /// How to read a choice's tokens.
 #[derive(Clone, Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "switches of the API, each independent of the others")]
 pub(crate) struct DecodeRules {
     pub(crate) parser: ParserConfig,
     pub(crate) control: ControlText,
@@ -97,6 +144,12 @@ pub(crate) struct DecodeRules {
     pub(crate) stop_token_ids: Vec<TokenId>,
     /// Show tokens as `token_id:<id>`.
     pub(crate) token_ids_as_names: bool,
+    /// The reply shows its tokens' log-probabilities.
+    pub(crate) logprobs: bool,
+    /// The reasoning is generated and counted, and not shown.
+    pub(crate) hide_reasoning: bool,
+    /// Nothing was to be generated; the engine draws one token all the same.
+    pub(crate) discard: bool,
 }
 
 /// Reads one choice's tokens.
@@ -110,8 +163,10 @@ pub(crate) struct Decoder {
     cached_tokens: u64,
     completion_tokens: u64,
     reasoning_tokens: u64,
-    /// Characters of all tokens so far.
+    /// Characters of all tokens so far, those of an echoed prompt among them.
     text_chars: usize,
+    num_calls: usize,
+    sum_logprobs: f64,
 }
 
 impl Decoder {
@@ -129,7 +184,35 @@ impl Decoder {
             completion_tokens: 0,
             reasoning_tokens: 0,
             text_chars: 0,
+            num_calls: 0,
+            sum_logprobs: 0.0,
         })
+    }
+
+    /// The reply's text stands behind `echo`.
+    pub(crate) fn echo(&mut self, echo: &str) {
+        self.text_chars = echo.chars().count();
+    }
+
+    /// The prompt's log-probabilities: `logprobs` holds those of all tokens but the first.
+    pub(crate) fn prompt_scores(&self, prompt: &[TokenId], logprobs: &[TokenLogprobs]) -> PromptScores {
+        let Some((&first, rest)) = prompt.split_first() else {
+            return PromptScores { first: String::new(), rest: Vec::new() };
+        };
+        let mut text_offset = self.chars_of(first);
+        let rest = rest.iter().zip(logprobs).map(|(&token, logprobs)| {
+            let entry = self.entry(token, logprobs, text_offset);
+            text_offset += self.chars_of(token);
+            entry
+        });
+        PromptScores { first: self.show(first, 0.0).name, rest: rest.collect() }
+    }
+
+    /// Characters that a token adds to an echoed prompt.
+    fn chars_of(&self, token: TokenId) -> usize {
+        let hidden =
+            self.rules.control == ControlText::Hide && self.tokenizer.class(token) == TokenClass::Hidden;
+        if hidden { 0 } else { num_chars(self.tokenizer.token_bytes(token)) }
     }
 
     pub(crate) fn scheduled(&mut self, cached_tokens: u64) {
@@ -140,16 +223,23 @@ impl Decoder {
     ///
     /// Stop strings act from the first token on: `min_tokens` holds back stop tokens only, which the engine does.
     pub(crate) fn push(&mut self, token: TokenId, logprobs: Option<TokenLogprobs>) -> bool {
+        if self.rules.discard {
+            return false;
+        }
         self.completion_tokens += 1;
         if let Some(logprobs) = logprobs {
-            let entry = self.entry(token, &logprobs);
-            self.pending.logprobs.push(entry);
+            self.sum_logprobs += f64::from(logprobs.logprob);
+            if self.rules.logprobs {
+                let entry = self.entry(token, &logprobs, self.text_chars);
+                self.pending.logprobs.push(entry);
+            }
         }
         let was_reasoning = self.parser.in_reasoning();
         if self.is_text(token) {
             self.text_chars += num_chars(self.tokenizer.token_bytes(token));
             let piece = self.detokenizer.push(token);
-            self.sort(&piece.text);
+            let output = self.parser.push(&piece);
+            self.take(output);
         }
         self.reasoning_tokens += u64::from(was_reasoning || self.parser.in_reasoning());
         self.stop_string.is_some()
@@ -157,7 +247,7 @@ impl Decoder {
 
     /// The text since the last call; `None` while there is none.
     pub(crate) fn take_delta(&mut self) -> Option<Delta> {
-        self.pending.has_text().then(|| std::mem::take(&mut self.pending))
+        (!self.pending.parts.is_empty()).then(|| std::mem::take(&mut self.pending))
     }
 
     /// What was held back, and the end. `reason` is the engine's; `None` where a stop string ended the choice.
@@ -167,7 +257,8 @@ impl Decoder {
                 &mut self.detokenizer,
                 Detokenizer::new(self.tokenizer.clone(), self.rules.control),
             );
-            self.sort(&rest.finish());
+            let output = self.parser.push_text(&rest.finish());
+            self.take(output);
         }
         let last = self.parser.finish().deltas;
         self.gain(last);
@@ -183,9 +274,11 @@ impl Decoder {
             cached_tokens: self.cached_tokens,
             completion_tokens: self.completion_tokens,
             reasoning_tokens: self.reasoning_tokens,
+            called_tools: self.num_calls > 0,
+            mean_logprob: self.sum_logprobs / self.completion_tokens.max(1) as f64,
         };
         let rest = self.pending;
-        ((rest.has_text() || !rest.logprobs.is_empty()).then_some(rest), end)
+        ((!rest.parts.is_empty() || !rest.logprobs.is_empty()).then_some(rest), end)
     }
 
     /// A token that ends the reply is not part of its text, unless stops shall be seen.
@@ -196,29 +289,32 @@ impl Decoder {
         !hidden && (!ends || self.rules.parser.include_stop)
     }
 
-    fn sort(&mut self, text: &str) {
-        if text.is_empty() {
-            return;
-        }
-        let output = self.parser.push(text);
+    fn take(&mut self, output: Output) {
         self.gain(output.deltas);
         self.stop_string = output.stopped;
     }
 
     fn gain(&mut self, deltas: Vec<Sorted>) {
         for delta in deltas {
-            match delta {
-                Sorted::Reasoning(text) => self.pending.reasoning.push_str(&text),
-                Sorted::Content(text) => self.pending.content.push_str(&text),
-            }
+            let part = match delta {
+                Sorted::Reasoning(_) if self.rules.hide_reasoning => continue,
+                Sorted::Reasoning(text) => Part::Reasoning(text),
+                Sorted::Content(text) => Part::Content(text),
+                Sorted::ToolCall { index, name } => {
+                    self.num_calls += 1;
+                    Part::Call { index, id: call_id(), name }
+                }
+                Sorted::ToolArguments { index, text } => Part::Arguments { index, text },
+            };
+            self.pending.push(part);
         }
     }
 
-    fn entry(&self, token: TokenId, logprobs: &TokenLogprobs) -> TokenEntry {
+    fn entry(&self, token: TokenId, logprobs: &TokenLogprobs, text_offset: usize) -> TokenEntry {
         TokenEntry {
             drawn: self.show(token, logprobs.logprob),
             top: logprobs.top.iter().map(|&(token, logprob)| self.show(token, logprob)).collect(),
-            text_offset: self.text_chars,
+            text_offset,
         }
     }
 
@@ -231,8 +327,13 @@ impl Decoder {
         } else {
             String::from_utf8_lossy(&bytes).into_owned()
         };
-        Shown { name, bytes, logprob: logprob.max(LEAST_LOGPROB) }
+        Shown { token, name, bytes, logprob: logprob.max(LEAST_LOGPROB) }
     }
+}
+
+/// A call's id, as OpenAI's look.
+fn call_id() -> String {
+    format!("call_{:016x}{:08x}", random_u64(), random_u64() as u32)
 }
 
 /// Characters that begin in these bytes.

@@ -79,7 +79,8 @@ impl ApiError {
     }
 
     pub(crate) fn unauthorized() -> Self {
-        let message = "missing or wrong API key; send it as `Authorization: Bearer <key>`";
+        let message =
+            "missing or wrong API key; send it as `Authorization: Bearer <key>` or `x-api-key: <key>`";
         Self::new(StatusCode::UNAUTHORIZED, "invalid_request_error", Some("invalid_api_key"), message.into())
     }
 
@@ -112,6 +113,13 @@ impl ApiError {
 
     pub(crate) fn header_timeout(limit: Duration) -> Self {
         Self::timeout(format!("the request's headers did not arrive within {} s", limit.as_secs_f64()))
+    }
+
+    /// 400 for a client that does not speak TLS where it is asked for.
+    pub(crate) fn plain_http() -> Self {
+        let mut error = Self::bad_request("this port speaks TLS; use https:// in the URL");
+        error.code = Some("tls_required");
+        error
     }
 
     pub(crate) fn body_timeout(limit: Duration) -> Self {
@@ -184,6 +192,12 @@ impl From<EngineError> for ApiError {
             EngineError::Step(_) | EngineError::Refused(_) => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", Some("engine_error"), message)
             }
+            EngineError::Constraint(_) => Self::new(
+                StatusCode::BAD_REQUEST,
+                "invalid_request_error",
+                Some("constraint_failed"),
+                message,
+            ),
             EngineError::SlowReader { .. } => {
                 Self::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", Some("slow_reader"), message)
             }

@@ -26,33 +26,17 @@ const fn row(name: &'static str, neutral: &'static [&'static str], way_out: &'st
 }
 
 const LEAVE_OUT: &str = "leave it out";
-const NO_GRAMMAR: &str = "ask for the format in the prompt and leave this field out";
+const TEXT_ONLY: &str = "this model reads and writes text";
 
 /// Fields that both endpoints refuse.
 pub(crate) const NOT_YET: &[NotYet] = &[
-    row("suffix", &[r#""""#], LEAVE_OUT),
-    row("response_format", &[r#"{"type":"text"}"#], NO_GRAMMAR),
-    row("structured_outputs", &["{}"], NO_GRAMMAR),
-    row("guided_json", &[], NO_GRAMMAR),
-    row("guided_regex", &[], NO_GRAMMAR),
-    row("guided_choice", &["[]"], NO_GRAMMAR),
-    row("guided_grammar", &[], NO_GRAMMAR),
-    row("guided_decoding_backend", &["*"], NO_GRAMMAR),
-    row("guided_whitespace_pattern", &["*"], NO_GRAMMAR),
-    row("json_schema", &[], NO_GRAMMAR),
-    row("regex", &[], NO_GRAMMAR),
-    row("ebnf", &[], NO_GRAMMAR),
-    row("structural_tag", &[], NO_GRAMMAR),
-    row("prompt_logprobs", &["false"], "only generated tokens have log-probabilities"),
-    row("truncate_prompt_tokens", &[], "shorten the prompt before sending it"),
-    row("allowed_token_ids", &["[]"], "`logit_bias` can forbid single tokens"),
-    row("bad_words", &["[]"], "`logit_bias` can forbid single tokens"),
+    row("structural_tag", &[], "`tools` with `tool_choice` constrain calls, `response_format` the answer"),
     row("stop_regex", &["[]", r#""""#], "use `stop`"),
     row("no_stop_trim", &["false"], "use `include_stop_str_in_output`"),
-    row("use_beam_search", &["false"], LEAVE_OUT),
+    row("use_beam_search", &["false"], "`best_of` gives the likeliest of several draws"),
     row("length_penalty", &["1", "1.0"], LEAVE_OUT),
-    row("logits_processors", &["[]"], LEAVE_OUT),
-    row("custom_logit_processor", &[], LEAVE_OUT),
+    row("logits_processors", &["[]"], "`logit_bias`, `bad_words` and `allowed_token_ids` are there"),
+    row("custom_logit_processor", &[], "`logit_bias`, `bad_words` and `allowed_token_ids` are there"),
     row("lora_path", &[], LEAVE_OUT),
     row("prompt_embeds", &[], "send `prompt` as text or token ids"),
     row("return_hidden_states", &["false"], LEAVE_OUT),
@@ -63,26 +47,18 @@ pub(crate) const NOT_YET: &[NotYet] = &[
 
 /// Fields of chat that are refused.
 pub(crate) const NOT_YET_CHAT: &[NotYet] = &[
-    row("tools", &["[]"], r#"leave it out or send `tool_choice: "none"`"#),
-    row("tool_choice", &[r#""none""#, r#""auto""#], "leave it out"),
-    row("parallel_tool_calls", &["true", "false"], LEAVE_OUT),
-    row("functions", &["[]"], LEAVE_OUT),
-    row("function_call", &[r#""none""#, r#""auto""#], LEAVE_OUT),
-    row("reasoning_effort", &[], "`chat_template_kwargs` or `thinking` switch thinking on and off"),
-    row("thinking_budget", &[], "`max_tokens` bounds thinking and answer together"),
-    row("reasoning", &["{}"], "`max_tokens` bounds thinking and answer together"),
-    row("stream_reasoning", &["true"], LEAVE_OUT),
-    row("include_reasoning", &["true"], LEAVE_OUT),
-    row("continue_final_message", &["false"], "render the template yourself and use /v1/completions"),
+    row("functions", &["[]"], "use `tools`"),
+    row("function_call", &[r#""none""#, r#""auto""#], "use `tool_choice`"),
+    row("stream_reasoning", &["true"], "join the `reasoning_content` of the stream"),
     row("add_special_tokens", &["false"], "the chat template places the special tokens"),
-    row("echo", &["false"], LEAVE_OUT),
+    row("suffix", &[r#""""#], "it belongs to /v1/completions"),
     row("chat_template", &[], "templates come with the model (--chat-template), never with a request"),
     row("documents", &["[]"], "put them into a message"),
-    row("modalities", &[r#"["text"]"#], "this model reads and writes text"),
-    row("audio", &[], "this model reads and writes text"),
+    row("modalities", &[r#"["text"]"#], TEXT_ONLY),
+    row("audio", &[], TEXT_ONLY),
     row("prediction", &[], LEAVE_OUT),
     row("web_search_options", &[], LEAVE_OUT),
-    row("mm_processor_kwargs", &["{}"], "this model reads and writes text"),
+    row("mm_processor_kwargs", &["{}"], TEXT_ONLY),
 ];
 
 /// Fields of completions that are refused.
@@ -114,12 +90,22 @@ impl Fields {
         }
     }
 
+    /// The fields of an object that was read already.
+    pub(crate) fn of(map: Map<String, Value>) -> Self {
+        Self { map }
+    }
+
     /// A field's value; absent and null are `None`, what `T` cannot be is a 400 that names the field.
     pub(crate) fn take<T: Field>(&mut self, name: &'static str) -> Result<Option<T>, ApiError> {
         match self.map.remove(name) {
             None | Some(Value::Null) => Ok(None),
             Some(value) => typed(name, value).map(Some),
         }
+    }
+
+    /// Whether a field is there and not null.
+    pub(crate) fn is_given(&self, name: &str) -> bool {
+        self.map.get(name).is_some_and(|value| !value.is_null())
     }
 
     /// As [`take`](Self::take) for a field without which there is no request.
@@ -129,10 +115,6 @@ impl Fields {
 
     /// Refuses fields whose feature does not exist yet, unless they ask for nothing.
     pub(crate) fn refuse(&mut self, tables: &[&[NotYet]]) -> Result<(), ApiError> {
-        // Tools that must not be called change nothing; every other choice needs them.
-        if self.map.get("tool_choice").and_then(Value::as_str) == Some("none") {
-            self.map.remove("tools");
-        }
         for entry in tables.iter().copied().flatten() {
             let Some(value) = self.map.remove(entry.name) else { continue };
             let neutral = value.is_null()

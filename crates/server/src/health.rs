@@ -14,9 +14,10 @@ use tokio::time::{MissedTickBehavior, interval};
 const WATCH_OFTEN: Duration = Duration::from_millis(10);
 const WATCH_SELDOM: Duration = Duration::from_secs(1);
 
+/// What `/health` says.
 #[derive(Serialize)]
 #[serde(tag = "status", rename_all = "lowercase")]
-enum Health {
+pub(crate) enum Health {
     Ready,
     Loading { progress: f32, eta_s: Option<u64> },
     Draining,
@@ -57,7 +58,12 @@ pub(crate) async fn watch(engine: &Handle, watchdog_timeout: Duration) -> Infall
 
 /// Answers `/health`.
 pub(crate) fn answer(engine: &Handle, draining: bool, watchdog_timeout: Duration) -> Response {
-    let health = match engine.status() {
+    of(engine, draining, watchdog_timeout).into_response()
+}
+
+/// Whether requests can be served now.
+pub(crate) fn of(engine: &Handle, draining: bool, watchdog_timeout: Duration) -> Health {
+    match engine.status() {
         Status::Failed(error) => Health::Failed { error },
         Status::Stopped => Health::Stopped,
         _ if draining => Health::Draining,
@@ -68,14 +74,19 @@ pub(crate) fn answer(engine: &Handle, draining: bool, watchdog_timeout: Duration
             Some(silent) => Health::Stuck { no_step_for_s: silent.as_secs() },
             None => Health::Ready,
         },
-    };
-    let status =
-        if matches!(health, Health::Ready) { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    let mut response = (status, Json(&health)).into_response();
-    if let Health::Loading { eta_s, .. } = health {
-        response.headers_mut().insert(header::RETRY_AFTER, retry_after(eta_s));
     }
-    response
+}
+
+impl IntoResponse for Health {
+    fn into_response(self) -> Response {
+        let status =
+            if matches!(self, Self::Ready) { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+        let mut response = (status, Json(&self)).into_response();
+        if let Self::Loading { eta_s, .. } = self {
+            response.headers_mut().insert(header::RETRY_AFTER, retry_after(eta_s));
+        }
+        response
+    }
 }
 
 /// When to come back while the model loads.
@@ -136,13 +147,7 @@ mod tests {
         };
         let (engine, inbox) = Handle::channel(info);
         inbox.set_status(Status::Ready);
-        let request = r1_engine::Request {
-            prompt: vec![r1_core::TokenId(1)],
-            params: r1_core::SamplingParams::default(),
-            priority: 0,
-            constraint: None,
-            cache_salt: None,
-        };
+        let request = r1_engine::Request::new(vec![r1_core::TokenId(1)], r1_core::SamplingParams::default());
         let lines = Lines::default();
         let writer = lines.clone();
         let log =

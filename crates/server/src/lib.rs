@@ -11,23 +11,32 @@ mod auth;
 mod config;
 mod connection;
 mod convert;
+mod cors;
 mod decode;
 mod drain;
 mod error;
 mod fields;
 mod health;
 mod metrics;
+mod openapi;
+mod ops;
 mod page;
 mod render;
 mod reply;
 mod routes;
 mod serve;
 mod sse;
+mod tls;
 mod types;
 
-pub use config::{Cors, InvalidOrigin, Origin, ReasoningParser, SamplingDefaults, ServedModel, ServerConfig};
+pub use auth::ApiKeys;
+pub use config::{
+    ConfigError, Cors, CorsRequests, Origin, ReasoningParser, SamplingDefaults, ServedModel, ServerConfig,
+    ThinkingBudgets,
+};
 pub use error::ApiError;
 pub use routes::router;
 pub use serve::serve;
 #[doc(hidden)]
 pub use sse::frames;
+pub use tls::Tls;

@@ -6,20 +6,20 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use axum::Json;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use futures_util::stream::{self, SelectAll, Stream, StreamExt};
-use r1_engine::{EngineError, Event, Generation};
+use r1_core::TokenId;
+use r1_engine::{EngineError, Event, Generation, Request};
 use tracing::Span;
 
 use crate::access::RequestLog;
 use crate::app::App;
-use crate::convert::Job;
+use crate::convert::Run;
 use crate::decode::{Decoder, Delta, End};
 use crate::drain::Active;
 use crate::error::ApiError;
 use crate::metrics::Ended;
-use crate::render::{self, Header};
+use crate::render::{Gathered, Render};
 
 /// What one choice gained.
 #[derive(Debug)]
@@ -34,8 +34,9 @@ type Updates = Pin<Box<dyn Stream<Item = Result<(usize, Update), ApiError>> + Se
 
 /// A running reply. Dropping it aborts what still runs.
 pub(crate) struct Reply {
-    pub(crate) header: Header,
     pub(crate) log: Arc<RequestLog>,
+    /// How many of the choices, best first, a plain reply shows; `None` for all, in their order.
+    keep_best: Option<usize>,
     updates: SelectAll<Updates>,
     /// Which prompt each choice continues.
     prompt_of: Vec<usize>,
@@ -51,23 +52,28 @@ impl Reply {
     pub(crate) fn start(
         app: &Arc<App>,
         log: Arc<RequestLog>,
-        job: Job,
+        run: Run,
         active: Active,
     ) -> Result<Self, ApiError> {
-        let header = job.header.with_id(&log.id);
-        let prompts: Vec<(u64, u64)> = job.prompt_tokens.iter().map(|&tokens| (tokens as u64, 0)).collect();
+        let prompts: Vec<(u64, u64)> = run.prompt_tokens.iter().map(|&tokens| (tokens as u64, 0)).collect();
         log.prompt_tokens.store(prompts.iter().map(|p| p.0).sum(), Ordering::Relaxed);
-        let prompt_of: Vec<usize> = job.choices.iter().map(|choice| choice.prompt).collect();
-        let (requests, waiting): (Vec<_>, Vec<_>) = job
+        let prompt_of: Vec<usize> = run.choices.iter().map(|choice| choice.prompt).collect();
+        let (requests, waiting): (Vec<_>, Vec<_>) = run
             .choices
             .into_iter()
-            .map(|choice| (choice.request, (choice.prompt, choice.decoder, choice.echo)))
+            .map(|mut choice| {
+                choice.decoder.echo(&choice.echo);
+                let scored = choice.request.prompt_logprobs.map(|_| choice.request.prompt.clone());
+                (choice.request, (choice.prompt, choice.decoder, choice.echo, scored))
+            })
             .unzip();
+        let of_prompts = requests.iter().map(|request: &Request| &request.prompt[..]);
+        log.note_prompts(&app.model.tokenizer, prompt_of.iter().copied().zip(of_prompts));
         let generations = app.engine.submit_all(requests)?;
         let submitted = Instant::now();
         let mut updates = SelectAll::new();
-        for (index, (generation, (prompt, decoder, echo))) in generations.into_iter().zip(waiting).enumerate()
-        {
+        for (index, (generation, waiting)) in generations.into_iter().zip(waiting).enumerate() {
+            let (prompt, decoder, echo, scored) = waiting;
             let running = Choice {
                 app: app.clone(),
                 log: log.clone(),
@@ -79,12 +85,14 @@ impl Reply {
                 ended: None,
                 phase: tracing::info_span!(parent: &log.span, "queue", choice = index),
                 index,
+                echo,
+                scored,
             };
-            updates.push(running.updates(echo));
+            updates.push(running.updates());
         }
         Ok(Self {
-            header,
             log,
+            keep_best: run.keep_best,
             updates,
             prompt_of,
             prompts,
@@ -144,7 +152,7 @@ pub(crate) struct Counts {
 }
 
 /// Waits for the whole reply.
-pub(crate) async fn collect(mut reply: Reply) -> Result<Response, ApiError> {
+pub(crate) async fn collect(mut reply: Reply, mut render: Box<dyn Render>) -> Result<Response, ApiError> {
     let mut choices: Vec<(Delta, Option<End>)> =
         (0..reply.choices()).map(|_| (Delta::default(), None)).collect();
     while let Some(next) = reply.next().await {
@@ -155,8 +163,31 @@ pub(crate) async fn collect(mut reply: Reply) -> Result<Response, ApiError> {
         }
     }
     let counts = reply.counts();
-    let choices = choices.into_iter().map(|(text, end)| (text, end.expect("every choice ends or fails")));
-    Ok(Json(render::whole(&reply.header, choices.collect(), counts)).into_response())
+    let ended = |(delta, end): (Delta, Option<End>)| Gathered {
+        delta,
+        end: end.expect("every choice ends or fails"),
+    };
+    let mut choices: Vec<Gathered> = choices.into_iter().map(ended).collect();
+    if let Some(best) = reply.keep_best {
+        choices = keep_best(choices, &reply.prompt_of, best);
+    }
+    Ok(render.whole(choices, counts))
+}
+
+/// Of each prompt's choices the `best` ones, the likeliest per token first.
+fn keep_best(choices: Vec<Gathered>, prompt_of: &[usize], best: usize) -> Vec<Gathered> {
+    let mut by_prompt: Vec<(usize, Gathered)> = prompt_of.iter().copied().zip(choices).collect();
+    // Stable: equally likely choices stay in their order.
+    by_prompt.sort_by(|(a, x), (b, y)| a.cmp(b).then(y.end.mean_logprob.total_cmp(&x.end.mean_logprob)));
+    let mut kept = Vec::new();
+    let mut of_prompt = (usize::MAX, 0);
+    for (prompt, choice) in by_prompt {
+        of_prompt = if of_prompt.0 == prompt { (prompt, of_prompt.1 + 1) } else { (prompt, 0) };
+        if of_prompt.1 < best {
+            kept.push(choice);
+        }
+    }
+    kept
 }
 
 /// One running choice.
@@ -173,12 +204,18 @@ struct Choice {
     /// What it is doing: in the queue, in its prefill, or decoding. Lives as long as that lasts.
     phase: Span,
     index: usize,
+    /// Text that stands before what is generated; taken once it was shown.
+    echo: String,
+    /// The prompt's tokens, where their log-probabilities come before the first token.
+    scored: Option<Vec<TokenId>>,
 }
 
 impl Choice {
-    fn updates(self, echo: String) -> Updates {
+    fn updates(mut self) -> Updates {
         let index = self.index;
-        let echo = (!echo.is_empty()).then(|| Ok((index, Update::Delta(Delta::of_content(echo)))));
+        let at_once = !self.echo.is_empty() && self.scored.is_none();
+        let echo = at_once.then(|| std::mem::take(&mut self.echo));
+        let echo = echo.map(|echo| Ok((index, Update::Delta(Delta::of_content(echo)))));
         let tokens = stream::unfold(self, |mut choice| async move {
             let updates = choice.next().await?;
             Some((stream::iter(updates), choice))
@@ -210,7 +247,15 @@ impl Choice {
                     tracing::info_span!(parent: parent, "prefill", choice, prompt_tokens, cached_tokens);
                 Vec::new()
             }
+            Event::PromptLogprobs(logprobs) => {
+                let Some(prompt) = self.scored.take() else { return Vec::new() };
+                let echo = std::mem::take(&mut self.echo);
+                let mut delta = if echo.is_empty() { Delta::default() } else { Delta::of_content(echo) };
+                delta.prompt = Some(decoder.prompt_scores(&prompt, &logprobs));
+                vec![Ok(Update::Delta(delta))]
+            }
             Event::Token { token, logprobs } => {
+                self.log.note_token(self.index, self.app.model.tokenizer.token_bytes(token));
                 let stopped = decoder.push(token, logprobs);
                 self.count_token();
                 if stopped { self.end(None) } else { self.delta() }

@@ -17,15 +17,16 @@ use http_body_util::BodyExt;
 use r1_engine::Handle;
 use serde_json::json;
 use tokio::time::{Instant, timeout, timeout_at};
-use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
 
 use crate::access::{self, RequestLog};
 use crate::app::App;
 use crate::auth;
-use crate::config::{Cors, ServedModel, ServerConfig};
+use crate::config::{ServedModel, ServerConfig};
 use crate::convert;
+use crate::cors;
 use crate::error::ApiError;
 use crate::health;
+use crate::ops;
 use crate::page;
 use crate::reply::{self, Reply};
 use crate::sse::{self, StreamLimits};
@@ -56,9 +57,10 @@ pub(crate) fn build(app: Arc<App>) -> Router {
             .route(&format!("{at}/models/{{*id}}"), get(get_model));
     }
     let keyed = keyed.route_layer(middleware::from_fn_with_state(app.clone(), auth::require_key));
-    let cors = cors_layer(&app.config.cors);
+    let cors = cors::layer(&app.config);
     let mut router = open
         .merge(keyed)
+        .merge(ops::routes(&app, &prefixes(&app.config.root_path)))
         .fallback_service(
             page::routes(&root(&app.config.root_path))
                 .fallback(unknown_path)
@@ -83,21 +85,6 @@ fn root(root_path: &str) -> String {
     // Braces are parameters to axum; in a URL's path they travel encoded, and paths are matched as they travel.
     let trimmed = root_path.trim_matches('/').replace('{', "%7B").replace('}', "%7D");
     if trimmed.is_empty() { trimmed } else { format!("/{trimmed}") }
-}
-
-fn cors_layer(cors: &Cors) -> Option<CorsLayer> {
-    let origins = match cors {
-        Cors::Off => return None,
-        Cors::AnyOrigin => AllowOrigin::any(),
-        Cors::Origins(origins) => AllowOrigin::list(origins.iter().map(|origin| origin.0.clone())),
-    };
-    // `Authorization` is not covered by `*`, so the headers that a page asks for are mirrored.
-    let layer = CorsLayer::new().allow_origin(origins).allow_methods(AllowMethods::mirror_request());
-    Some(
-        layer
-            .allow_headers(AllowHeaders::mirror_request())
-            .expose_headers([access::REQUEST_ID, header::RETRY_AFTER]),
-    )
 }
 
 async fn unknown_path(method: Method, uri: Uri) -> ApiError {
@@ -161,12 +148,15 @@ async fn post_completion(
     generate(app, log, request, convert::completion).await
 }
 
+/// Reads a body: the request's id, then its bytes.
+type Convert = fn(&Arc<App>, &str, &[u8]) -> Result<convert::Job, ApiError>;
+
 /// The way of every generating request: read, convert off the async threads, submit, then stream or collect.
 async fn generate(
     app: Arc<App>,
     log: Arc<RequestLog>,
     request: Request,
-    convert: fn(&App, &[u8]) -> Result<convert::Job, ApiError>,
+    convert: Convert,
 ) -> Result<Response, ApiError> {
     let limit = app.config.request_timeout;
     let deadline = limit.map(|limit| (Instant::from_std(log.received) + limit, limit));
@@ -190,7 +180,7 @@ async fn answer(
     log: Arc<RequestLog>,
     request: Request,
     body_read: &AtomicBool,
-    convert: fn(&App, &[u8]) -> Result<convert::Job, ApiError>,
+    convert: Convert,
     deadline: Option<(Instant, Duration)>,
 ) -> Result<Response, ApiError> {
     let body = read_body(&app.config, request).await?;
@@ -200,26 +190,26 @@ async fn answer(
     // Before the work of reading the prompt, which under overload is what those who are served would wait for.
     app.engine.check_room()?;
     let converting = {
-        let (app, span) = (app.clone(), log.span.clone());
+        let (app, log) = (app.clone(), log.clone());
         tokio::task::spawn_blocking(move || {
-            tracing::info_span!(parent: &span, "tokenize").in_scope(|| convert(&app, &body))
+            tracing::info_span!(parent: &log.span, "tokenize").in_scope(|| convert(&app, &log.id, &body))
         })
     };
     let job =
         converting.await.map_err(|e| ApiError::internal(format!("reading the request failed: {e}")))??;
-    log.span.record("model", &job.header.model);
-    log.model.get_or_init(|| job.header.model.clone());
-    let streaming = job.stream;
+    let convert::Job { run, render, model, stream } = job;
+    log.span.record("model", &model);
+    log.model.get_or_init(|| model);
     let ServerConfig { ping_interval, write_timeout, .. } = app.config;
-    let reply = Reply::start(&app, log, job, active)?;
-    if streaming {
-        Ok(sse::stream(reply, StreamLimits { ping_interval, write_timeout, deadline }))
+    let reply = Reply::start(&app, log, run, active)?;
+    if stream {
+        Ok(sse::stream(reply, render, StreamLimits { ping_interval, write_timeout, deadline }))
     } else {
-        reply::collect(reply).await
+        reply::collect(reply, render).await
     }
 }
 
-async fn read_body(config: &ServerConfig, request: Request) -> Result<Vec<u8>, ApiError> {
+pub(crate) async fn read_body(config: &ServerConfig, request: Request) -> Result<Vec<u8>, ApiError> {
     let max = config.max_body_bytes;
     let body = request.into_body();
     if body.size_hint().lower() > max as u64 {

@@ -16,6 +16,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout_at};
 use crate::app::App;
 use crate::config::{ServedModel, ServerConfig};
 use crate::connection::{self, Patience, Stopping};
+use crate::tls::Tls;
 use crate::{health, routes};
 
 /// How often recorded samples are folded into their histograms.
@@ -43,8 +44,13 @@ pub async fn serve(
     let app = Arc::new(App::new(config, model, engine));
     let (stopping, stop) = watch::channel(Stopping::No);
     let (alive, mut closed) = mpsc::channel(1);
-    let connections =
-        Connections { router: routes::build(app.clone()), patience: patience(&app.config), stop, alive };
+    let connections = Connections {
+        tls: app.config.tls.clone(),
+        router: routes::build(app.clone()),
+        patience: patience(&app.config),
+        stop,
+        alive,
+    };
     let mut accepting = Box::pin(accept(listener, connections));
     let mut housekeeping = pin!(housekeeping(&app));
     let mut shutdown = pin!(shutdown);
@@ -76,6 +82,7 @@ pub async fn serve(
 
 fn patience(config: &ServerConfig) -> Patience {
     Patience {
+        handshake: config.handshake_timeout,
         idle: config.idle_timeout,
         header: config.header_timeout,
         write: config.write_timeout,
@@ -101,6 +108,7 @@ async fn housekeeping(app: &App) -> Infallible {
 
 /// What every connection gets.
 struct Connections {
+    tls: Option<Tls>,
     router: Router,
     patience: Patience,
     stop: watch::Receiver<Stopping>,
@@ -109,11 +117,11 @@ struct Connections {
 }
 
 async fn accept(listener: TcpListener, connections: Connections) -> Infallible {
-    let Connections { router, patience, stop, alive } = connections;
+    let Connections { tls, router, patience, stop, alive } = connections;
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
-                let serving = connection::serve(stream, router.clone(), patience, stop.clone());
+                let serving = connection::serve(stream, tls.clone(), router.clone(), patience, stop.clone());
                 let alive = alive.clone();
                 tokio::spawn(async move {
                     serving.await;

@@ -1,34 +1,38 @@
 //! A reply as server-sent events: role chunks, deltas, the end of each choice, usage when asked for, `[DONE]`. Must not
 //! know how the text was made.
 
-use std::convert::Infallible;
 use std::future::pending;
 use std::io;
 use std::pin::pin;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use axum::http::{HeaderName, HeaderValue};
-use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::body::Body;
+use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use futures_util::{FutureExt as _, stream};
-use http_body_util::BodyExt as _;
-use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::{SendTimeoutError, TrySendError};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 use tracing::Instrument;
 
 use crate::error::ApiError;
-use crate::render;
+use crate::render::{Frames, Render};
 use crate::reply::Reply;
 
 /// Tells nginx not to collect the events before it passes them on.
 const NO_BUFFERING: (HeaderName, HeaderValue) =
     (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
 
-/// Events that wait for the client beside what the sockets hold; behind them the engine's own queue fills up.
-const WAITING_EVENTS: usize = 16;
+const EVENT_STREAM: HeaderValue = HeaderValue::from_static("text/event-stream");
+const NO_CACHE: HeaderValue = HeaderValue::from_static("no-cache");
+/// A comment, which keeps proxies from closing a stream that is silent.
+const PING: &[u8] = b": ping\n\n";
+
+/// Writes that wait for the client beside what the sockets hold; behind them the engine's own queue fills up.
+const WAITING_WRITES: usize = 16;
+/// Events that are there already are written together, up to about this much.
+const MAX_FRAMES_BYTES: usize = 16 << 10;
 
 /// How long a stream may take.
 #[derive(Clone, Copy, Debug)]
@@ -42,31 +46,34 @@ pub(crate) struct StreamLimits {
 }
 
 /// Answers with the reply's events as they come. Dropping the body drops the reply, which aborts what still runs.
-pub(crate) fn stream(reply: Reply, limits: StreamLimits) -> Response {
+pub(crate) fn stream(reply: Reply, render: Box<dyn Render>, limits: StreamLimits) -> Response {
     let log = reply.log.clone();
-    let (sender, receiver) = mpsc::channel(WAITING_EVENTS);
+    let (sender, receiver) = mpsc::channel(WAITING_WRITES);
     // On a task of its own the reply ends in time even if nobody reads it.
-    tokio::spawn(send_events(reply, sender, limits).instrument(log.span.clone()));
-    let events = stream::unfold((receiver, log), |(mut receiver, log)| async move {
+    tokio::spawn(send_events(reply, render, sender, limits).instrument(log.span.clone()));
+    let ping_interval = limits.ping_interval;
+    let frames = stream::unfold((receiver, log), move |(mut receiver, log)| async move {
         if log.stream_ended.load(Ordering::Relaxed) {
             return None;
         }
-        let event = match receiver.recv().await {
-            Some(Sent { event, last }) => {
+        let bytes = match timeout(ping_interval, receiver.recv()).await {
+            Ok(Some(Sent { bytes, last })) => {
                 log.stream_ended.store(last, Ordering::Relaxed);
-                Ok(event)
+                Ok(bytes)
             }
             // The connection breaks, so that nobody takes what was sent for the whole reply.
-            None => Err(io::Error::other("the reply was broken off")),
+            Ok(None) => Err(io::Error::other("the reply was broken off")),
+            Err(_) => Ok(PING.to_vec()),
         };
-        Some((event, (receiver, log)))
+        Some((bytes, (receiver, log)))
     });
-    let keep_alive = KeepAlive::new().interval(limits.ping_interval).text("ping");
-    ([NO_BUFFERING], Sse::new(events).keep_alive(keep_alive)).into_response()
+    let headers = [(header::CONTENT_TYPE, EVENT_STREAM), (header::CACHE_CONTROL, NO_CACHE), NO_BUFFERING];
+    (headers, Body::from_stream(frames)).into_response()
 }
 
+/// Events that are written together.
 struct Sent {
-    event: Event,
+    bytes: Vec<u8>,
     last: bool,
 }
 
@@ -81,11 +88,18 @@ enum Unsent {
 }
 
 /// Runs a reply to its end, its deadline, or its client's.
-async fn send_events(reply: Reply, events: mpsc::Sender<Sent>, limits: StreamLimits) {
-    let mut sent = forward(reply, &events, limits).await;
+async fn send_events(
+    reply: Reply,
+    mut render: Box<dyn Render>,
+    events: mpsc::Sender<Sent>,
+    limits: StreamLimits,
+) {
+    let mut sent = forward(reply, &mut *render, &events, limits).await;
     if let Err(Unsent::Over(limit)) = sent {
         tracing::warn!("a stream is broken off: the request timeout is over");
-        let farewell = Next::error(&ApiError::request_timeout(limit));
+        let mut farewell = Frames::default();
+        render.failure(&ApiError::request_timeout(limit), &mut farewell);
+        let farewell = Sent { bytes: farewell.take(), last: true };
         sent = hand_over(farewell, &events, limits.write_timeout).await;
     }
     if let Err(Unsent::Unread) = sent {
@@ -95,26 +109,32 @@ async fn send_events(reply: Reply, events: mpsc::Sender<Sent>, limits: StreamLim
 }
 
 /// Hands over all of the reply, as far as its time goes; then nothing of it runs any longer.
-async fn forward(mut reply: Reply, events: &mpsc::Sender<Sent>, limits: StreamLimits) -> Result<(), Unsent> {
-    let mut next = Next {
-        events: render::opening_chunks(&reply.header, reply.choices()).iter().map(json_event).collect(),
-        last: false,
-    };
+async fn forward(
+    mut reply: Reply,
+    render: &mut dyn Render,
+    events: &mpsc::Sender<Sent>,
+    limits: StreamLimits,
+) -> Result<(), Unsent> {
+    let mut frames = Frames::default();
+    render.opening(&mut frames);
+    let mut last = false;
     let mut over = pin!(over(limits.deadline));
     loop {
-        let last = next.last;
-        tokio::select! {
-            biased;
-            sent = hand_over(next, events, limits.write_timeout) => sent?,
-            limit = &mut over => {
-                reply.log.broken_off.store(true, Ordering::Relaxed);
-                return Err(Unsent::Over(limit));
+        if !frames.is_empty() {
+            let next = Sent { bytes: frames.take(), last };
+            tokio::select! {
+                biased;
+                sent = hand_over(next, events, limits.write_timeout) => sent?,
+                limit = &mut over => {
+                    reply.log.broken_off.store(true, Ordering::Relaxed);
+                    return Err(Unsent::Over(limit));
+                }
             }
         }
         if last {
             return Ok(());
         }
-        next = tokio::select! {
+        last = tokio::select! {
             biased;
             () = events.closed() => return Err(Unsent::Gone),
             // Before the reply, which may always have something to say.
@@ -122,28 +142,30 @@ async fn forward(mut reply: Reply, events: &mpsc::Sender<Sent>, limits: StreamLi
                 reply.log.broken_off.store(true, Ordering::Relaxed);
                 return Err(Unsent::Over(limit));
             }
-            next = advance(&mut reply) => next,
+            last = advance(&mut reply, render, &mut frames) => last,
         };
-    }
-}
-
-/// Gives the client up to `write_timeout` for each event.
-async fn hand_over(next: Next, events: &mpsc::Sender<Sent>, write_timeout: Duration) -> Result<(), Unsent> {
-    let count = next.events.len();
-    for (i, event) in next.events.into_iter().enumerate() {
-        let sent = Sent { event, last: next.last && i + 1 == count };
-        match events.try_send(sent) {
-            Ok(()) => {}
-            Err(TrySendError::Closed(_)) => return Err(Unsent::Gone),
-            Err(TrySendError::Full(sent)) => {
-                events.send_timeout(sent, write_timeout).await.map_err(|error| match error {
-                    SendTimeoutError::Closed(_) => Unsent::Gone,
-                    SendTimeoutError::Timeout(_) => Unsent::Unread,
-                })?;
+        // What is there already travels along.
+        while !last && frames.len() < MAX_FRAMES_BYTES {
+            match advance(&mut reply, render, &mut frames).now_or_never() {
+                Some(ended) => last = ended,
+                None => break,
             }
         }
     }
-    Ok(())
+}
+
+/// Gives the client up to `write_timeout` for what it is sent.
+async fn hand_over(next: Sent, events: &mpsc::Sender<Sent>, write_timeout: Duration) -> Result<(), Unsent> {
+    match events.try_send(next) {
+        Ok(()) => Ok(()),
+        Err(TrySendError::Closed(_)) => Err(Unsent::Gone),
+        Err(TrySendError::Full(next)) => {
+            events.send_timeout(next, write_timeout).await.map_err(|error| match error {
+                SendTimeoutError::Closed(_) => Unsent::Gone,
+                SendTimeoutError::Timeout(_) => Unsent::Unread,
+            })
+        }
+    }
 }
 
 /// Waits until the request's time is over; gives how much it had.
@@ -157,52 +179,33 @@ async fn over(deadline: Option<(Instant, Duration)>) -> Duration {
     }
 }
 
-/// Events that belong together.
-struct Next {
-    events: Vec<Event>,
-    /// Nothing follows them.
-    last: bool,
-}
-
-impl Next {
-    fn error(error: &ApiError) -> Self {
-        Self { events: vec![json_event(&error.body()), done()], last: true }
-    }
-}
-
-/// The events of the reply's next update.
-async fn advance(reply: &mut Reply) -> Next {
+/// Writes the reply's next update; `true` when nothing follows.
+async fn advance(reply: &mut Reply, render: &mut dyn Render, out: &mut Frames) -> bool {
     match reply.next().await {
         Some(Ok((index, update))) => {
-            let chunks = render::chunks(&reply.header, index, update);
-            Next { events: chunks.iter().map(json_event).collect(), last: false }
+            render.update(index, update, out);
+            false
         }
-        Some(Err(error)) => Next::error(&error),
+        Some(Err(error)) => {
+            render.failure(&error, out);
+            true
+        }
         None => {
-            let usage = render::usage_chunk(&reply.header, reply.counts());
-            let events = usage.iter().map(json_event).chain([done()]).collect();
-            Next { events, last: true }
+            render.closing(reply.counts(), out);
+            true
         }
     }
-}
-
-/// What every stream ends with, after an error too.
-fn done() -> Event {
-    Event::default().data("[DONE]")
-}
-
-fn json_event(value: &impl Serialize) -> Event {
-    // Reply types hold strings, numbers and lists only; none of these can fail to serialize.
-    Event::default().json_data(value).expect("replies serialize")
 }
 
 /// The bytes that a stream of `payloads` is, `[DONE]` included: for checks of the framing from outside.
 #[doc(hidden)]
 pub fn frames(payloads: &[serde_json::Value]) -> Vec<u8> {
-    let events = payloads.iter().map(json_event).chain([done()]).map(Ok::<_, Infallible>);
-    let events: Vec<_> = events.collect();
-    let body = Sse::new(stream::iter(events)).into_response().into_body();
-    body.collect().now_or_never().expect("no event is awaited").expect("no event fails").to_bytes().to_vec()
+    let mut frames = Frames::default();
+    for payload in payloads {
+        frames.data(payload);
+    }
+    frames.done();
+    frames.take()
 }
 
 #[cfg(test)]

@@ -59,6 +59,18 @@ pub enum TextError {
         /// The JSON parser's words.
         reason: String,
     },
+    /// A tool without a name, which a tools block cannot write.
+    #[error("tools[{0}].function.name is missing")]
+    BadTool(usize),
+    /// The last message brings reasoning to continue from, and the prompt opens none.
+    #[error(
+        "messages[{0}] has reasoning to continue from, but the chat template does not open the reasoning here: leave its \
+         reasoning out, or turn thinking on"
+    )]
+    NoReasoningToContinue(usize),
+    /// The tokenizer lacks the tokens of fill-in-the-middle prompts.
+    #[error("this model cannot fill in the middle: its tokenizer has no token {0}")]
+    NoFimToken(&'static str),
     /// A template variable that only the server sets.
     #[error("{0} is reserved")]
     ReservedKwarg(String),

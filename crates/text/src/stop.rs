@@ -23,13 +23,21 @@ impl Matcher {
         Self { pattern, fallback, matched: 0 }
     }
 
-    /// Whether the pattern ends at this byte. Not to be fed again once it does.
+    /// Whether the pattern ends at this byte.
     fn feed(&mut self, byte: u8) -> bool {
+        if self.matched == self.pattern.len() {
+            self.matched = self.fallback[self.matched];
+        }
         while self.matched > 0 && self.pattern[self.matched] != byte {
             self.matched = self.fallback[self.matched];
         }
         self.matched += usize::from(self.pattern[self.matched] == byte);
         self.matched == self.pattern.len()
+    }
+
+    /// Bytes at the end of the text that a stop string could yet begin with.
+    fn may_take(&self) -> usize {
+        if self.matched == self.pattern.len() { self.fallback[self.matched] } else { self.matched }
     }
 }
 
@@ -45,26 +53,29 @@ pub(crate) struct Fed {
 pub(crate) struct StopStrings {
     matchers: Vec<Matcher>,
     include: bool,
-    /// The beginning of a possible stop string.
+    /// Text, of which the bytes from `start` on are the beginning of a possible stop string.
     held: String,
+    start: usize,
 }
 
 impl StopStrings {
     /// `stops` are not empty strings; `include` leaves the stop string in the text.
     pub(crate) fn new(stops: &[String], include: bool) -> Self {
-        Self { matchers: stops.iter().map(|s| Matcher::new(s)).collect(), include, held: String::new() }
+        let matchers = stops.iter().map(|s| Matcher::new(s)).collect();
+        Self { matchers, include, held: String::new(), start: 0 }
     }
 
-    pub(crate) fn push(&mut self, text: &str) -> Fed {
-        let held_len = self.held.len();
+    /// A stop string that ends in `text` acts only if it `may_stop`.
+    pub(crate) fn push(&mut self, text: &str, may_stop: bool) -> Fed {
+        let old_len = self.held.len();
         self.held.push_str(text);
-        for at in held_len..self.held.len() {
+        for at in old_len..self.held.len() {
             let byte = self.held.as_bytes()[at];
             let mut stop: Option<usize> = None;
             for i in 0..self.matchers.len() {
                 let ends_here = self.matchers[i].feed(byte);
                 let len = |i: usize| self.matchers[i].pattern.len();
-                if ends_here && stop.is_none_or(|best| len(i) > len(best)) {
+                if ends_here && may_stop && stop.is_none_or(|best| len(i) > len(best)) {
                     stop = Some(i);
                 }
             }
@@ -74,13 +85,24 @@ impl StopStrings {
                 return Fed { text: self.finish(), stopped: Some(stop) };
             }
         }
-        let keep = if self.include { 0 } else { self.matchers.iter().map(|m| m.matched).max().unwrap_or(0) };
-        let rest = self.held.split_off(self.held.len() - keep);
-        Fed { text: std::mem::replace(&mut self.held, rest), stopped: None }
+        let keep =
+            if self.include { 0 } else { self.matchers.iter().map(Matcher::may_take).max().unwrap_or(0) };
+        let certain = self.held.len() - keep;
+        let text = self.held[self.start..certain].to_owned();
+        self.start = certain;
+        // Moving what is kept costs its length: only when as much was given out.
+        if self.start >= keep {
+            self.held.drain(..self.start);
+            self.start = 0;
+        }
+        Fed { text, stopped: None }
     }
 
     /// What was held back, when no more text comes.
     pub(crate) fn finish(&mut self) -> String {
-        std::mem::take(&mut self.held)
+        let text = self.held.split_off(self.start);
+        self.held.clear();
+        self.start = 0;
+        text
     }
 }

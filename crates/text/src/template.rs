@@ -5,10 +5,11 @@ use minijinja::value::Serde;
 use minijinja::{Environment, ErrorKind};
 use serde_json::{Map, Value, json};
 
-use crate::control::{ControlTokens, THINK_OPEN, unguard};
+use crate::control::{ControlTokens, THINK_CLOSE, THINK_OPEN, unguard};
 use crate::error::{Result, TextError};
 use crate::jinja::{self, Raised};
 use crate::python::{JsonStyle, to_json};
+use crate::tools_block::ToolsBlock;
 
 const NAME: &str = "chat_template";
 
@@ -29,10 +30,22 @@ pub struct ChatInput {
     pub tools: Option<Vec<Value>>,
     /// Whether the prompt ends where the assistant's reply begins.
     pub add_generation_prompt: bool,
-    /// Whether the prompt ends inside the last message, so that the reply continues it.
+    /// Whether the prompt ends inside the last message, so that the reply continues it. Where that message brings
+    /// reasoning (`reasoning_content`, or think tags in its content), the reply continues the reasoning if nothing stands
+    /// behind it, and the content otherwise.
     pub continue_final_message: bool,
     /// Further template variables (`thinking`, …).
     pub kwargs: Map<String, Value>,
+}
+
+impl ChatInput {
+    /// Whether the last message is a reply with `prefix: true`, DeepSeek's way to ask for
+    /// [`continue_final_message`](Self::continue_final_message).
+    pub fn ends_in_prefix(&self) -> bool {
+        self.messages
+            .last()
+            .is_some_and(|message| message["role"] == "assistant" && message["prefix"] == true)
+    }
 }
 
 /// Where the reply to a prompt begins.
@@ -85,7 +98,13 @@ pub struct ChatTemplate {
     bos: Option<String>,
     eos: Option<String>,
     arguments: Arguments,
+    uses_tools: bool,
+    tools_block: Option<ToolsBlock>,
+    max_bytes: usize,
 }
+
+/// Longest prompt that is rendered unless [`ChatTemplate::with_max_bytes`] says otherwise.
+const MAX_BYTES: usize = 64 << 20;
 
 impl ChatTemplate {
     /// Compiles a template. `bos` and `eos` are what it sees as `bos_token` and `eos_token`; `control` is the
@@ -94,9 +113,57 @@ impl ChatTemplate {
         let mut env = jinja::environment(control.clone());
         env.add_template_owned(NAME, source.to_owned()).map_err(|e| template_error(&e))?;
         let [bos, eos] = [bos, eos].map(|token| token.map(str::to_owned));
-        let mut template = Self { env, control, bos, eos, arguments: Arguments::Text };
+        let mut template = Self {
+            env,
+            control,
+            bos,
+            eos,
+            arguments: Arguments::Text,
+            uses_tools: false,
+            tools_block: None,
+            max_bytes: MAX_BYTES,
+        };
         template.arguments = template.probe_arguments();
+        template.uses_tools = template.probe_tools();
         Ok(template)
+    }
+
+    /// What to write the tools into the system prompt as, should the template itself ignore them.
+    #[must_use]
+    pub fn with_tools_block(self, block: ToolsBlock) -> Self {
+        Self { tools_block: Some(block), ..self }
+    }
+
+    /// Rendering a prompt of more than `max_bytes` is an error. 64 MiB unless it is set.
+    #[must_use]
+    pub fn with_max_bytes(self, max_bytes: usize) -> Self {
+        Self { max_bytes, ..self }
+    }
+
+    /// Whether the template itself writes the tools.
+    pub fn uses_tools(&self) -> bool {
+        self.uses_tools
+    }
+
+    /// Whether a prompt shows the tools, by the template or by the block. Without either, tools are left out of the
+    /// prompt.
+    pub fn shows_tools(&self) -> bool {
+        self.uses_tools || self.tools_block.is_some()
+    }
+
+    /// Finds out whether the template writes the tools, by rendering a conversation with one.
+    fn probe_tools(&self) -> bool {
+        const NAME: &str = "probe_tool";
+        let parameters = json!({"type": "object", "properties": {}});
+        let function = json!({"name": NAME, "description": "x", "parameters": parameters});
+        let tools = Some(vec![json!({"type": "function", "function": function})]);
+        let user = json!({"role": "user", "content": "x"});
+        let system = json!({"role": "system", "content": "x"});
+        // Some templates need a system message, some refuse one.
+        [vec![user.clone()], vec![system, user]].into_iter().any(|messages| {
+            let input = ChatInput { messages, tools: tools.clone(), ..ChatInput::default() };
+            self.render_as_given(&input).is_ok_and(|text| text.contains(NAME))
+        })
     }
 
     /// Finds out which form of a call's arguments the template needs, by rendering one call in both. A template that
@@ -137,20 +204,27 @@ impl ChatTemplate {
             return Err(TextError::ReservedKwarg((*name).to_owned()));
         }
         let messages = input.messages.iter().enumerate().map(|(i, m)| self.prepare(i, m));
-        let mut messages = messages.collect::<Result<Vec<Value>>>()?;
-        if input.continue_final_message {
-            mark_continuation(&mut messages)?;
-        }
-        let guarded = self.render_as_given(&ChatInput {
-            messages,
-            tools: input
-                .tools
-                .as_ref()
-                .map(|tools| tools.iter().map(|t| self.control.guard_json(t)).collect()),
+        let guard_all = |tools: &Vec<Value>| tools.iter().map(|t| self.control.guard_json(t)).collect();
+        let mut guarded = ChatInput {
+            messages: messages.collect::<Result<_>>()?,
+            tools: input.tools.as_ref().map(guard_all),
             kwargs: input.kwargs.iter().map(|(k, v)| (k.clone(), self.control.guard_json(v))).collect(),
             ..*input
-        })?;
-        let guarded = if input.continue_final_message { cut_at_continuation(&guarded)? } else { guarded };
+        };
+        let last = input.messages.len().saturating_sub(1);
+        let prefix = if input.continue_final_message { Prefix::take(&mut guarded.messages)? } else { None };
+        if let (Some(block), false) = (self.tools_block, self.uses_tools) {
+            add_tools(&mut guarded, block)?;
+        }
+        let guarded = match prefix {
+            None => self.render_as_given(&guarded)?,
+            Some(Prefix::OfTemplate) => cut_at_continuation(&self.render_as_given(&guarded)?)?,
+            Some(prefix) => {
+                let prompt = self.render_as_given(&ChatInput { add_generation_prompt: true, ..guarded })?;
+                let end = self.prompt_end(&prompt);
+                prefix.append_to(prompt, end).ok_or(TextError::NoReasoningToContinue(last))?
+            }
+        };
         let end = self.prompt_end(&guarded);
         Ok(RenderedPrompt { guarded, end })
     }
@@ -229,11 +303,82 @@ impl ChatTemplate {
     }
 }
 
-fn mark_continuation(messages: &mut [Value]) -> Result<()> {
-    let Some(Value::String(content)) = messages.last_mut().and_then(|m| m.get_mut("content")) else {
-        return Err(TextError::Template { message: "the last message has no text to continue".to_owned() });
-    };
-    content.push_str(CONTINUE_HERE);
+/// How the last message is continued.
+enum Prefix {
+    /// By the template, which writes the message; [`CONTINUE_HERE`] was put behind its content.
+    OfTemplate,
+    /// Templates drop the reasoning of replies. So the message was taken away, and its text goes behind the prompt that
+    /// asks for a reply.
+    Behind { reasoning: String, content: String },
+}
+
+impl Prefix {
+    /// Looks at the last of these guarded messages and takes it away where the template cannot write it.
+    fn take(messages: &mut Vec<Value>) -> Result<Option<Self>> {
+        let no_text =
+            || TextError::Template { message: "the last message has no text to continue".to_owned() };
+        let last = messages.last_mut().ok_or_else(no_text)?;
+        let text = |field: &str| last[field].as_str().unwrap_or_default().to_owned();
+        let reasoning = match text("reasoning_content") {
+            none if none.is_empty() => text("reasoning"),
+            reasoning => reasoning,
+        };
+        let content = text("content");
+        let tagged = content.contains(THINK_OPEN) || content.contains(THINK_CLOSE);
+        if last["role"] == "assistant" && (tagged || !reasoning.is_empty()) {
+            messages.pop();
+            return Ok(Some(Self::Behind { reasoning, content }));
+        }
+        let Some(Value::String(content)) = last.get_mut("content") else { return Err(no_text()) };
+        content.push_str(CONTINUE_HERE);
+        Ok(Some(Self::OfTemplate))
+    }
+
+    /// `None` when there is reasoning and the prompt opens none.
+    fn append_to(self, prompt: String, end: PromptEnd) -> Option<String> {
+        let Self::Behind { reasoning, content } = self else { return Some(prompt) };
+        if reasoning.is_empty() {
+            // The content brings its own tags; those that the prompt ends with make room for an opening one.
+            let bare = if content.trim_start().starts_with(THINK_OPEN) {
+                without_thinking(&prompt)
+            } else {
+                &prompt
+            };
+            return Some(bare.to_owned() + &content);
+        }
+        if end == PromptEnd::Closed {
+            return None;
+        }
+        let closing = match (content.is_empty(), prompt.ends_with('\n')) {
+            (true, _) => String::new(),
+            (false, true) => format!("\n{THINK_CLOSE}\n\n"),
+            (false, false) => THINK_CLOSE.to_owned(),
+        };
+        Some(prompt + &reasoning + &closing + &content)
+    }
+}
+
+/// The prompt without an open `<think>` or an empty pair of tags at its end.
+fn without_thinking(prompt: &str) -> &str {
+    let bare = prompt.trim_end();
+    let bare = bare.strip_suffix(THINK_CLOSE).map_or(bare, str::trim_end);
+    bare.strip_suffix(THINK_OPEN).unwrap_or(prompt)
+}
+
+/// Puts the block behind the last system message, because templates gather them all or keep the last; where there is none, one is put first.
+fn add_tools(input: &mut ChatInput, block: ToolsBlock) -> Result<()> {
+    let Some(tools) = input.tools.take().filter(|tools| !tools.is_empty()) else { return Ok(()) };
+    let system = input.messages.iter_mut().rfind(|message| message["role"] == "system");
+    match system {
+        Some(message) => {
+            let text = block.append(message["content"].as_str().unwrap_or_default(), &tools)?;
+            message["content"] = Value::String(text);
+        }
+        None => {
+            let message = json!({"role": "system", "content": block.append("", &tools)?});
+            input.messages.insert(0, message);
+        }
+    }
     Ok(())
 }
 

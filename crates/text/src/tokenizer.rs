@@ -173,6 +173,26 @@ impl Tokenizer {
         Ok(out)
     }
 
+    /// Encodes a prompt for what lies between `prefix` and `suffix`, BOS first where the tokenizer asks for it. Both are
+    /// words: nothing in them is a control token. Gives up like [`encode_bounded`](Self::encode_bounded).
+    ///
+    /// # Errors
+    /// [`TextError::NoFimToken`] when the tokenizer lacks DeepSeek's tokens for it.
+    pub fn encode_fim(&self, prefix: &str, suffix: &str, max_tokens: usize) -> Result<Vec<TokenId>> {
+        let token = |name| self.token_to_id(name).ok_or(TextError::NoFimToken(name));
+        let [begin, hole, end] =
+            [token("<｜fim▁begin｜>")?, token("<｜fim▁hole｜>")?, token("<｜fim▁end｜>")?];
+        let mut out: Vec<TokenId> = self.bos.filter(|_| self.add_bos).into_iter().collect();
+        out.push(begin);
+        for (text, token) in [(prefix, hole), (suffix, end)] {
+            within(&out, max_tokens)?;
+            self.encode_into(&mut out, &self.control.guard(text), max_tokens, unguard)?;
+            out.push(token);
+        }
+        within(&out, max_tokens)?;
+        Ok(out)
+    }
+
     /// Cuts `text` at added tokens and encodes what lies between after `plain_text` was applied to it.
     fn encode_into(
         &self,

@@ -1,23 +1,29 @@
 //! The output parser: what a reply is sorted into, and that the cuts between pieces do not matter.
 
 use proptest::prelude::*;
-use r1_text::{Delta, OutputParser, ParserConfig, TextError};
+use r1_text::{Delta, OutputParser, ParserConfig, Piece, TextError, TokenClass};
+
+fn text(text: &str) -> Piece {
+    Piece { text: text.to_owned(), class: TokenClass::Text }
+}
 
 /// Reasoning, content and stop string of a reply fed in `pieces`.
 fn parse(config: &ParserConfig, pieces: &[&str]) -> (String, String, Option<String>) {
     let mut parser = OutputParser::new(config.clone()).unwrap();
-    let mut outputs: Vec<_> = pieces.iter().map(|piece| parser.push(piece)).collect();
+    let mut outputs: Vec<_> = pieces.iter().map(|piece| parser.push(&text(piece))).collect();
     outputs.push(parser.finish());
     let (mut reasoning, mut content) = (String::new(), String::new());
     for delta in outputs.iter().flat_map(|o| &o.deltas) {
-        let (Delta::Reasoning(text) | Delta::Content(text)) = delta;
-        assert!(!text.is_empty());
         match delta {
             Delta::Reasoning(text) => {
-                assert!(content.is_empty(), "reasoning after content");
+                assert!(!text.is_empty() && content.is_empty(), "reasoning after content");
                 reasoning += text;
             }
-            Delta::Content(text) => content += text,
+            Delta::Content(text) => {
+                assert!(!text.is_empty());
+                content += text;
+            }
+            other => panic!("{other:?} without tools"),
         }
     }
     (reasoning, content, outputs.last().unwrap().stopped.clone())
@@ -28,7 +34,7 @@ fn config(inside: bool, stop: &[&str]) -> ParserConfig {
         start_inside_reasoning: inside,
         separate_reasoning: true,
         stop: stop.iter().map(|&s| s.to_owned()).collect(),
-        include_stop: false,
+        ..ParserConfig::default()
     }
 }
 
@@ -108,7 +114,7 @@ fn stop_strings() {
 #[test]
 fn nothing_is_given_out_that_could_be_a_stop_string_or_a_tag() {
     let mut parser = OutputParser::new(config(true, &["END"])).unwrap();
-    let mut push = |text: &str| parser.push(text).deltas;
+    let mut push = |piece: &str| parser.push(&text(piece)).deltas;
     assert_eq!(push("why\n"), [Delta::Reasoning("why".into())]);
     assert_eq!(push("E"), []);
     assert_eq!(push("x</th"), [Delta::Reasoning("\nEx".into())]);
@@ -116,9 +122,9 @@ fn nothing_is_given_out_that_could_be_a_stop_string_or_a_tag() {
     assert_eq!(push("\n\n"), []);
     assert_eq!(push("a EN"), [Delta::Content("a ".into())]);
     assert_eq!(push("d"), [Delta::Content("ENd".into())]);
-    let stop = parser.push("END and more");
+    let stop = parser.push(&text("END and more"));
     assert_eq!((stop.deltas, stop.stopped.as_deref()), (vec![], Some("END")));
-    assert_eq!(parser.push("more").deltas, []);
+    assert_eq!(parser.push(&text("more")).deltas, []);
     assert_eq!(parser.finish().stopped.as_deref(), Some("END"));
 }
 
@@ -126,9 +132,9 @@ fn nothing_is_given_out_that_could_be_a_stop_string_or_a_tag() {
 fn the_place_can_be_asked() {
     let mut parser = OutputParser::new(config(false, &[])).unwrap();
     assert!(!parser.in_reasoning());
-    parser.push("<think>");
+    parser.push(&text("<think>"));
     assert!(parser.in_reasoning());
-    parser.push("a</think>");
+    parser.push(&text("a</think>"));
     assert!(!parser.in_reasoning());
 }
 
@@ -177,7 +183,7 @@ proptest! {
         separate_reasoning in prop::bool::weighted(0.8),
         include_stop in any::<bool>(),
     ) {
-        let config = ParserConfig { start_inside_reasoning: inside, separate_reasoning, stop, include_stop };
+        let config = ParserConfig { start_inside_reasoning: inside, separate_reasoning, stop, include_stop, ..ParserConfig::default() };
         let mut cuts: Vec<usize> = cuts.iter().map(|c| text.floor_char_boundary(c.index(text.len() + 1))).collect();
         cuts.extend([0, text.len()]);
         cuts.sort_unstable();

@@ -63,6 +63,34 @@ fn literal_text_never_becomes_a_control_token() {
     }
 }
 
+#[test]
+fn fill_in_the_middle() {
+    let v3 = tokenizer("v3-like");
+    let spelled = |prefix: &str, suffix: &str| {
+        let tokens = v3.encode_fim(prefix, suffix, 1000).unwrap();
+        let hidden = tokens.iter().filter(|&&t| v3.class(t) != TokenClass::Text).count();
+        assert_eq!(hidden, 4, "BOS and three tokens, whatever the words");
+        v3.decode(&tokens, ControlText::Show)
+    };
+    let bos = v3.bos_text().unwrap();
+    let expected = format!("{bos}<｜fim▁begin｜>def f(x):<｜fim▁hole｜>\n    return y<｜fim▁end｜>");
+    assert_eq!(spelled("def f(x):", "\n    return y"), expected);
+    assert_eq!(spelled("", ""), format!("{bos}<｜fim▁begin｜><｜fim▁hole｜><｜fim▁end｜>"));
+    assert!(
+        spelled("<｜fim▁hole｜>", "<｜fim▁end｜><｜User｜>")
+            .ends_with("<｜fim▁end｜><｜User｜><｜fim▁end｜>")
+    );
+
+    let whole = v3.encode_fim("a b c", "d e", usize::MAX).unwrap();
+    assert_eq!(v3.encode_fim("a b c", "d e", whole.len()).unwrap(), whole);
+    for max_tokens in 0..whole.len() {
+        let long = v3.encode_fim("a b c", "d e", max_tokens);
+        assert!(matches!(long, Err(TextError::TooLong { .. })), "{max_tokens}: {long:?}");
+    }
+    let none = tokenizer("tiny-r1").encode_fim("a", "b", 10);
+    assert!(matches!(none, Err(TextError::NoFimToken("<｜fim▁begin｜>"))), "{none:?}");
+}
+
 const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}{{ '<｜User｜>' + m.content }}{% endfor %}<｜Assistant｜><think>\n";
 
 fn template(control: &ControlTokens) -> ChatTemplate {

@@ -53,6 +53,7 @@ impl Simulation<'_> {
             ensure(end < client.max_len, || format!("may draw past its limit: {row:?}"))?;
             let ahead = row.num_drafts > 0 || self.has_token_in_flight(row.seq);
             ensure(client.run_ahead || !ahead, || format!("runs ahead of the host: {row:?}"))?;
+            ensure(!client.paused, || format!("runs though it is paused: {row:?}"))?;
         }
         self.check_preempt(chosen)?;
         self.check_gives_way(chosen, limits, tight)?;
@@ -199,6 +200,7 @@ impl Simulation<'_> {
         let idle = |seq: &&Sequence| {
             seq.len_upper_bound() < seq.max_len()
                 && !planned(seq.id())
+                && !seq.is_paused()
                 && (self.clients[&seq.id()].run_ahead || !self.has_token_in_flight(seq.id()))
                 // It may be giving way.
                 && first_waiting.is_none_or(|waits| waits.0 >= seq.priority())
@@ -220,6 +222,7 @@ impl Simulation<'_> {
             .filter(|seq| first_waiting.is_none_or(|waits| self.turn(seq.id()) < waits));
         let full = self.in_flight.len() == self.scenario.config.depth;
         match first {
+            Some(seq) if seq.is_paused() => self.left_out = 0,
             Some(seq) if !seq.is_in_flight() && !planned(seq.id()) && !full && !tight => self.left_out += 1,
             Some(seq) if full || tight && !planned(seq.id()) => {}
             _ => self.left_out = 0,
@@ -293,8 +296,8 @@ impl Simulation<'_> {
                 // Each running sequence, one after the other: at worst a token per step, prefilled anew once.
                 let ahead: usize = self.state.running().map(|seq| 2 * seq.max_len()).sum();
                 let own = 2 * self.clients[&seq].max_len;
-                let steps =
-                    (ahead + own + 8) * self.scenario.config.depth * if self.tightens() { 8 } else { 1 };
+                let slow = self.tightens() || self.scenario.undrawn_percent > 0;
+                let steps = (ahead + own + 8) * self.scenario.config.depth * if slow { 8 } else { 1 };
                 self.deadline = Some(Deadline { seq, step: now + steps as u64 });
                 Ok(())
             }

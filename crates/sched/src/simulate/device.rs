@@ -147,11 +147,12 @@ impl Device {
     }
 
     /// Runs the last token and the drafts, of which a random number is right. `rejected` is how many drafts the steps
-    /// in flight before this one have rejected. Returns the tokens drawn.
+    /// in flight before this one have rejected. Returns the tokens drawn: none unless it `draws`.
     pub(super) fn decode(
         &mut self,
         row: Decode,
         rejected: usize,
+        draws: bool,
         rng: &mut Rng,
     ) -> Result<Vec<TokenId>, String> {
         let Decode { seq, start, num_drafts } = row;
@@ -163,9 +164,13 @@ impl Device {
                  drafts in flight were rejected"
             ));
         }
+        self.read(seq, 0, position)?;
+        if !draws {
+            self.write(seq, position, self.sequences[&seq].tokens[position])?;
+            return Ok(Vec::new());
+        }
         let num_drawn = rng.range(1, num_drafts + 1);
         let mut drawn = Vec::with_capacity(num_drawn);
-        self.read(seq, 0, position)?;
         for ahead in 0..=num_drafts {
             let at = position + ahead;
             if ahead < num_drawn {
@@ -182,8 +187,13 @@ impl Device {
         Ok(drawn)
     }
 
-    /// Runs known tokens. Returns the token drawn after them, if the chunk samples.
-    pub(super) fn prefill(&mut self, row: PrefillChunk, known: &[TokenId]) -> Result<Vec<TokenId>, String> {
+    /// Runs known tokens. Returns the token drawn after them, if the chunk samples and `draws`.
+    pub(super) fn prefill(
+        &mut self,
+        row: PrefillChunk,
+        known: &[TokenId],
+        draws: bool,
+    ) -> Result<Vec<TokenId>, String> {
         let PrefillChunk { seq, start, len, samples } = row;
         let Some(chunk) = known.get(start..start + len) else {
             return Err(format!("sequence {seq}: chunk {start}+{len} of {} known tokens", known.len()));
@@ -195,7 +205,7 @@ impl Device {
         if samples != (start + len == known.len()) {
             return Err(format!("sequence {seq}: samples is {samples} at {start}+{len} of {}", known.len()));
         }
-        if !samples {
+        if !samples || !draws {
             return Ok(Vec::new());
         }
         let next = next_token(history);

@@ -21,6 +21,7 @@ pub(super) struct Client {
     pub(super) arrival: u64,
     pub(super) salt: Salt,
     pub(super) run_ahead: bool,
+    pub(super) paused: bool,
     /// A token divisible by this is a stop token.
     stop_modulus: u32,
     /// Output as it was committed, piece by piece.
@@ -166,6 +167,7 @@ impl Simulation<'_> {
             arrival: id.0,
             salt,
             run_ahead,
+            paused: false,
             stop_modulus,
             streamed: Vec::new(),
             first_start: None,

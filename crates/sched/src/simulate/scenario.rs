@@ -38,6 +38,8 @@ pub struct Scenario {
     pub num_salts: usize,
     /// Chance that a sequence may run ahead of the host, percent.
     pub run_ahead_percent: usize,
+    /// Chance that a row of a sequence that may not run ahead draws nothing, percent; below 100. Half of them are paused.
+    pub undrawn_percent: usize,
 }
 
 impl Scenario {
@@ -81,6 +83,7 @@ impl Scenario {
             shared_percent: [0, 50, 90, 100][rng.range(0, 3)],
             num_salts: if rng.percent(50) { 0 } else { rng.range(1, 3) },
             run_ahead_percent: [0, 50, 100, 100][rng.range(0, 3)],
+            undrawn_percent: [0, 0, 20, 60][rng.range(0, 3)],
         }
     }
 }

@@ -3,10 +3,12 @@
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::common::{ChunkUsage, Common, Matched, Usage};
+use super::common::{ChunkUsage, Common, Matched, PromptLogprobs, Usage};
 use crate::error::ApiError;
 use crate::fields::{Fields, NOT_YET, NOT_YET_CHAT, typed};
-use crate::types::value::{Field, must_be};
+use crate::types::thinking::Thinking;
+use crate::types::tools::Tools;
+use crate::types::value::Field;
 
 /// A chat request whose fields have the right types; ranges are checked where they are converted.
 pub(crate) struct ChatRequest {
@@ -15,8 +17,14 @@ pub(crate) struct ChatRequest {
     pub(crate) logprobs: bool,
     pub(crate) top_logprobs: Option<u32>,
     pub(crate) add_generation_prompt: bool,
+    /// The reply goes on with the last message, an assistant's.
+    pub(crate) continue_final_message: bool,
+    /// The reply begins with the text that it continues.
+    pub(crate) echo: bool,
     pub(crate) template_kwargs: Map<String, Value>,
+    pub(crate) thinking: Thinking,
     pub(crate) separate_reasoning: bool,
+    pub(crate) tools: Tools,
 }
 
 /// One message of the conversation.
@@ -31,6 +39,10 @@ pub(crate) struct ChatMessage {
     pub(crate) tool_call_id: Option<String>,
     /// Name of the tool or of the speaker.
     pub(crate) name: Option<String>,
+    /// What an assistant thought.
+    pub(crate) reasoning: Option<String>,
+    /// The reply goes on with it.
+    pub(crate) prefix: bool,
 }
 
 /// Who speaks.
@@ -65,22 +77,6 @@ impl Field for Role {
     }
 }
 
-/// Whether the model shall think.
-struct Thinking(bool);
-
-impl Field for Thinking {
-    fn read(value: Value) -> Result<Self, String> {
-        let Some(kind) = value.get("type") else {
-            return Err(must_be("an object with a `type`", &value));
-        };
-        match kind.as_str() {
-            Some("enabled") => Ok(Self(true)),
-            Some("disabled") => Ok(Self(false)),
-            _ => Err("`type` must be \"enabled\" or \"disabled\"".to_owned()),
-        }
-    }
-}
-
 impl ChatRequest {
     /// Reads a request's fields.
     pub(crate) fn parse(mut fields: Fields) -> Result<Self, ApiError> {
@@ -97,12 +93,22 @@ impl ChatRequest {
         }
         let mut template_kwargs: Map<String, Value> =
             fields.take("chat_template_kwargs")?.unwrap_or_default();
-        settle_thinking(&mut template_kwargs)?;
-        if let Some(Thinking(on)) = fields.take("thinking")? {
-            for name in THINKING_NAMES {
-                if template_kwargs.insert(name.into(), on.into()).is_some_and(|given| given != on) {
-                    return Err(ApiError::bad_field("thinking", "contradicts `chat_template_kwargs`"));
-                }
+        let thinking = Thinking::take(&mut fields, &mut template_kwargs)?;
+        let prefixed = messages.iter().position(|message| message.prefix);
+        if let Some(index) = prefixed.filter(|index| index + 1 < messages.len()) {
+            let problem = "only the last message can be continued";
+            return Err(ApiError::bad_field(format!("messages[{index}].prefix"), problem));
+        }
+        let continues = fields.take("continue_final_message")?.unwrap_or(false) || prefixed.is_some();
+        let generates = fields.take::<bool>("add_generation_prompt")?;
+        if continues {
+            if generates == Some(true) && prefixed.is_none() {
+                let problem = "goes with `add_generation_prompt: false`: a reply begins anew or continues";
+                return Err(ApiError::bad_field("continue_final_message", problem));
+            }
+            if messages.last().is_some_and(|message| message.role != Role::Assistant) {
+                let problem = "needs an assistant's message in the last place";
+                return Err(ApiError::bad_field("continue_final_message", problem));
             }
         }
         let request = Self {
@@ -110,10 +116,17 @@ impl ChatRequest {
             messages,
             logprobs: fields.take("logprobs")?.unwrap_or(false),
             top_logprobs: fields.take("top_logprobs")?,
-            add_generation_prompt: fields.take("add_generation_prompt")?.unwrap_or(true),
+            add_generation_prompt: generates.unwrap_or(!continues) && !continues,
+            continue_final_message: continues,
+            echo: fields.take("echo")?.unwrap_or(false),
             template_kwargs,
+            thinking,
             separate_reasoning: fields.take("separate_reasoning")?.unwrap_or(true),
+            tools: Tools::take(&mut fields)?,
         };
+        if request.common.prompt_logprobs.is_some() && request.common.stream {
+            return Err(ApiError::bad_field("prompt_logprobs", "cannot be streamed; leave `stream` out"));
+        }
         if request.top_logprobs.is_some_and(|n| n > 0) && !request.logprobs {
             return Err(ApiError::bad_field("top_logprobs", "needs `logprobs: true`"));
         }
@@ -122,43 +135,24 @@ impl ChatRequest {
     }
 }
 
-/// Templates call the switch `thinking` (DeepSeek) or `enable_thinking` (Qwen).
-const THINKING_NAMES: [&str; 2] = ["thinking", "enable_thinking"];
-
-/// Clients do not know which name the template has, so one stands for both.
-fn settle_thinking(kwargs: &mut Map<String, Value>) -> Result<(), ApiError> {
-    const NAMES: [&str; 2] = THINKING_NAMES;
-    kwargs.retain(|name, value| !(NAMES.contains(&name.as_str()) && value.is_null()));
-    for name in NAMES {
-        if kwargs.get(name).is_some_and(|value| !value.is_boolean()) {
-            let param = format!("chat_template_kwargs.{name}");
-            return Err(ApiError::bad_field(param, "must be true or false"));
-        }
-    }
-    match NAMES.map(|name| kwargs.get(name).cloned()) {
-        [Some(given), None] => _ = kwargs.insert(NAMES[1].into(), given),
-        [None, Some(given)] => _ = kwargs.insert(NAMES[0].into(), given),
-        [Some(a), Some(b)] if a != b => {
-            return Err(ApiError::bad_field(
-                "chat_template_kwargs",
-                "`thinking` and `enable_thinking` contradict each other",
-            ));
-        }
-        _ => {}
-    }
-    Ok(())
-}
-
 fn read_message(index: usize, mut message: Map<String, Value>) -> Result<ChatMessage, ApiError> {
     let at = |field: &str| format!("messages[{index}].{field}");
     let mut take = |field: &str| message.remove(field).filter(|value| !value.is_null());
     let role = take("role").ok_or_else(|| ApiError::bad_field(at("role"), "missing"))?;
     let role: Role = typed(at("role"), role)?;
-    for (field, neutral) in
-        [("prefix", Value::Bool(false)), ("audio", Value::Null), ("function_call", Value::Null)]
-    {
-        if take(field).is_some_and(|value| value != neutral) {
-            return Err(ApiError::not_supported(at(field), "leave it out"));
+    for (field, way_out) in [("audio", "this model reads text"), ("function_call", "use `tool_calls`")] {
+        if take(field).is_some() {
+            return Err(ApiError::not_supported(at(field), way_out));
+        }
+    }
+    let prefix = take("prefix").map_or(Ok(false), |prefix| typed(at("prefix"), prefix))?;
+    if prefix && role != Role::Assistant {
+        return Err(ApiError::bad_field(at("prefix"), "only an assistant's message can be continued"));
+    }
+    let mut reasoning = None;
+    for field in ["reasoning", "reasoning_content"] {
+        if let Some(text) = take(field).filter(|_| role == Role::Assistant) {
+            reasoning = Some(typed::<String>(at(field), text)?);
         }
     }
     let tool_calls: Vec<Value> = take("tool_calls").map_or(Ok(Vec::new()), |v| typed(at("tool_calls"), v))?;
@@ -175,7 +169,7 @@ fn read_message(index: usize, mut message: Map<String, Value>) -> Result<ChatMes
     };
     let tool_call_id = take("tool_call_id").map(|v| typed(at("tool_call_id"), v)).transpose()?;
     let name = take("name").map(|v| typed(at("name"), v)).transpose()?;
-    Ok(ChatMessage { role, content, tool_calls, tool_call_id, name })
+    Ok(ChatMessage { role, content, tool_calls, tool_call_id, name, reasoning, prefix })
 }
 
 /// Templates read both and fail in their own words where one is missing.
@@ -223,6 +217,8 @@ pub(crate) struct ChatReply<'a> {
     pub(crate) choices: Vec<ChatChoice>,
     pub(crate) usage: Usage,
     pub(crate) system_fingerprint: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) prompt_logprobs: Option<PromptLogprobs>,
 }
 
 /// One of `n` replies.
@@ -240,9 +236,28 @@ pub(crate) struct ChatChoice {
 #[derive(Serialize)]
 pub(crate) struct ReplyMessage {
     pub(crate) role: &'static str,
-    pub(crate) content: String,
+    /// Null where the message only calls tools.
+    pub(crate) content: Option<String>,
     pub(crate) reasoning_content: Option<String>,
     pub(crate) reasoning: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) tool_calls: Vec<ToolCall>,
+}
+
+/// One call of a tool.
+#[derive(Serialize)]
+pub(crate) struct ToolCall {
+    pub(crate) id: String,
+    #[serde(rename = "type")]
+    pub(crate) kind: &'static str,
+    pub(crate) function: FunctionCall,
+}
+
+/// Which function, and its arguments as the model wrote them.
+#[derive(Serialize)]
+pub(crate) struct FunctionCall {
+    pub(crate) name: String,
+    pub(crate) arguments: String,
 }
 
 /// One event of a stream.
@@ -282,6 +297,27 @@ pub(crate) struct ChunkDelta {
     pub(crate) reasoning_content: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) reasoning: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) tool_calls: Option<Vec<CallDelta>>,
+}
+
+/// What a call gained: first its id and name, then its arguments piece by piece.
+#[derive(Serialize)]
+pub(crate) struct CallDelta {
+    pub(crate) index: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) id: Option<String>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub(crate) kind: Option<&'static str>,
+    pub(crate) function: CallDeltaFunction,
+}
+
+/// A call's function, or more of its arguments.
+#[derive(Serialize)]
+pub(crate) struct CallDeltaFunction {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) name: Option<String>,
+    pub(crate) arguments: String,
 }
 
 /// One entry per generated token.

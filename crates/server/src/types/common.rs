@@ -4,11 +4,14 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::error::ApiError;
-use crate::fields::Fields;
+use crate::fields::{Fields, typed};
+use crate::types::format::{AskedFormat, take_format};
 use crate::types::value::{Field, must_be};
 
 /// Most strings of one request's `stop`.
 pub(crate) const MAX_STOP_STRINGS: usize = 16;
+/// Most strings of `bad_words`.
+const MAX_BAD_WORDS: usize = 1024;
 /// Longest `cache_salt`; a hash in any notation fits.
 pub(crate) const MAX_CACHE_SALT_BYTES: usize = 256;
 
@@ -36,6 +39,15 @@ impl Field for StreamOptions {
             Some(given) => bool::read(given).map_err(|problem| format!("`include_usage` {problem}"))?,
         };
         Ok(Self { include_usage })
+    }
+}
+
+/// A number, or vLLM's older switch.
+fn read_prompt_logprobs(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
+    match fields.take::<Value>("prompt_logprobs")? {
+        None | Some(Value::Bool(false)) => Ok(None),
+        Some(Value::Bool(true)) => Ok(Some(0)),
+        Some(number) => typed("prompt_logprobs", number).map(Some),
     }
 }
 
@@ -69,6 +81,14 @@ pub(crate) struct Common {
     pub(crate) logit_bias: Option<Map<String, Value>>,
     pub(crate) seed: Option<u64>,
     pub(crate) n: usize,
+    /// Choices to generate, of which the `n` likeliest are shown.
+    pub(crate) best_of: usize,
+    pub(crate) format: Option<AskedFormat>,
+    pub(crate) allowed_token_ids: Option<Vec<u32>>,
+    pub(crate) bad_words: Vec<String>,
+    /// Keep this many tokens of the prompt's end; -1 keeps what fits.
+    pub(crate) truncate_prompt_tokens: Option<i64>,
+    pub(crate) prompt_logprobs: Option<u32>,
     pub(crate) stop: Vec<String>,
     pub(crate) include_stop_str_in_output: bool,
     pub(crate) stop_token_ids: Vec<u32>,
@@ -92,9 +112,6 @@ impl Common {
         let (mut max_tokens, mut max_tokens_name) = (None, "max_tokens");
         for name in max_tokens_names {
             let given = fields.take::<u64>(name)?;
-            if given == Some(0) {
-                return Err(ApiError::bad_field(*name, "is 0; it must be at least 1"));
-            }
             if max_tokens.is_none() && given.is_some() {
                 (max_tokens, max_tokens_name) = (given, name);
             }
@@ -103,8 +120,29 @@ impl Common {
         if n == 0 {
             return Err(ApiError::bad_field("n", "is 0; it must be at least 1"));
         }
-        if fields.take::<usize>("best_of")?.is_some_and(|best_of| best_of != n) {
-            return Err(ApiError::not_supported("best_of", "leave it out or set it to `n`"));
+        let stream = fields.take("stream")?.unwrap_or(false);
+        let best_of = fields.take::<usize>("best_of")?.unwrap_or(n);
+        if best_of < n {
+            return Err(ApiError::bad_field("best_of", format!("is {best_of}; it must be at least n, {n}")));
+        }
+        if best_of > n && stream {
+            let problem = "more than `n` cannot be streamed: which are the best is known at the end";
+            return Err(ApiError::bad_field("best_of", problem));
+        }
+        let prompt_logprobs = read_prompt_logprobs(fields)?;
+        let truncate_prompt_tokens = fields.take::<i64>("truncate_prompt_tokens")?;
+        if let Some(tokens) = truncate_prompt_tokens.filter(|tokens| *tokens < 1 && *tokens != -1) {
+            let problem = format!("is {tokens}; it must be at least 1, or -1 for what fits");
+            return Err(ApiError::bad_field("truncate_prompt_tokens", problem));
+        }
+        let allowed_token_ids = fields.take::<Vec<u32>>("allowed_token_ids")?.filter(|ids| !ids.is_empty());
+        let bad_words = fields.take::<Vec<String>>("bad_words")?.unwrap_or_default();
+        if bad_words.iter().any(String::is_empty) {
+            return Err(ApiError::bad_field("bad_words", "an empty word cannot be kept out"));
+        }
+        if bad_words.len() > MAX_BAD_WORDS {
+            let problem = format!("{} words; at most {MAX_BAD_WORDS} are allowed", bad_words.len());
+            return Err(ApiError::bad_field("bad_words", problem));
         }
         let stop = fields.take::<OneOrMany>("stop")?.map_or_else(Vec::new, |stop| stop.0);
         if stop.len() > MAX_STOP_STRINGS {
@@ -114,7 +152,16 @@ impl Common {
         if stop.iter().any(String::is_empty) {
             return Err(ApiError::bad_field("stop", "an empty string would stop at once"));
         }
-        for ignored in ["user", "metadata"] {
+        // What they would change is nothing that this server has.
+        for ignored in [
+            "user",
+            "metadata",
+            "store",
+            "service_tier",
+            "safety_identifier",
+            "prompt_cache_key",
+            "verbosity",
+        ] {
             fields.take::<Value>(ignored)?;
         }
         let cache_salt = fields.take::<String>("cache_salt")?.filter(|salt| !salt.is_empty());
@@ -137,13 +184,19 @@ impl Common {
             logit_bias: fields.take("logit_bias")?,
             seed: fields.take::<Seed>("seed")?.map(|seed| seed.0),
             n,
+            best_of,
+            format: take_format(fields)?,
+            allowed_token_ids,
+            bad_words,
+            truncate_prompt_tokens,
+            prompt_logprobs,
             stop,
             include_stop_str_in_output: fields.take("include_stop_str_in_output")?.unwrap_or(false),
             stop_token_ids: fields.take("stop_token_ids")?.unwrap_or_default(),
             min_tokens: fields.take("min_tokens")?.unwrap_or(0),
             ignore_eos: fields.take("ignore_eos")?.unwrap_or(false),
             skip_special_tokens: fields.take("skip_special_tokens")?.unwrap_or(true),
-            stream: fields.take("stream")?.unwrap_or(false),
+            stream,
             include_usage: stream_options.is_some_and(|options| options.include_usage),
             return_tokens_as_token_ids: fields.take("return_tokens_as_token_ids")?.unwrap_or(false),
             priority: fields.take("priority")?.unwrap_or(0),
@@ -208,6 +261,10 @@ impl ChunkUsage {
         *self == Self::Absent
     }
 }
+
+/// Log-probabilities of a prompt's tokens, a map per token; null for the first.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(crate) struct PromptLogprobs(pub(crate) Vec<Option<Map<String, Value>>>);
 
 /// Which stop ended a choice: a stop string or a token id.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

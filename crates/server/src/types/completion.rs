@@ -3,7 +3,7 @@
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::common::{ChunkUsage, Common, Matched};
+use super::common::{ChunkUsage, Common, Matched, PromptLogprobs};
 use crate::error::ApiError;
 use crate::fields::{Fields, NOT_YET, NOT_YET_COMPLETION};
 use crate::types::value::{Field, must_be};
@@ -14,6 +14,8 @@ pub(crate) struct CompletionRequest {
     pub(crate) prompts: Vec<Prompt>,
     pub(crate) echo: bool,
     pub(crate) logprobs: Option<u32>,
+    /// The text behind the hole that is to be filled.
+    pub(crate) suffix: Option<String>,
 }
 
 /// What to continue.
@@ -53,12 +55,18 @@ impl CompletionRequest {
             prompts,
             echo: fields.take("echo")?.unwrap_or(false),
             logprobs: fields.take("logprobs")?,
+            suffix: fields.take::<String>("suffix")?.filter(|suffix| !suffix.is_empty()),
         };
-        if request.echo && request.logprobs.is_some() {
-            return Err(ApiError::not_supported(
-                "echo",
-                "with `logprobs` it needs the prompt's log-probabilities",
-            ));
+        if request.suffix.is_some() {
+            if request.echo {
+                return Err(ApiError::bad_field(
+                    "suffix",
+                    "goes with no `echo`: the prompt is what stands before the hole",
+                ));
+            }
+            if request.prompts.iter().any(|prompt| matches!(prompt, Prompt::Tokens(_))) {
+                return Err(ApiError::bad_field("suffix", "needs `prompt` as text"));
+            }
         }
         fields.ignore_rest();
         Ok(request)
@@ -87,15 +95,17 @@ pub(crate) struct CompletionChoice {
     pub(crate) finish_reason: Option<&'static str>,
     pub(crate) stop_reason: Option<Matched>,
     pub(crate) matched_stop: Option<Matched>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) prompt_logprobs: Option<PromptLogprobs>,
 }
 
-/// Four lists of one length, one entry per generated token.
+/// Four lists of one length, one entry per token; null for an echoed prompt's first.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub(crate) struct CompletionLogprobs {
     pub(crate) tokens: Vec<String>,
     /// As wide as the numbers of `top_logprobs`, so that the same value is written the same way.
-    pub(crate) token_logprobs: Vec<f64>,
-    pub(crate) top_logprobs: Vec<Map<String, Value>>,
+    pub(crate) token_logprobs: Vec<Option<f64>>,
+    pub(crate) top_logprobs: Vec<Option<Map<String, Value>>>,
     /// Where each token begins in `text`, in characters.
     pub(crate) text_offset: Vec<usize>,
 }

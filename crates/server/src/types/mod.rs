@@ -3,5 +3,8 @@
 pub(crate) mod chat;
 pub(crate) mod common;
 pub(crate) mod completion;
+pub(crate) mod format;
 pub(crate) mod models;
+pub(crate) mod thinking;
+pub(crate) mod tools;
 pub(crate) mod value;

@@ -16,40 +16,22 @@ fn completion_base() -> Value {
 /// Fields, the values that ask for nothing, and one that asks for something that does not exist.
 fn not_yet() -> Vec<(&'static str, Vec<Value>, Value)> {
     vec![
-        ("suffix", vec![json!("")], json!("tail")),
-        ("response_format", vec![json!({"type": "text"})], json!({"type": "json_object"})),
-        ("structured_outputs", vec![json!({})], json!({"regex": "a"})),
-        ("guided_json", vec![], json!({"type": "object"})),
-        ("guided_regex", vec![], json!("a+")),
-        ("guided_choice", vec![json!([])], json!(["a", "b"])),
-        ("guided_grammar", vec![], json!("root ::= \"a\"")),
-        ("regex", vec![], json!("a+")),
-        ("ebnf", vec![], json!("root ::= \"a\"")),
-        ("prompt_logprobs", vec![json!(false)], json!(1)),
-        ("truncate_prompt_tokens", vec![], json!(8)),
-        ("allowed_token_ids", vec![json!([])], json!([5])),
-        ("bad_words", vec![json!([])], json!(["no"])),
+        ("structural_tag", vec![], json!("{}")),
+        ("stop_regex", vec![json!("")], json!("a+")),
         ("use_beam_search", vec![json!(false)], json!(true)),
         ("logits_processors", vec![json!([])], json!(["x"])),
+        ("lora_path", vec![], json!("x")),
     ]
 }
 
 fn not_yet_chat() -> Vec<(&'static str, Vec<Value>, Value)> {
-    let tool = json!([{"type": "function", "function": {"name": "f", "parameters": {}}}]);
     vec![
-        ("tools", vec![json!([])], tool),
-        ("tool_choice", vec![json!("none"), json!("auto")], json!("required")),
-        ("parallel_tool_calls", vec![json!(true), json!(false)], json!("sometimes")),
         ("functions", vec![json!([])], json!([{"name": "f"}])),
         ("function_call", vec![json!("none"), json!("auto")], json!({"name": "f"})),
-        ("reasoning_effort", vec![], json!("low")),
-        ("thinking_budget", vec![], json!(64)),
-        ("reasoning", vec![json!({})], json!({"max_tokens": 64})),
-        ("continue_final_message", vec![json!(false)], json!(true)),
+        ("suffix", vec![json!("")], json!("tail")),
         ("chat_template", vec![], json!("{{ messages }}")),
         ("documents", vec![json!([])], json!([{"text": "x"}])),
         ("modalities", vec![json!(["text"])], json!(["text", "audio"])),
-        ("echo", vec![json!(false)], json!(true)),
     ]
 }
 
@@ -97,12 +79,24 @@ async fn neutral_and_unknown_values_are_accepted() {
         "priority": null, "frobnicate": {"deeply": ["unknown"]}, "skip_special_tokens": true, "logit_bias": {},
         "stop": [], "repetition_penalty": 1,
     });
+    let neutral = json!({
+        "response_format": {"type": "text"}, "structured_outputs": {}, "guided_json": null, "guided_choice": [],
+        "guided_decoding_backend": "xgrammar", "prompt_logprobs": false, "allowed_token_ids": [], "bad_words": [],
+        "truncate_prompt_tokens": null, "regex": null, "service_tier": "auto", "store": false,
+    });
+    let neutral_chat = json!({
+        "tools": [], "tool_choice": "auto", "parallel_tool_calls": true, "reasoning_effort": null, "reasoning": {},
+        "continue_final_message": false, "echo": true, "include_reasoning": true,
+    });
     for answer in [
         chat(&router, &with(&chat_base(), &shared)).await,
         complete(&router, &with(&completion_base(), &shared)).await,
         chat(&router, &with(&chat_base(), &json!({"top_logprobs": 0, "thinking": null}))).await,
         chat(&router, &with(&chat_base(), &json!({"chat_template_kwargs": null, "top_k": 0}))).await,
         complete(&router, &with(&completion_base(), &json!({"best_of": 2, "n": 2}))).await,
+        complete(&router, &with(&completion_base(), &neutral)).await,
+        chat(&router, &with(&chat_base(), &neutral)).await,
+        chat(&router, &with(&chat_base(), &neutral_chat)).await,
     ] {
         assert_eq!(answer.status, 200, "{}", answer.text);
     }
@@ -113,6 +107,10 @@ async fn bad_values_are_400_and_name_their_field() {
     let engine = Engine::saying("ok");
     let router = engine.router(ServerConfig::default());
     let called = |call: Value| json!([{"role": "assistant", "tool_calls": [call]}]);
+    let tools = |schema: Value| {
+        let function = json!({"name": "f", "parameters": schema, "strict": true});
+        json!([{"type": "function", "function": function}])
+    };
     let many_stops: Vec<String> = (0..17).map(|i| i.to_string()).collect();
     let shared = [
         ("temperature", json!("hot"), "temperature"),
@@ -136,7 +134,24 @@ async fn bad_values_are_400_and_name_their_field() {
         ("n", json!(0), "n"),
         ("n", json!(129), "n"),
         ("n", json!("two"), "n"),
-        ("best_of", json!(2), "best_of"),
+        ("best_of", json!(0), "best_of"),
+        ("best_of", json!(1_000_000), "best_of"),
+        ("prompt_logprobs", json!(-1), "prompt_logprobs"),
+        ("prompt_logprobs", json!(21), "prompt_logprobs"),
+        ("truncate_prompt_tokens", json!(0), "truncate_prompt_tokens"),
+        ("allowed_token_ids", json!([99999]), "allowed_token_ids"),
+        ("bad_words", json!([""]), "bad_words"),
+        ("bad_words", json!("no"), "bad_words"),
+        ("guided_regex", json!("("), "guided_regex"),
+        ("regex", json!("a{99999}"), "regex"),
+        ("guided_json", json!(3), "guided_json"),
+        ("guided_json", json!("{"), "guided_json"),
+        ("guided_choice", json!("a"), "guided_choice"),
+        ("ebnf", json!("root ::= missing"), "ebnf"),
+        ("response_format", json!({"type": "yaml"}), "response_format.type"),
+        ("response_format", json!({"type": "json_schema"}), "response_format.json_schema"),
+        ("response_format", json!("json"), "response_format"),
+        ("structured_outputs", json!({"regex": 1}), "structured_outputs.regex"),
         ("seed", json!("lucky"), "seed"),
         ("stop", json!(many_stops), "stop"),
         ("stop", json!([""]), "stop"),
@@ -174,8 +189,28 @@ async fn bad_values_are_400_and_name_their_field() {
         ("messages", json!([{"role": "user", "content": [{"type": "text"}]}]), "messages[0].content[0].text"),
         (
             "messages",
-            json!([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "prefix": true}]),
-            "messages[1].prefix",
+            json!([{"role": "assistant", "content": "y", "prefix": true}, {"role": "user", "content": "x"}]),
+            "messages[0].prefix",
+        ),
+        ("messages", json!([{"role": "user", "content": "x", "prefix": true}]), "messages[0].prefix"),
+        ("continue_final_message", json!(true), "continue_final_message"),
+        ("tools", json!([{"type": "function"}]), "tools[0].function"),
+        ("tools", json!([{"type": "function", "function": {"name": "a b"}}]), "tools[0].function.name"),
+        ("tools", json!([{"type": "browser"}]), "tools[0].type"),
+        ("tools", tools(json!("no schema")), "tools[0].function.parameters"),
+        ("tools", tools(json!({"type": "objekt"})), "tools[0].function.parameters"),
+        ("tools", json!({}), "tools"),
+        ("tool_choice", json!("required"), "tool_choice"),
+        ("tool_choice", json!("sometimes"), "tool_choice"),
+        ("tool_choice", json!({"type": "function", "function": {"name": "f"}}), "tool_choice"),
+        ("parallel_tool_calls", json!("sometimes"), "parallel_tool_calls"),
+        ("reasoning_effort", json!("huge"), "reasoning_effort"),
+        ("reasoning", json!({"effort": "huge"}), "reasoning.effort"),
+        ("thinking_budget", json!(-1), "thinking_budget"),
+        (
+            "messages",
+            json!([{"role": "assistant", "content": "x", "reasoning_content": 3}]),
+            "messages[0].reasoning_content",
         ),
         ("messages", json!([{"role": "user", "content": "x", "tool_calls": [{}]}]), "messages[0].tool_calls"),
         ("messages", called(json!(1)), "messages[0].tool_calls[0].function.name"),
@@ -212,8 +247,15 @@ async fn bad_values_are_400_and_name_their_field() {
         let answer = complete(&router, &with(&completion_base(), &json!({*field: value}))).await;
         assert_eq!(answer.refused(400)["param"], **param, "{field}: {value}: {}", answer.text);
     }
-    let both = with(&completion_base(), &json!({"echo": true, "logprobs": 1}));
-    assert_eq!(complete(&router, &both).await.refused(400)["param"], "echo");
+    let fim = with(&completion_base(), &json!({"suffix": "tail"}));
+    assert_eq!(complete(&router, &fim).await.refused(400)["param"], "suffix", "this model has no FIM tokens");
+    let streamed = with(&completion_base(), &json!({"best_of": 3, "stream": true}));
+    assert_eq!(complete(&router, &streamed).await.refused(400)["param"], "best_of");
+    let two = with(&completion_base(), &json!({"regex": "a", "guided_json": {}}));
+    assert_eq!(complete(&router, &two).await.refused(400)["param"], "regex", "a reply has one form");
+    let twice = json!({"type": "function", "function": {"name": "f"}});
+    let twice = with(&chat_base(), &json!({"tools": [twice, twice]}));
+    assert_eq!(chat(&router, &twice).await.refused(400)["param"], "tools");
     let top = with(&chat_base(), &json!({"logprobs": true, "top_logprobs": 21}));
     assert_eq!(chat(&router, &top).await.refused(400)["param"], "top_logprobs");
     assert!(engine.asked().is_empty(), "nothing of this reaches the engine");

@@ -18,13 +18,7 @@ use crate::support::{
 };
 
 fn engine_request() -> r1_engine::Request {
-    r1_engine::Request {
-        prompt: vec![r1_core::TokenId(5)],
-        params: r1_core::SamplingParams::default(),
-        priority: 0,
-        constraint: None,
-        cache_salt: None,
-    }
+    r1_engine::Request::new(vec![r1_core::TokenId(5)], r1_core::SamplingParams::default())
 }
 
 fn hi() -> serde_json::Value {
@@ -121,7 +115,7 @@ async fn a_body_that_never_ends_is_408_and_huge_headers_are_431() {
 #[tokio::test]
 async fn keys_guard_the_api_and_nothing_else() {
     let engine = Engine::saying("ok");
-    let config = ServerConfig { api_keys: vec!["one".into(), "two".into()], ..ServerConfig::default() };
+    let config = ServerConfig { api_keys: ["one", "two"].iter().collect(), ..ServerConfig::default() };
     let router = engine.router(config);
     let with_key = |key: Option<&str>| {
         let mut request = request(Method::POST, "/v1/chat/completions", &hi().to_string());
@@ -267,8 +261,8 @@ async fn web_pages_may_call_as_configured() {
             .body(Body::empty())
             .unwrap()
     };
-    let with = |cors| ServerConfig { cors, api_keys: vec!["key".into()], ..ServerConfig::default() };
-    let origin = |origin: &str| Cors::Origins(vec![origin.parse().unwrap()]);
+    let with = |cors| ServerConfig { cors, api_keys: ["key"].iter().collect(), ..ServerConfig::default() };
+    let origin = |origin: &str| Cors::Origins { origins: vec![origin.parse().unwrap()], credentials: false };
     for (cors, allowed) in [
         (Cors::AnyOrigin, Some("*")),
         (origin("https://chat.example.com"), Some("https://chat.example.com")),

@@ -7,6 +7,8 @@ mod fields;
 mod http;
 mod lifecycle;
 mod numbers;
+mod openapi;
+mod ops;
 mod replies;
 mod socket;
 mod support;

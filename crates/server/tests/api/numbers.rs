@@ -46,10 +46,11 @@ const SHARED: &[Row] = &[
     ("priority", "@", &["-1", "null"]),
     ("stop_token_ids", "[@]", &[]),
     ("logit_bias", "{\"5\": @}", &["-1", "1.5"]),
-    // These are refused whatever they hold, and named too.
-    ("truncate_prompt_tokens", "@", &["null"]),
+    ("truncate_prompt_tokens", "@", &["-1", "null"]),
+    ("prompt_logprobs", "@", &["null", "true", "false"]),
+    ("allowed_token_ids", "[@]", &[]),
+    // Refused whatever it holds, and named too.
     ("length_penalty", "@", &["null"]),
-    ("prompt_logprobs", "@", &["null", "false"]),
 ];
 
 const CHAT: &[Row] = &[

@@ -11,8 +11,8 @@ use http_body_util::BodyExt;
 use r1_core::{FinishReason, SamplingParams, SeqId, TokenId};
 use r1_engine::EventSender;
 use r1_engine::{Command, EngineInfo, Event, Handle, Inbox, Status, TokenLogprobs};
-use r1_server::{ReasoningParser, SamplingDefaults, ServedModel, ServerConfig, router};
-use r1_text::{ChatTemplate, Tokenizer};
+use r1_server::{ReasoningParser, SamplingDefaults, ServedModel, ServerConfig, ThinkingBudgets, router};
+use r1_text::{ChatTemplate, Grammars, Tokenizer, ToolSyntax};
 use serde_json::Value;
 use tower::ServiceExt;
 
@@ -48,7 +48,17 @@ pub(crate) fn model() -> ServedModel {
         },
         eos_token_ids: vec![EOS],
         reasoning_parser: ReasoningParser::DeepSeekR1,
+        grammars: grammars(),
+        tool_syntax: Some(ToolSyntax::Fenced),
+        thinking_budgets: ThinkingBudgets { low: Some(7), ..ThinkingBudgets::default() },
     }
+}
+
+fn grammars() -> Arc<Grammars> {
+    static GRAMMARS: OnceLock<Arc<Grammars>> = OnceLock::new();
+    let tokenizer = tokenizer();
+    let build = || Arc::new(Grammars::new(&tokenizer, &[EOS], tokenizer.vocab_size()).unwrap());
+    GRAMMARS.get_or_init(build).clone()
 }
 
 /// What the engine says to one request.

@@ -1,0 +1,111 @@
+//! What a reply may be: forms, tools, thinking, single tokens, as the constraint that the sampler is held to.
+
+use r1_core::TokenId;
+use r1_text::{
+    Constraint, GrammarError, ReplyRules, THINK_CLOSE, THINK_OPEN, Thinking as Phase, ToolChoice as MustCall,
+    ToolParser, ToolRule, Tools as CallRules, bad_word_tokens,
+};
+
+use super::{Tokenized, sampling};
+use crate::app::App;
+use crate::error::ApiError;
+use crate::types::chat::ChatRequest;
+use crate::types::common::Common;
+use crate::types::thinking::{Effort, Thinking};
+use crate::types::tools::{ToolChoice, Tools};
+
+/// The rules of a chat reply; `open_think`: the prompt left the reasoning open.
+pub(super) fn for_chat(app: &App, request: &ChatRequest, open_think: bool) -> Result<ReplyRules, ApiError> {
+    let rules = ReplyRules {
+        thinking: if open_think { Phase::Open } else { Phase::MayOpen },
+        thinking_budget: budget(app, &request.thinking, open_think),
+        tools: call_rules(app, &request.tools)?,
+        ..ReplyRules::default()
+    };
+    Ok(rules)
+}
+
+/// The rules of a text completion. A prompt that ends inside the reasoning was rendered by a client for a model that reasons:
+/// what the answer must be, it must be behind the reasoning.
+pub(super) fn for_completion(app: &App, prompts: &[Tokenized]) -> ReplyRules {
+    let tokenizer = &app.model.tokenizer;
+    let [open, close] = [THINK_OPEN, THINK_CLOSE].map(|tag| tokenizer.token_to_id(tag));
+    let last = |tokens: &[TokenId], tag: Option<TokenId>| {
+        tag.and_then(|tag| tokens.iter().rposition(|token| *token == tag))
+    };
+    let is_open = |prompt: &Tokenized| last(&prompt.tokens, open) > last(&prompt.tokens, close);
+    let thinking = if prompts.iter().all(is_open) { Phase::Open } else { Phase::None };
+    ReplyRules { thinking, ..ReplyRules::default() }
+}
+
+/// Most tokens of thinking. A template that opens the reasoning whatever it is told is overruled.
+fn budget(app: &App, thinking: &Thinking, open_think: bool) -> Option<u32> {
+    if thinking.on == Some(false) {
+        return open_think.then_some(0);
+    }
+    let budgets = &app.model.thinking_budgets;
+    thinking.budget.or(match thinking.effort? {
+        Effort::Minimal => budgets.minimal,
+        Effort::Low => budgets.low,
+        Effort::Medium => budgets.medium,
+        Effort::High => budgets.high,
+    })
+}
+
+fn call_rules(app: &App, tools: &Tools) -> Result<Option<CallRules>, ApiError> {
+    let choice = match &tools.choice {
+        ToolChoice::None => return Ok(None),
+        ToolChoice::Auto => MustCall::Auto,
+        ToolChoice::Required => MustCall::Required,
+        ToolChoice::Named(name) => MustCall::Named(name.clone()),
+    };
+    let Some(syntax) = app.model.tool_syntax else {
+        return Err(ApiError::not_supported(
+            "tools",
+            "it is not known how this model writes calls; --tool-call-parser says it",
+        ));
+    };
+    let rule = |tool: &crate::types::tools::Tool| ToolRule {
+        name: tool.name.clone(),
+        parameters: tool.parameters.clone(),
+        strict: tool.strict,
+    };
+    let rules = tools.tools.iter().map(rule).collect();
+    Ok(Some(CallRules { rules, choice, parallel: tools.parallel, syntax }))
+}
+
+/// How calls are found in the reply.
+pub(super) fn tool_parser(app: &App, tools: &Tools) -> Option<ToolParser> {
+    if tools.choice == ToolChoice::None {
+        return None;
+    }
+    let names = tools.tools.iter().map(|tool| tool.name.clone()).collect();
+    Some(ToolParser::new(&app.model.tokenizer, app.model.tool_syntax, names))
+}
+
+/// Compiles the rules, with what both endpoints add to them; `None` where nothing is asked for.
+pub(super) fn constraint(
+    app: &App,
+    common: &Common,
+    mut rules: ReplyRules,
+) -> Result<Option<Constraint>, ApiError> {
+    if let Some(ids) = &common.allowed_token_ids {
+        rules.allowed_token_ids = Some(sampling::in_vocab(app, "allowed_token_ids", ids)?);
+    }
+    rules.bad_words = bad_word_tokens(&app.model.tokenizer, &common.bad_words)
+        .map_err(|error| grammar_error(common, &error))?;
+    rules.format = common.format.as_ref().map(|asked| asked.format.clone());
+    app.model.grammars.constraint(&rules).map_err(|error| grammar_error(common, &error))
+}
+
+/// Names the field as the client did.
+fn grammar_error(common: &Common, error: &GrammarError) -> ApiError {
+    let param = match (error.field.as_str(), &common.format) {
+        ("format", Some(asked)) => asked.param.clone(),
+        (field, _) => {
+            field.replace("].parameters", "].function.parameters").replace("].name", "].function.name")
+        }
+    };
+    let place = error.place.as_ref().map_or_else(String::new, |place| format!("at {place}: "));
+    ApiError::bad_field(param, format!("{place}{}", error.reason))
+}

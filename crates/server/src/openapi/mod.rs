@@ -1,0 +1,228 @@
+//! The API's description: `/openapi.json`, made of tables of endpoints and fields, and `/docs`, a page that renders it. Tests
+//! compare the tables with the router and with what requests are refused for. Must not know how fields are read.
+
+mod chat;
+mod completion;
+mod messages;
+mod operations;
+mod responses;
+mod schema;
+mod shared;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::http::{HeaderName, HeaderValue, header};
+use axum::routing::get;
+use serde_json::{Map, Value, json};
+
+use crate::app::App;
+use schema::{Field, Object};
+
+/// Who may call an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Access {
+    Open,
+    /// Whoever has a key, or anybody where the server has none.
+    Key,
+}
+
+/// What a good answer holds.
+#[derive(Clone, Copy, Debug)]
+enum Body {
+    Json(&'static str),
+    /// The whole reply, or events of chunks where `stream` is true.
+    JsonOrEvents(&'static str, &'static str),
+    /// The same object with 200 and with 503.
+    Health(&'static str),
+    /// A text of this media type.
+    Text(&'static str),
+}
+
+/// One method of one path.
+#[derive(Clone, Copy, Debug)]
+struct Endpoint {
+    method: &'static str,
+    path: &'static str,
+    tag: &'static str,
+    summary: &'static str,
+    doc: &'static str,
+    access: Access,
+    /// Of the path.
+    parameters: &'static [Field],
+    /// A named object.
+    request: Option<&'static str>,
+    /// A request that is answered with 200.
+    example: &'static str,
+    reply: Body,
+    /// Statuses beside the ones that every endpoint has.
+    errors: &'static [u16],
+}
+
+/// How a request that is read can fail.
+const READING: &[u16] = &[400, 404, 408, 413, 503];
+/// How a request that generates can fail.
+const GENERATING: &[u16] = &[400, 404, 408, 413, 429, 500, 503];
+
+fn endpoints() -> Vec<Endpoint> {
+    let mut all = [chat::ENDPOINTS, completion::ENDPOINTS].concat();
+    if responses::SERVED {
+        all.extend(responses::ENDPOINTS);
+    }
+    if messages::SERVED {
+        all.extend(messages::ENDPOINTS);
+    }
+    all.extend(operations::ENDPOINTS);
+    all
+}
+
+fn objects() -> Vec<Object> {
+    let mut all = [chat::OBJECTS, completion::OBJECTS, shared::OBJECTS].concat();
+    if responses::SERVED {
+        all.extend(responses::OBJECTS);
+    }
+    if messages::SERVED {
+        all.extend(messages::OBJECTS);
+    }
+    all.extend(operations::OBJECTS);
+    all
+}
+
+fn explain(status: u16) -> &'static str {
+    match status {
+        400 => "A field has a bad value; `param` names it.",
+        401 => "The API key is missing or wrong.",
+        404 => "No such model is served.",
+        408 => "The request took too long.",
+        413 => "The body is over --max-body-bytes.",
+        429 => "The queue is full; `Retry-After` says when to come back.",
+        431 => "The headers are over 32 KiB.",
+        500 => "The server's fault.",
+        _ => "The model is loading, or the server drains; `Retry-After` says when to come back.",
+    }
+}
+
+fn json_body(schema: &str) -> Value {
+    json!({"schema": {"$ref": format!("#/components/schemas/{schema}")}})
+}
+
+impl Endpoint {
+    fn operation(&self, keys: bool) -> Value {
+        let mut operation = json!({
+            "tags": [self.tag],
+            "operationId": format!("{}{}", self.method, self.path.replace(['/', '{', '}', '.'], "_")),
+            "summary": self.summary,
+        });
+        if !self.doc.is_empty() {
+            operation["description"] = json!(self.doc);
+        }
+        if !self.parameters.is_empty() {
+            let parameter = |field: &Field| {
+                let mut schema = field.schema();
+                // An empty one is another path.
+                schema["minLength"] = json!(1);
+                json!({"name": field.name, "in": "path", "required": true, "schema": schema})
+            };
+            operation["parameters"] = self.parameters.iter().map(parameter).collect();
+        }
+        if let Some(request) = self.request {
+            let mut content = json_body(request);
+            content["example"] = serde_json::from_str(self.example).expect("tables hold JSON");
+            operation["requestBody"] = json!({"required": true, "content": {"application/json": content}});
+        }
+        operation["responses"] = self.responses(keys).into();
+        let locked = keys && self.access == Access::Key;
+        operation["security"] = if locked { json!([{"key": []}]) } else { json!([]) };
+        operation
+    }
+
+    fn responses(&self, keys: bool) -> Map<String, Value> {
+        let mut responses = Map::new();
+        let content = match self.reply {
+            Body::Json(schema) | Body::Health(schema) => json!({"application/json": json_body(schema)}),
+            Body::JsonOrEvents(whole, chunk) => json!({
+                "application/json": json_body(whole),
+                "text/event-stream": {
+                    "schema": {
+                        "type": "string",
+                        "description": format!("With `stream: true`: lines `data: ` with a {chunk} each, then `data: [DONE]`."),
+                    },
+                },
+            }),
+            Body::Text(kind) => json!({kind: {"schema": {"type": "string"}}}),
+        };
+        responses.insert("200".into(), json!({"description": "The answer.", "content": content}));
+        let mut errors = self.errors.to_vec();
+        errors.push(431);
+        if keys && self.access == Access::Key {
+            errors.push(401);
+        }
+        errors.sort_unstable();
+        for status in errors {
+            let content = json!({"application/json": json_body("Error")});
+            responses.insert(status.to_string(), json!({"description": explain(status), "content": content}));
+        }
+        if let Body::Health(schema) = self.reply {
+            let content = json!({"application/json": json_body(schema)});
+            responses.insert(
+                "503".into(),
+                json!({"description": "Not now; the body says why.", "content": content}),
+            );
+        }
+        responses
+    }
+}
+
+/// The document of a server.
+pub(crate) fn document(app: &App) -> Bytes {
+    let keys = !app.config.api_keys.is_empty();
+    let mut paths: Map<String, Value> = Map::new();
+    for endpoint in endpoints() {
+        let at = paths.entry(endpoint.path).or_insert_with(|| json!({}));
+        at[endpoint.method] = endpoint.operation(keys);
+    }
+    let schemas: Map<String, Value> =
+        objects().iter().map(|object| (object.name.to_owned(), object.schema())).collect();
+    let root = app.config.root_path.trim_matches('/');
+    let document = json!({
+        "openapi": "3.1.0",
+        "info": {
+            "title": format!("r1-serve: {}", app.model.names[0]),
+            "version": env!("CARGO_PKG_VERSION"),
+            "description": "Every path answers with `/v1` before it and without. Unknown fields of a request are ignored; a known \
+                            field with a bad value is a 400 that names it.",
+        },
+        "servers": [{"url": format!("/{root}")}],
+        "paths": paths,
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "--api-key"}},
+        },
+    });
+    serde_json::to_vec(&document).expect("it holds strings and numbers").into()
+}
+
+/// The page: no asset from elsewhere, no call to elsewhere.
+const PAGE: &str = include_str!("docs.html");
+const PAGE_POLICY: HeaderValue = HeaderValue::from_static(
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; \
+     form-action 'none'; frame-ancestors 'none'",
+);
+const NO_SNIFF: (HeaderName, HeaderValue) =
+    (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+
+/// The document and its page, at a prefix.
+pub(crate) fn routes(document: &Bytes, at: &str) -> Router<Arc<App>> {
+    let document = document.clone();
+    let get_document = move || {
+        let document = document.clone();
+        async move { ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], document) }
+    };
+    let html = (header::CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8"));
+    let get_page = || async { ([html, (header::CONTENT_SECURITY_POLICY, PAGE_POLICY), NO_SNIFF], PAGE) };
+    Router::new()
+        .without_v07_checks()
+        .route(&format!("{at}/openapi.json"), get(get_document))
+        .route(&format!("{at}/docs"), get(get_page))
+}
