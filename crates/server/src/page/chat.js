@@ -153,6 +153,7 @@ function ready() {
   return watching;
 }
 
+/** Shows which model is served; gives what went wrong. */
 async function loadModel() {
   try {
     const { data } = await (await request("v1/models")).json();
@@ -163,8 +164,10 @@ async function loadModel() {
     $("model").replaceChildren(el("span", { class: "org" }, organization ?? ""), name);
     $("model").title = model;
     document.title = `${model} · r1-serve`;
+    return null;
   } catch (error) {
     say(error.message);
+    return error;
   }
 }
 
@@ -320,16 +323,19 @@ class Reply {
       const label = el("span", { class: "pulse" }, "Thinking…");
       const shown = el("div", { class: "md" });
       const node = el("details", { class: "thinking", open: "" }, el("summary", {}, icon("fold"), label), shown);
-      this.#thinking = { node, label, markdown: new Markdown(shown), text: "", since: this.#times.last, ended: 0, kept: false };
+      this.#thinking = { node, label, markdown: new Markdown(shown), since: this.#times.last, ended: 0, begun: false, kept: false };
       // Whoever folds or unfolds it decides from then on.
       node.firstChild.addEventListener("click", () => (this.#thinking.kept = true));
       say("Thinking");
     }
     const thinking = this.#thinking;
-    // Blanks alone are no thoughts.
-    if (!thinking.text.trim() && text.trim()) this.node.prepend(thinking.node);
-    if (!thinking.text) text = text.trimStart();
-    thinking.text += text;
+    if (!thinking.begun) {
+      // Blanks alone are no thoughts.
+      text = text.trimStart();
+      if (!text) return;
+      thinking.begun = true;
+      this.node.prepend(thinking.node);
+    }
     thinking.markdown.append(text);
   }
 
@@ -545,10 +551,15 @@ async function generate() {
   running = reply;
   showRunning();
   follow(true);
-  await reply.run(body);
-  // Another conversation may have begun.
-  if (running === reply) running = null;
-  showRunning();
+  try {
+    await reply.run(body);
+  } finally {
+    // Another conversation may have begun.
+    if (running === reply) running = null;
+    showRunning();
+  }
+  // The key may have come with this reply.
+  if (!model && reply.usage) loadModel();
 }
 
 function send(text) {
@@ -661,9 +672,9 @@ $("settings").addEventListener("close", () => readTools());
 
 loadVersion().catch(() => {});
 const loaded = loadModel();
-// A server that starts may not have answered the first time.
+// A server that starts may not have answered the first time; whoever was refused is not asked for the key again.
 ready().then(async () => {
-  await loaded;
-  if (!model) loadModel();
+  const error = await loaded;
+  if (error && !(error instanceof Refusal)) loadModel();
 });
 showRunning();
