@@ -49,10 +49,10 @@ async function refusal(response) {
 let asking = null;
 
 /** Asks for the API key; true once one was given. Requests that need it at the same time share the question. */
-function askKey(why) {
+function askKey() {
   asking ??= new Promise((resolve) => {
     const [dialog, input] = [$("key"), $("key-input")];
-    $("key-why").textContent = apiKey ? `The key was not accepted: ${why}` : "This server asks for an API key.";
+    $("key-why").textContent = apiKey ? "The key was not accepted." : "This server asks for an API key.";
     input.value = "";
     dialog.returnValue = "";
     dialog.onclose = () => {
@@ -75,7 +75,7 @@ async function request(path, options = {}) {
     const response = await fetch(new URL(path, base), { ...options, headers, cache: "no-store" });
     if (response.ok) return response;
     const error = await refusal(response);
-    if (response.status !== 401 || !(await askKey(error.message))) throw error;
+    if (response.status !== 401 || !(await askKey())) throw error;
   }
 }
 
