@@ -4,11 +4,12 @@ import { mkdtemp, rm } from "node:fs/promises";
 import http from "node:http";
 import net from "node:net";
 import { tmpdir } from "node:os";
-import { join, resolve } from "node:path";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
 import assert from "node:assert/strict";
 import { chromium } from "playwright-core";
 
-const ROOT = resolve(import.meta.dirname, "../..");
+const ROOT = fileURLToPath(new URL("../..", import.meta.url));
 const BINARY = process.env.R1_SERVE_BIN ?? join(ROOT, "target/release/r1-serve");
 const CHROMIUM = process.env.CHROMIUM ?? "/usr/bin/chromium";
 const START_TIMEOUT_MS = 120_000;

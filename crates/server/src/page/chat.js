@@ -49,10 +49,10 @@ async function refusal(response) {
 let asking = null;
 
 /** Asks for the API key; true once one was given. Requests that need it at the same time share the question. */
-function askKey(why) {
+function askKey() {
   asking ??= new Promise((resolve) => {
     const [dialog, input] = [$("key"), $("key-input")];
-    $("key-why").textContent = apiKey ? `The key was not accepted: ${why}` : "This server asks for an API key.";
+    $("key-why").textContent = apiKey ? "The key was not accepted." : "This server asks for an API key.";
     input.value = "";
     dialog.returnValue = "";
     dialog.onclose = () => {
@@ -75,7 +75,7 @@ async function request(path, options = {}) {
     const response = await fetch(new URL(path, base), { ...options, headers, cache: "no-store" });
     if (response.ok) return response;
     const error = await refusal(response);
-    if (response.status !== 401 || !(await askKey(error.message))) throw error;
+    if (response.status !== 401 || !(await askKey())) throw error;
   }
 }
 
@@ -140,8 +140,7 @@ function ready() {
       let health = { status: "unreachable", error: "It does not answer." };
       try {
         const response = await fetch(new URL("health", base), { cache: "no-store" });
-        // Only what answers in this server's words can be waited for.
-        health = await response.json().catch(() => ({ status: response.ok ? "ready" : "unknown" }));
+        health = response.ok ? { status: "ready" } : await response.json().catch(() => ({ status: "unknown" }));
       } catch {
         // Asked again below.
       }
@@ -154,16 +153,21 @@ function ready() {
   return watching;
 }
 
+/** Shows which model is served; gives what went wrong. */
 async function loadModel() {
   try {
     const { data } = await (await request("v1/models")).json();
     model = data[0].id;
     maxModelLen = data[0].max_model_len ?? null;
-    $("model").textContent = model;
+    // Where there is little room, what stands before the last slash is left out.
+    const [, organization, name] = /^(.*\/)?(.*)$/s.exec(model);
+    $("model").replaceChildren(el("span", { class: "org" }, organization ?? ""), name);
     $("model").title = model;
     document.title = `${model} · r1-serve`;
+    return null;
   } catch (error) {
     say(error.message);
+    return error;
   }
 }
 
@@ -319,16 +323,19 @@ class Reply {
       const label = el("span", { class: "pulse" }, "Thinking…");
       const shown = el("div", { class: "md" });
       const node = el("details", { class: "thinking", open: "" }, el("summary", {}, icon("fold"), label), shown);
-      this.#thinking = { node, label, markdown: new Markdown(shown), text: "", since: this.#times.last, ended: 0, kept: false };
+      this.#thinking = { node, label, markdown: new Markdown(shown), since: this.#times.last, ended: 0, begun: false, kept: false };
       // Whoever folds or unfolds it decides from then on.
       node.firstChild.addEventListener("click", () => (this.#thinking.kept = true));
       say("Thinking");
     }
     const thinking = this.#thinking;
-    // Blanks alone are no thoughts.
-    if (!thinking.text.trim() && text.trim()) this.node.prepend(thinking.node);
-    if (!thinking.text) text = text.trimStart();
-    thinking.text += text;
+    if (!thinking.begun) {
+      // Blanks alone are no thoughts.
+      text = text.trimStart();
+      if (!text) return;
+      thinking.begun = true;
+      this.node.prepend(thinking.node);
+    }
     thinking.markdown.append(text);
   }
 
@@ -441,7 +448,7 @@ class Reply {
     const figures = this.#figures();
     if (figures) foot.append(el("p", { class: "figures" }, figures));
     this.node.append(foot);
-    if (this.usage) showContext(this.usage);
+    if (this.usage && this.node.isConnected) showContext(this.usage);
     say(text ?? "The answer is complete.");
     follow();
   }
@@ -451,8 +458,8 @@ class Reply {
     const { sent, first, last } = this.#times;
     const parts = [];
     const count = this.usage?.completion_tokens;
-    // The first token's time is the prompt's.
-    if (count > 1 && last > first) {
+    // The first token's time is the prompt's. What came all at once says nothing about the server's pace.
+    if (count > 1 && last - first > 10) {
       const rate = (1000 * (count - 1)) / (last - first);
       parts.push(`${number(rate, rate < 100 ? 1 : 0)} tokens/s`);
     }
@@ -465,7 +472,7 @@ class Reply {
   #askResults() {
     const form = el("form", { class: "results" });
     for (const call of this.calls) {
-      const input = el("input", { "aria-label": `Result of ${call.name}`, placeholder: "Its result", autocomplete: "off" });
+      const input = el("input", { "aria-label": `Result of ${call.name}`, placeholder: "Result", autocomplete: "off" });
       call.input = input;
       call.view.node.append(el("div", { class: "result" }, input));
       input.addEventListener("keydown", (event) => {
@@ -482,12 +489,15 @@ class Reply {
 
   #sendResults() {
     if (running || turns.at(-1) !== this) return;
-    for (const { id, input } of this.calls) {
-      input.readOnly = true;
-      turns.push({ role: "tool", id, text: input.value });
-    }
-    this.node.querySelector(".results").remove();
+    for (const { id, input } of this.calls) turns.push({ role: "tool", id, text: input.value });
     generate();
+  }
+
+  /** The conversation goes on behind it: it can no longer be changed. */
+  pass() {
+    this.node.querySelector(".results")?.remove();
+    this.node.querySelector(".again")?.remove();
+    for (const { input } of this.calls) if (input) input.readOnly = true;
   }
 
   /** As the next request repeats it; thoughts are not repeated. Null when there is nothing to repeat. */
@@ -531,23 +541,25 @@ function showRunning() {
   $("stop").hidden = running === null;
   $("send").disabled = !$("input").value.trim();
   $("welcome").hidden = turns.length > 0;
-  for (const [i, turn] of turns.entries()) {
-    const again = turn.node?.querySelector(".again");
-    if (again) again.hidden = running !== null || i + 1 < turns.length;
-  }
 }
 
 async function generate() {
   const body = requestBody();
+  for (const turn of turns) turn.pass?.();
   const reply = new Reply();
   turns.push(reply);
   running = reply;
   showRunning();
   follow(true);
-  await reply.run(body);
-  // Another conversation may have begun.
-  if (running === reply) running = null;
-  showRunning();
+  try {
+    await reply.run(body);
+  } finally {
+    // Another conversation may have begun.
+    if (running === reply) running = null;
+    showRunning();
+  }
+  // The key may have come with this reply.
+  if (!model && reply.usage) loadModel();
 }
 
 function send(text) {
@@ -659,6 +671,10 @@ $("settings").addEventListener("close", () => readTools());
 // ---- Start ----
 
 loadVersion().catch(() => {});
-loadModel();
-ready();
+const loaded = loadModel();
+// A server that starts may not have answered the first time; whoever was refused is not asked for the key again.
+ready().then(async () => {
+  const error = await loaded;
+  if (error && !(error instanceof Refusal)) loadModel();
+});
 showRunning();

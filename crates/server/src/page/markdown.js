@@ -360,8 +360,8 @@ function listBlock(lines, i, depth) {
         continue;
       }
       const indent = indentOf(line);
-      const belongs = indent >= first.indent + 2;
-      if (!belongs && (blank || interrupts(line) || item(line))) break;
+      // Models do not wrap lines: what is not indented does not go on with the item.
+      if (indent < first.indent + 2) break;
       if (blank) inner.push("");
       loose ||= blank;
       inner.push(line.slice(Math.min(indent, here.end)));

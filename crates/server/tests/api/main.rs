@@ -9,6 +9,7 @@ mod lifecycle;
 mod numbers;
 mod openapi;
 mod ops;
+mod page;
 mod replies;
 mod socket;
 mod support;

@@ -1,4 +1,5 @@
-// The chat page against servers that send what no model should: nothing of it may run, and the page must stay usable.
+// The chat page against servers that say what a test wants: what no model should send, of which nothing may run and under
+// which the page must stay usable, and what the bundled model does not do on demand.
 import assert from "node:assert/strict";
 import { after, before, test } from "node:test";
 import { Cleanup, ask, eventually, open, startBrowser, startFake, startServer, stream } from "./support.js";
@@ -71,8 +72,11 @@ test("markup in a reply is text", async () => {
   const deltas = [{ role: "assistant", content: "" }, ...pieces(MARKUP).map(({ content }) => ({ reasoning_content: content })), ...pieces(MARKUP)];
   deltas.push({ tool_calls: [{ index: 0, id: "<b>", type: "function", function: { name: MARKUP, arguments: MARKUP } }] });
   await withFake((_, response) => stream(response, deltas), async (page) => {
+    await page.setViewportSize({ width: 360, height: 640 });
     await ask(page, MARKUP);
     await assertHarmless(page);
+    const wide = await page.evaluate(() => [document.documentElement, document.getElementById("scroller")].map((node) => node.scrollWidth - node.clientWidth));
+    assert.deepEqual(wide, [0, 0], "a phone's width is enough");
     const shown = await page.locator(".turn.assistant > .md").innerText();
     for (const text of ["<img src=x onerror=", "<script>window.ran=1;alert(1)</script>", "[x](javascript:alert(1))", "<style>", "</main><h1>outside</h1>"]) {
       assert.ok(shown.includes(text), `${text} in ${shown}`);
@@ -104,28 +108,30 @@ test("names and errors of a server are text", async () => {
 });
 
 const K10 = 10_000;
+// Short enough to be taken apart as a paragraph.
+const whole = (unit) => unit.repeat(Math.floor(19_000 / unit.length));
 for (const [name, text, tail] of [
   ["backticks", "`".repeat(K10)],
   ["lines of backticks", "```\n".repeat(K10)],
-  ["runs of backticks", Array.from({ length: 400 }, (_, n) => "`".repeat(n + 1)).join(" a ")],
+  ["runs of backticks", Array.from({ length: 190 }, (_, n) => "`".repeat(n + 1)).join(" a ")],
   ["brackets", "[".repeat(K10)],
-  ["links begun", "[a](".repeat(K10)],
-  ["links begun on one line of blanks", `[a](${" ".repeat(K10)}`.repeat(20)],
-  ["images in images", "![".repeat(K10) + "](https://a)".repeat(K10)],
+  ["links begun", whole("[a](")],
+  ["links begun on one line of blanks", `[a](${" ".repeat(900)}`.repeat(20)],
+  ["images in images", "![".repeat(1400) + "](https://a)".repeat(1400)],
   ["quotes in quotes", "> ".repeat(K10)],
   ["lists in lists", "- ".repeat(K10)],
   ["deeper and deeper lists", Array.from({ length: 1000 }, (_, n) => `${" ".repeat(2 * n)}- a`).join("\n")],
   ["stars", "*".repeat(K10)],
-  ["words in stars", "*a ".repeat(K10) + "a* ".repeat(K10)],
-  ["bold in bold", "**a ".repeat(K10) + "a** ".repeat(K10)],
-  ["mixed delimiters", "*_~~".repeat(K10) + "a" + "~~_*".repeat(K10)],
-  ["dollars", "$a".repeat(K10)],
+  ["words in stars", "*a ".repeat(3000) + "a* ".repeat(3000)],
+  ["bold in bold", "**a ".repeat(2400) + "a** ".repeat(2400)],
+  ["mixed delimiters", "*_~~".repeat(2400) + "a" + "~~_*".repeat(2400)],
+  ["dollars", whole("$a")],
   ["formulas begun", "\\(".repeat(K10) + "\\[\n".repeat(K10) + "\\] x"],
   ["escapes", "\\".repeat(K10)],
   ["pipes", `${"|".repeat(K10)}\n${"|-".repeat(K10)}|\n${"|".repeat(K10)}`],
   ["a rule that is none", `${"- ".repeat(K10)}x\n${"-".repeat(1e6)}x`],
   ["a heading of blanks", `# a${" ".repeat(1e6)}x`],
-  ["addresses", "https://".repeat(K10)],
+  ["addresses", whole("https://a ") + whole("https://")],
   ["a line of a megabyte", "x".repeat(1e6)],
   ["words of a megabyte", "word ".repeat(2e5)],
   ["code of a megabyte", `\`\`\`js\n${"let x = 1;\n".repeat(1e5)}\`\`\``],
@@ -201,6 +207,57 @@ test("while the model loads its progress is shown, and the question is asked aga
     assert.equal(await page.textContent(".turn.assistant > .md"), "At last.");
     assert.ok(await page.isHidden("#banner"));
   }, { health });
+});
+
+for (const [name, clicks, opens] of [
+  ["fold away when the answer begins", 0, false],
+  ["stay folded once the reader folded them", 1, false],
+  ["stay open once the reader unfolded them", 2, true],
+]) {
+  test(`thoughts are shown as they come, and ${name}`, async () => {
+    let goOn;
+    const reply = (_, response) => {
+      response.writeHead(200, { "Content-Type": "text/event-stream" });
+      const send = (delta, finish_reason = null) => response.write(`data: ${JSON.stringify({ choices: [{ delta, finish_reason }] })}\n\n`);
+      send({ reasoning_content: "Hm. " });
+      goOn = () => {
+        send({ content: "So." }, "stop");
+        response.end("data: [DONE]\n\n");
+      };
+    };
+    await withFake(reply, async (page) => {
+      await page.fill("#input", "hi");
+      await page.press("#input", "Enter");
+      await page.waitForSelector(".thinking[open] .md p");
+      assert.match(await page.textContent("summary .pulse"), /^Thinking… \d s$/);
+      for (let n = 0; n < clicks; n += 1) await page.click(".thinking summary");
+      goOn();
+      await page.waitForSelector(".turn-foot");
+      assert.equal(await page.locator(".thinking").evaluate((node) => node.open), opens);
+      assert.match(await page.textContent(".thinking summary"), /^Thought for [\d.]+ s$/);
+      assert.deepEqual(page.complaints, []);
+    });
+  });
+}
+
+test("messages and code can be copied, and Shift+Enter begins a line", async () => {
+  const reply = "Use `ls`:\n\n```sh\nls -l\n```";
+  await withFake((_, response) => stream(response, [{ content: reply }]), async (page) => {
+    await page.context().grantPermissions(["clipboard-read", "clipboard-write"]);
+    await page.focus("#input");
+    await page.keyboard.type("one");
+    await page.keyboard.press("Shift+Enter");
+    await page.keyboard.type("two");
+    await page.keyboard.press("Enter");
+    await page.waitForSelector(".turn-foot");
+    assert.equal(await page.textContent(".turn.user"), "one\ntwo");
+    const copied = () => page.evaluate(() => navigator.clipboard.readText());
+    await page.click(".turn-foot .copy");
+    await eventually("the message", async () => (await copied()) === reply);
+    await page.click(".copy-code");
+    await eventually("the code", async () => (await copied()) === "ls -l");
+    assert.deepEqual(page.complaints, []);
+  });
 });
 
 test("tool calls are shown as cards and their results are sent", async () => {
