@@ -9,6 +9,7 @@ mod control;
 mod detok;
 mod error;
 mod jinja;
+mod meter;
 mod parse;
 mod python;
 mod stop;
