@@ -51,16 +51,12 @@ struct Allowance(AtomicUsize);
 impl Allowance {
     fn spend(&self, bytes: usize) -> Result<(), Error> {
         // Rendering has one thread, which nothing else shares an allowance with.
-        match self.0.load(Ordering::Relaxed).checked_sub(bytes) {
-            Some(left) => {
-                self.0.store(left, Ordering::Relaxed);
-                Ok(())
-            }
-            None => {
-                let what = "the template makes more text than a prompt may have";
-                Err(Error::new(ErrorKind::InvalidOperation, what))
-            }
+        if let Some(left) = self.0.load(Ordering::Relaxed).checked_sub(bytes) {
+            self.0.store(left, Ordering::Relaxed);
+            return Ok(());
         }
+        let what = "the template makes more text than a prompt may have";
+        Err(Error::new(ErrorKind::InvalidOperation, what))
     }
 
     /// Charges a value with all that it holds, as often as it holds it.

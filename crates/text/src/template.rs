@@ -400,15 +400,12 @@ fn without_thinking(prompt: &str) -> &str {
 fn add_tools(input: &mut ChatInput, block: ToolsBlock) -> Result<()> {
     let Some(tools) = input.tools.take().filter(|tools| !tools.is_empty()) else { return Ok(()) };
     let system = input.messages.iter_mut().rfind(|message| message["role"] == "system");
-    match system {
-        Some(message) => {
-            let text = block.append(message["content"].as_str().unwrap_or_default(), &tools)?;
-            message["content"] = Value::String(text);
-        }
-        None => {
-            let message = json!({"role": "system", "content": block.append("", &tools)?});
-            input.messages.insert(0, message);
-        }
+    if let Some(message) = system {
+        let text = block.append(message["content"].as_str().unwrap_or_default(), &tools)?;
+        message["content"] = Value::String(text);
+    } else {
+        let message = json!({"role": "system", "content": block.append("", &tools)?});
+        input.messages.insert(0, message);
     }
     Ok(())
 }
