@@ -337,6 +337,9 @@ fn text_error(app: &App, error: TextError, names: &Names, max_tokens: Option<u64
         }
         TextError::ReservedKwarg(_) => ApiError::bad_field("chat_template_kwargs", error),
         TextError::EmptyStop(_) => ApiError::bad_field("stop", error),
+        TextError::BadTool(_) => ApiError::bad_field("tools", error),
+        TextError::NoReasoningToContinue(_) => ApiError::bad_field("messages", error),
+        TextError::NoFimToken(_) => ApiError::bad_field("suffix", error),
         TextError::Io { .. } | TextError::BadFile { .. } | TextError::UnsupportedTokenizer { .. } => {
             ApiError::internal(error.to_string())
         }
