@@ -1,5 +1,5 @@
 //! Whatever tokens a model chooses: their text in pieces is their text as a whole, and the output parser sorts it the same
-//! however it is cut. Shared by the fuzz target and the replay of its corpus.
+//! however it is cut, tool calls included. Shared by the fuzz target and the replay of its corpus.
 //!
 //! Input: a byte of flags, a byte that seeds the cuts, a byte whose low bits count the stop strings, each stop string as
 //! a length and its bytes; the rest is token ids of two bytes.
@@ -7,7 +7,9 @@
 use std::sync::{Arc, OnceLock};
 
 use r1_core::TokenId;
-use r1_text::{ControlText, Delta, Detokenizer, OutputParser, ParserConfig, Piece, TokenClass, Tokenizer};
+use r1_text::{
+    ControlText, Delta, Detokenizer, OutputParser, ParserConfig, Piece, TokenClass, Tokenizer, ToolParser,
+};
 
 pub(crate) fn run(data: &[u8]) {
     let [flags, seed, num_stops, rest @ ..] = data else { return };
@@ -24,10 +26,10 @@ pub(crate) fn run(data: &[u8]) {
     let tokens: Vec<TokenId> = rest.as_chunks().0.iter().map(|&id| token(u16::from_le_bytes(id))).collect();
 
     let mut stream = Detokenizer::new(Arc::clone(tokenizer()), control);
-    let mut pieces: Vec<String> = tokens.iter().map(|&t| stream.push(t).text).collect();
-    pieces.push(stream.finish());
+    let mut pieces: Vec<Piece> = tokens.iter().map(|&t| stream.push(t)).collect();
+    pieces.push(word(&stream.finish()));
     let whole = tokenizer().decode(&tokens, control);
-    assert_eq!(pieces.concat(), whole);
+    assert_eq!(pieces.iter().map(|piece| piece.text.as_str()).collect::<String>(), whole);
 
     let config = ParserConfig {
         start_inside_reasoning: flag(1),
@@ -36,11 +38,43 @@ pub(crate) fn run(data: &[u8]) {
         stop,
         ..ParserConfig::default()
     };
-    let at_once = parse(&config, [whole.as_str()]);
-    assert_eq!(parse(&config, pieces.iter().map(String::as_str)), at_once);
-    assert_eq!(parse(&config, cut(&whole, *seed)), at_once);
+    run_without_tools(&config, &whole, &pieces, *seed);
+    let names = ["get_weather", "get_time", "a"].map(str::to_owned).to_vec();
+    let tools = |spelled| Some(ToolParser { syntax: None, names: names.clone(), spelled });
+    let by_tokens = ParserConfig { tools: tools(false), ..config.clone() };
+    assert_eq!(parse(&by_tokens, &pieces), parse(&by_tokens, &recut(&pieces, *seed)));
+    let spelled = ParserConfig { tools: tools(true), ..config };
+    let at_once = parse(&spelled, &[word(&whole)]);
+    assert_eq!(parse(&spelled, &pieces), at_once);
+    assert_eq!(parse(&spelled, &cut(&whole, *seed)), at_once);
+}
+
+fn word(text: &str) -> Piece {
+    Piece { text: text.to_owned(), class: TokenClass::Text }
+}
+
+/// The same reply with its words cut elsewhere; tool markup stays whole.
+fn recut(pieces: &[Piece], seed: u8) -> Vec<Piece> {
+    let mut out = Vec::new();
+    let mut words = String::new();
+    for piece in pieces {
+        if piece.class == TokenClass::Tool {
+            out.extend(cut(&std::mem::take(&mut words), seed));
+            out.push(piece.clone());
+        } else {
+            words += &piece.text;
+        }
+    }
+    out.extend(cut(&words, seed));
+    out
+}
+
+fn run_without_tools(config: &ParserConfig, whole: &str, pieces: &[Piece], seed: u8) {
+    let at_once = parse(config, &[word(whole)]);
+    assert_eq!(parse(config, pieces), at_once);
+    assert_eq!(parse(config, &cut(whole, seed)), at_once);
     let Some(parsed) = at_once else { return };
-    let (end, stopped) = first_stop(&config, &whole);
+    let (end, stopped) = first_stop(config, whole);
     assert_eq!(parsed.stopped, stopped);
     if config.separate_reasoning {
         assert!(parsed.reasoning.len() + parsed.content.len() <= end);
@@ -60,41 +94,55 @@ fn token(id: u16) -> TokenId {
 struct Parsed {
     reasoning: String,
     content: String,
+    /// Names and arguments.
+    calls: Vec<(String, String)>,
     stopped: Option<String>,
 }
 
 /// `None` where the stop strings are refused.
-fn parse<'t>(config: &ParserConfig, pieces: impl IntoIterator<Item = &'t str>) -> Option<Parsed> {
+fn parse(config: &ParserConfig, pieces: &[Piece]) -> Option<Parsed> {
     let Ok(mut parser) = OutputParser::new(config.clone()) else {
         assert!(config.stop.iter().any(String::is_empty));
         return None;
     };
-    let mut parsed = Parsed { reasoning: String::new(), content: String::new(), stopped: None };
+    let mut parsed =
+        Parsed { reasoning: String::new(), content: String::new(), calls: Vec::new(), stopped: None };
     let mut take = |output: r1_text::Output| {
         for delta in output.deltas {
             match delta {
                 Delta::Reasoning(text) => {
-                    assert!(!text.is_empty() && parsed.content.is_empty(), "reasoning after content");
+                    assert!(
+                        !text.is_empty() && parsed.content.is_empty() && parsed.calls.is_empty(),
+                        "reasoning first"
+                    );
                     parsed.reasoning += &text;
                 }
                 Delta::Content(text) => {
                     assert!(!text.is_empty());
                     parsed.content += &text;
                 }
-                other => panic!("{other:?} without tools"),
+                Delta::ToolCall { index, name } => {
+                    assert!(config.tools.as_ref().is_some_and(|tools| tools.names.contains(&name)));
+                    assert_eq!(index, parsed.calls.len());
+                    parsed.calls.push((name, String::new()));
+                }
+                Delta::ToolArguments { index, text } => {
+                    assert!(!text.is_empty() && index + 1 == parsed.calls.len());
+                    parsed.calls[index].1 += &text;
+                }
             }
         }
         parsed.stopped = output.stopped;
     };
     for piece in pieces {
-        take(parser.push(&Piece { text: piece.to_owned(), class: TokenClass::Text }));
+        take(parser.push(piece));
     }
     take(parser.finish());
     Some(parsed)
 }
 
 /// Pieces of 0 to 7 characters, by the seed.
-fn cut(text: &str, seed: u8) -> Vec<&str> {
+fn cut(text: &str, seed: u8) -> Vec<Piece> {
     let mut state = u32::from(seed) + 1;
     let mut pieces = Vec::new();
     let mut rest = text;
@@ -103,7 +151,7 @@ fn cut(text: &str, seed: u8) -> Vec<&str> {
         let chars = (state >> 24) as usize % 8;
         let at = rest.char_indices().nth(chars).map_or(rest.len(), |(at, _)| at);
         let (piece, more) = rest.split_at(at);
-        pieces.push(piece);
+        pieces.push(word(piece));
         rest = more;
     }
     pieces

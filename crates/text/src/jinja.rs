@@ -13,13 +13,13 @@ use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior, filters
 use minijinja_contrib::pycompat;
 
 use crate::control::{ControlTokens, unguard};
-use crate::python::{JsonStyle, check, to_json, to_python_str};
+use crate::python::{JsonStyle, to_json, to_python_str};
 use crate::strftime::strftime;
 
 /// Instructions that rendering `num_messages` may take. V3.2's template looks through all messages for every tool output,
-/// some 10 instructions each time; a core runs about 10 million a second, which the cap turns into a time limit.
+/// some 10 instructions each time, charges included 15; a core runs about 10 million a second, which the cap turns into a time limit.
 pub(crate) fn fuel(num_messages: usize) -> u64 {
-    let per_pair = (num_messages as u64).saturating_pow(2).saturating_mul(40);
+    let per_pair = (num_messages as u64).saturating_pow(2).saturating_mul(60);
     per_pair.saturating_add(2_000_000).min(100_000_000)
 }
 
@@ -35,20 +35,18 @@ impl fmt::Display for Raised {
 
 impl std::error::Error for Raised {}
 
+/// transformers' settings of jinja2's syntax.
+pub(crate) fn syntax() -> SyntaxConfig {
+    SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().expect("default delimiters")
+}
+
 /// An environment set up as transformers sets up jinja2. There is no loader, so a template reaches nothing outside its
-/// variables; [`fuel`] bounds its steps. What one step may cost is bounded where a number asks for it, and not where a
-/// loop doubles a string or nests a list: a template is trusted as its checkpoint is, conversations are not.
+/// variables; [`fuel`] bounds its steps, [`meter`](crate::meter) what they make. Printing is the meter's.
 pub(crate) fn environment(control: ControlTokens) -> Environment<'static> {
     let mut env = Environment::new();
-    env.set_syntax(
-        SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().expect("default delimiters"),
-    );
+    env.set_syntax(syntax());
     env.set_undefined_behavior(UndefinedBehavior::Lenient);
     env.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-    env.set_formatter(|out, _, value| {
-        check(value)?;
-        out.write_str(&to_python_str(value)?).map_err(Error::from)
-    });
     env.set_unknown_method_callback(python_method);
     env.add_filter("tojson", |value: &Value, extra: Rest<Value>, options: Kwargs| {
         if extra.is_empty() {
@@ -98,7 +96,9 @@ fn add_bounded_filters(env: &mut Environment<'static>) {
          first: Option<bool>,
          blank: Option<bool>,
          options: Kwargs| {
-            check_count("indent", width.or(options.get("width")?).unwrap_or(0))?;
+            let count = width.or(options.get("width")?).unwrap_or(4);
+            check_count("indent", count)?;
+            check_bytes(text.as_str().matches('\n').count().saturating_mul(count))?;
             filters::indent(text, width, first, blank, options)
         },
     );
@@ -111,16 +111,62 @@ fn add_bounded_filters(env: &mut Environment<'static>) {
         filters::batch(state, value, count, fill)
     });
     env.add_filter("format", |state: &mut State, format: &Value, args: Rest<ValueOrKwargs>| {
-        check_format(format.as_str().unwrap_or_default(), '%')?;
+        let values = args.iter().map(|arg| Value::clone(arg));
+        check_format(format.as_str().unwrap_or_default(), '%', values)?;
         filters::format(state, format, args)
     });
+    env.add_filter(
+        "replace",
+        |state: &mut State, text: StringInput<'_>, from: StringInput<'_>, to: StringInput<'_>| {
+            check_replace(text.as_str(), from.as_str(), to.as_str())?;
+            filters::replace(state, text, from, to)
+        },
+    );
+    env.add_filter(
+        "join",
+        |state: &mut State,
+         list: &Value,
+         joiner: Option<StringInput<'_>>,
+         attribute: Option<&str>,
+         options: Kwargs| {
+            let given = options.get::<Option<&str>>("d")?.unwrap_or_default();
+            check_join(list, joiner.as_ref().map_or(given, StringInput::as_str))?;
+            filters::join(state, list, joiner, attribute, options)
+        },
+    );
     // Writes a value down however deep and often it holds itself.
     env.remove_filter("pprint");
 }
 
+/// Most bytes that one filter or method may make where its output is a product of its inputs.
+const MAX_MADE_BYTES: usize = 32 << 20;
+
+fn check_bytes(bytes: usize) -> Result<(), Error> {
+    if bytes <= MAX_MADE_BYTES {
+        return Ok(());
+    }
+    let what = format!("one filter or method would make more than {MAX_MADE_BYTES} bytes");
+    Err(Error::new(ErrorKind::InvalidOperation, what))
+}
+
+fn check_replace(text: &str, from: &str, to: &str) -> Result<(), Error> {
+    // Most replacements shorten, or there are few: only then does it pay to count.
+    let most = text.len() + 1;
+    if most.saturating_mul(to.len()) <= MAX_MADE_BYTES {
+        return Ok(());
+    }
+    check_bytes(text.matches(from).count().saturating_mul(to.len()))
+}
+
+fn check_join(list: &Value, joiner: &str) -> Result<(), Error> {
+    check_bytes(list.len().unwrap_or(0).saturating_mul(joiner.len()))
+}
+
 /// Widths and precisions of `'…'|format` and `'…'.format`, which stand behind `open`: no more than [`MAX_COUNT`], and none
-/// from an argument.
-fn check_format(format: &str, open: char) -> Result<(), Error> {
+/// from an argument; and that not too much comes of writing every argument at every place.
+fn check_format(format: &str, open: char, args: impl Iterator<Item = Value>) -> Result<(), Error> {
+    let arg_bytes: usize = args.map(|arg| text_bytes(&arg)).fold(0, usize::saturating_add);
+    check_bytes(format.matches(open).count().saturating_mul(arg_bytes))?;
     for spec in format.split(open).skip(1) {
         let in_spec = |c: char| open == '{' && c != '}' || c.is_ascii_digit() || "#-+ .*".contains(c);
         let spec = spec.split(|c| !in_spec(c)).next().unwrap_or_default();
@@ -132,6 +178,14 @@ fn check_format(format: &str, open: char) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+/// About as many bytes as a value takes written down.
+fn text_bytes(value: &Value) -> usize {
+    match to_python_str(value) {
+        Ok(text) => text.len(),
+        Err(_) => usize::MAX,
+    }
 }
 
 /// Python's `str.isspace` for one character.
@@ -156,7 +210,17 @@ fn python_method(state: &mut State, value: &Value, method: &str, args: &[Value])
             Ok(Value::from(strip(s, chars, method != "rstrip", method != "lstrip")))
         }
         "format" => {
-            check_format(s, '{')?;
+            check_format(s, '{', args.iter().cloned())?;
+            pycompat::unknown_method_callback(state, value, method, args)
+        }
+        "replace" => {
+            if let [from, to, ..] = args {
+                check_replace(s, from.as_str().unwrap_or_default(), to.as_str().unwrap_or_default())?;
+            }
+            pycompat::unknown_method_callback(state, value, method, args)
+        }
+        "join" => {
+            args.first().map_or(Ok(()), |list| check_join(list, s))?;
             pycompat::unknown_method_callback(state, value, method, args)
         }
         "removeprefix" => {

@@ -10,6 +10,7 @@ mod detok;
 mod error;
 mod grammar;
 mod jinja;
+mod meter;
 mod parse;
 mod python;
 mod stop;

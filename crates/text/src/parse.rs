@@ -252,7 +252,7 @@ impl OutputParser {
                 self.markup(markup, deltas);
             } else if !Markup::ALL.iter().any(|markup| markup.text().starts_with(&self.unread)) {
                 // Markup holds one `<`, its first character.
-                let keep = if c == '<' { 1 } else { 0 };
+                let keep = usize::from(c == '<');
                 let rest = self.unread.split_off(self.unread.len() - keep);
                 let words = std::mem::replace(&mut self.unread, rest);
                 self.words(&words, deltas);
@@ -304,13 +304,13 @@ impl OutputParser {
                     }
                     words
                 }
-                Place::Start | Place::ReasoningStart | Place::Reasoning => self.to_tag(rest, deltas),
+                Place::Start | Place::ReasoningStart | Place::Reasoning => self.read_to_tag(rest, deltas),
             };
         }
     }
 
     /// Reads up to where the place changes, and gives the rest.
-    fn to_tag<'t>(&mut self, text: &'t str, deltas: &mut Vec<Delta>) -> &'t str {
+    fn read_to_tag<'t>(&mut self, text: &'t str, deltas: &mut Vec<Delta>) -> &'t str {
         let tag = self.place.tag();
         let mut reasoning = String::new();
         for (at, c) in text.char_indices() {

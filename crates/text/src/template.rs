@@ -8,10 +8,9 @@ use serde_json::{Map, Value, json};
 use crate::control::{ControlTokens, THINK_CLOSE, THINK_OPEN, unguard};
 use crate::error::{Result, TextError};
 use crate::jinja::{self, Raised};
+use crate::meter::{self, Limits};
 use crate::python::{JsonStyle, to_json};
 use crate::tools_block::ToolsBlock;
-
-const NAME: &str = "chat_template";
 
 /// Stands behind the last message's content while a prompt that continues it is rendered; never part of a prompt.
 const CONTINUE_HERE: &str = "\u{FDD1} ";
@@ -94,6 +93,7 @@ enum Arguments {
 #[derive(Debug)]
 pub struct ChatTemplate {
     env: Environment<'static>,
+    source: String,
     control: ControlTokens,
     bos: Option<String>,
     eos: Option<String>,
@@ -106,15 +106,25 @@ pub struct ChatTemplate {
 /// Longest prompt that is rendered unless [`ChatTemplate::with_max_bytes`] says otherwise.
 const MAX_BYTES: usize = 64 << 20;
 
+/// A conversation of two short messages needs far less. A template is probed some times when it is read, and one that
+/// never ends must not make that long.
+const PROBE_LIMITS: Limits = Limits { fuel: 200_000, max_bytes: 1 << 20, made_bytes: 4 << 20 };
+
+/// Bytes of text and values that a template may make of each byte given to it, and beside: templates copy a message a few
+/// times, and gather system messages in one string that grows with each.
+const MADE_PER_GIVEN: usize = 16;
+const MADE_BYTES: usize = 64 << 20;
+
 impl ChatTemplate {
     /// Compiles a template. `bos` and `eos` are what it sees as `bos_token` and `eos_token`; `control` is the
     /// [tokenizer's](crate::Tokenizer::control_tokens).
     pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>, control: ControlTokens) -> Result<Self> {
-        let mut env = jinja::environment(control.clone());
-        env.add_template_owned(NAME, source.to_owned()).map_err(|e| template_error(&e))?;
+        let env = jinja::environment(control.clone());
+        env.template_from_str(source).map_err(|e| template_error(&e))?;
         let [bos, eos] = [bos, eos].map(|token| token.map(str::to_owned));
         let mut template = Self {
             env,
+            source: source.to_owned(),
             control,
             bos,
             eos,
@@ -162,7 +172,7 @@ impl ChatTemplate {
         // Some templates need a system message, some refuse one.
         [vec![user.clone()], vec![system, user]].into_iter().any(|messages| {
             let input = ChatInput { messages, tools: tools.clone(), ..ChatInput::default() };
-            self.render_as_given(&input).is_ok_and(|text| text.contains(NAME))
+            self.render_within(&input, PROBE_LIMITS).is_ok_and(|text| text.contains(NAME))
         })
     }
 
@@ -182,7 +192,7 @@ impl ChatTemplate {
                     json!({"role": "assistant", "content": content, "tool_calls": [call]}),
                 ];
                 let input = ChatInput { messages: messages.to_vec(), ..ChatInput::default() };
-                self.render_as_given(&input).ok().filter(|text| text.contains("probe_key"))
+                self.render_within(&input, PROBE_LIMITS).ok().filter(|text| text.contains("probe_key"))
             })
         };
         if render(&json!(TEXT)).is_some_and(|text| text.contains(TEXT)) {
@@ -230,6 +240,17 @@ impl ChatTemplate {
     }
 
     fn render_as_given(&self, input: &ChatInput) -> Result<String> {
+        let given = input.messages.iter().chain(input.tools.iter().flatten()).chain(input.kwargs.values());
+        let given_bytes = given.map(json_bytes).fold(0, usize::saturating_add);
+        let limits = Limits {
+            fuel: jinja::fuel(input.messages.len()),
+            max_bytes: self.max_bytes,
+            made_bytes: given_bytes.saturating_mul(MADE_PER_GIVEN).saturating_add(MADE_BYTES),
+        };
+        self.render_within(input, limits)
+    }
+
+    fn render_within(&self, input: &ChatInput, limits: Limits) -> Result<String> {
         let mut context = input.kwargs.clone();
         context.insert("messages".into(), Value::Array(input.messages.clone()));
         context.insert("tools".into(), input.tools.clone().map_or(Value::Null, Value::Array));
@@ -240,10 +261,9 @@ impl ChatTemplate {
                 context.insert(name.into(), Value::String(text.clone()));
             }
         }
-        let mut env = self.env.clone();
-        env.set_fuel(Some(jinja::fuel(input.messages.len())));
-        let template = env.get_template(NAME).expect("added when it was compiled");
-        template.render(minijinja::Value::from(Serde(&context))).map_err(|e| template_error(&e))
+        let context = minijinja::Value::from(Serde(&context));
+        meter::render(self.env.clone(), jinja::syntax(), &self.source, context, limits)
+            .map_err(|e| template_error(&e))
     }
 
     /// A message as the template gets it: guarded, with arguments in the form that the template needs.
@@ -301,6 +321,17 @@ impl ChatTemplate {
         let last = self.control.matches(guarded).map(|(_, _, token)| token).last();
         if last == Some(THINK_OPEN) { PromptEnd::OpenThink } else { PromptEnd::Closed }
     }
+}
+
+/// About as many bytes as the value has.
+fn json_bytes(value: &Value) -> usize {
+    let inside: usize = match value {
+        Value::String(text) => text.len(),
+        Value::Array(items) => items.iter().map(json_bytes).sum(),
+        Value::Object(fields) => fields.iter().map(|(name, value)| name.len() + json_bytes(value)).sum(),
+        _ => 0,
+    };
+    inside + 8
 }
 
 /// How the last message is continued.
@@ -369,15 +400,12 @@ fn without_thinking(prompt: &str) -> &str {
 fn add_tools(input: &mut ChatInput, block: ToolsBlock) -> Result<()> {
     let Some(tools) = input.tools.take().filter(|tools| !tools.is_empty()) else { return Ok(()) };
     let system = input.messages.iter_mut().rfind(|message| message["role"] == "system");
-    match system {
-        Some(message) => {
-            let text = block.append(message["content"].as_str().unwrap_or_default(), &tools)?;
-            message["content"] = Value::String(text);
-        }
-        None => {
-            let message = json!({"role": "system", "content": block.append("", &tools)?});
-            input.messages.insert(0, message);
-        }
+    if let Some(message) = system {
+        let text = block.append(message["content"].as_str().unwrap_or_default(), &tools)?;
+        message["content"] = Value::String(text);
+    } else {
+        let message = json!({"role": "system", "content": block.append("", &tools)?});
+        input.messages.insert(0, message);
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use minijinja::value::Serde;
 use serde_json::{Value, json};
 
 use crate::error::{Result, TextError};
-use crate::python::{JsonStyle, to_json};
+use crate::python::{JsonStyle, push, to_json};
 use crate::tools::ToolSyntax;
 
 /// A form of the block, by the checkpoints that were trained on it.
@@ -57,18 +57,18 @@ impl ToolsBlock {
         for (i, tool) in tools.iter().enumerate() {
             let function = &tool["function"];
             let name = function["name"].as_str().ok_or(TextError::BadTool(i))?;
-            out.push_str(&match self {
-                Self::DeepSeekV3 => format!("\n- `{name}`:\n```json\n{}\n```\n", dumps(tool)?),
+            match self {
+                Self::DeepSeekV3 => {
+                    push(&mut out, format_args!("\n- `{name}`:\n```json\n{}\n```\n", dumps(tool)?));
+                }
                 Self::DeepSeekV31 => {
                     let description = function["description"].as_str().unwrap_or_default();
                     let none = json!({"type": "object", "properties": {}});
                     let parameters = Some(&function["parameters"]).filter(|p| !p.is_null()).unwrap_or(&none);
-                    format!(
-                        "\n### {name}\nDescription: {description}\n\nParameters: {}\n",
-                        dumps(parameters)?
-                    )
+                    push(&mut out, format_args!("\n### {name}\nDescription: {description}\n\n"));
+                    push(&mut out, format_args!("Parameters: {}\n", dumps(parameters)?));
                 }
-            });
+            }
         }
         if self == Self::DeepSeekV31 {
             out.push('\n');

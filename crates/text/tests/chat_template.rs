@@ -1,5 +1,7 @@
 //! Chat templates against Python's jinja2 (generator: tools/templates/make.py).
 
+use std::time::{Duration, Instant};
+
 use r1_text::{
     ChatInput, ChatTemplate, ControlTokens, PromptEnd, RenderedPrompt, TextError, ToolSyntax, ToolsBlock,
 };
@@ -178,12 +180,61 @@ fn endless_and_huge_templates_are_errors() {
         "{% set n = namespace(x=[]) %}{% for i in range(1000) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x|tojson }}",
         "{% set n = namespace(x=[]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
         "{% set n = namespace(x={}) %}{% for i in range(60) %}{% set n.x = {1: n.x, 2: n.x} %}{% endfor %}{{ n.x|tojson }}",
+        "{% set n = namespace(x=[]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x ~ 1 }}",
+        "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x|list|length }}",
+        "{% set n = namespace(x=1) %}{% set n.x = n %}{{ n ~ 'x' }}",
+        // A string that doubles, each way there is.
+        "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}{{ n.s }}",
+        "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+        "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s * 2 %}{% endfor %}{{ n.s }}",
+        "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = [n.s, n.s]|join %}{% endfor %}{{ n.s }}",
+        "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s.replace('x', 'xx') %}{% endfor %}{{ n.s }}",
+        "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set t %}{{ n.s }}{{ n.s }}{% endset %}{% set n.s = t %}{% endfor %}{{ n.s }}",
+        "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = '{}{}'.format(n.s, n.s) %}{% endfor %}{{ n.s }}",
+        "{% macro m(s, i) %}{% if i %}{{ m(s + s, i - 1) }}{% else %}{{ s }}{% endif %}{% endmacro %}{{ m('x', 60) }}",
+        "{% for i in range(9999) %}{% for j in range(99) %}{{ 'x' * 100000 }}{% endfor %}{% endfor %}",
+        "{% set x = 'x' * 30000000 %}{% for i in range(9999) %}{% set y = x[1:] %}{% endfor %}",
+        // Products of two long strings.
+        "{% set x = 'x' * 1000000 %}{{ x.replace('x', x)|length }}",
+        "{% set x = 'x' * 1000000 %}{{ x|replace('x', x)|length }}",
+        "{% set x = 'x' * 1000000 %}{{ x.join(x)|length }}",
+        "{% set x = 'x' * 1000000 %}{{ x|join(x)|length }}",
+        "{% set x = 'x' * 1000000 %}{{ x|list|join(d=x)|length }}",
+        "{% set x = 'x' * 1000000 %}{{ ('{0}' * 1000000).format(x)|length }}",
+        "{% set x = 'x' * 1000000 %}{{ ('%(x)s' * 1000000)|format(x=x)|length }}",
+        "{{ ('\n' * 10000000)|indent(10000)|length }}",
     ] {
+        let begin = Instant::now();
         let template = ChatTemplate::new(source, None, None, ControlTokens::default()).unwrap();
-        assert!(
-            matches!(template.render(&ChatInput::default()), Err(TextError::Template { .. })),
-            "{source}"
-        );
+        let rendered = template.render(&ChatInput::default()).map(|prompt| prompt.text().len());
+        assert!(matches!(rendered, Err(TextError::Template { .. })), "{source}: {rendered:?}");
+        assert!(begin.elapsed() < Duration::from_secs(20), "{source}");
+    }
+}
+
+#[test]
+fn a_prompt_is_no_longer_than_it_may_be() {
+    let source = "{% for m in messages %}{{ m.content }}{% endfor %}";
+    let template = |max_bytes: usize| {
+        let template = ChatTemplate::new(source, None, None, ControlTokens::default()).unwrap();
+        template.with_max_bytes(max_bytes)
+    };
+    let messages =
+        json!([{"role": "user", "content": "x".repeat(50)}, {"role": "user", "content": "x".repeat(50)}]);
+    assert!(template(100).render(&ask(&messages)).is_ok());
+    assert!(matches!(template(99).render(&ask(&messages)), Err(TextError::Template { .. })));
+}
+
+#[test]
+fn long_conversations_have_allowance_enough() {
+    let reply =
+        json!({"role": "assistant", "content": "<think>why</think>".to_owned() + &"y".repeat(100_000)});
+    let user = json!({"role": "user", "content": "x".repeat(100_000)});
+    let messages: Vec<Value> =
+        (0..40).map(|i| if i % 2 == 0 { user.clone() } else { reply.clone() }).collect();
+    for name in TEMPLATES {
+        let prompt = template(name).render(&ask(&json!(messages))).unwrap();
+        assert!(prompt.text().len() > 3_900_000 || name == "deepseek-ai-DeepSeek-V3.2", "{name}");
     }
 }
 
@@ -306,6 +357,8 @@ fn a_prompt_can_continue_the_last_message() {
 
 #[test]
 fn a_prompt_can_continue_reasoning_and_what_follows_it() {
+    use PromptEnd::{Closed, OpenThink};
+
     let continued = |name: &str, last: Value, kwargs: Value| {
         let messages = json!([{"role": "user", "content": "x"}, last]);
         let kwargs = kwargs.as_object().unwrap().clone();
@@ -319,7 +372,6 @@ fn a_prompt_can_continue_reasoning_and_what_follows_it() {
         last.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
         last
     };
-    use PromptEnd::{Closed, OpenThink};
     let only_reasoning = of(json!({"content": "", "reasoning_content": "First <think>"}));
     let both = of(json!({"content": "It is ", "reasoning_content": "First"}));
     let null = of(json!({"content": null, "reasoning_content": "First"}));

@@ -86,15 +86,11 @@ fn pieces(reply: &str, chars: usize) -> Vec<Piece> {
     while !rest.is_empty() {
         let markup =
             [CALLS, END_CALLS, CALL, END_CALL, SEP, OUTPUT].into_iter().find(|m| rest.starts_with(m));
-        let (len, class) = match markup {
-            Some(markup) => (markup.len(), TokenClass::Tool),
-            None => {
-                let first = rest.chars().next().unwrap().len_utf8();
-                let end = rest[first..].find("<｜tool▁").map_or(rest.len(), |at| at + first);
-                let nth = rest.char_indices().nth(chars).map_or(rest.len(), |(at, _)| at);
-                (nth.min(end), TokenClass::Text)
-            }
-        };
+        let first = rest.chars().next().unwrap().len_utf8();
+        let words_end = rest[first..].find("<｜tool▁").map_or(rest.len(), |at| at + first);
+        let cut = rest.char_indices().nth(chars).map_or(rest.len(), |(at, _)| at);
+        let len = markup.map_or(cut.min(words_end), str::len);
+        let class = if markup.is_some() { TokenClass::Tool } else { TokenClass::Text };
         let (text, more) = rest.split_at(len);
         pieces.push(Piece { text: text.to_owned(), class });
         rest = more;
