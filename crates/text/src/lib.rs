@@ -21,8 +21,8 @@ pub use control::{ControlTokens, THINK_CLOSE, THINK_OPEN, TokenClass};
 pub use detok::{ControlText, Detokenizer, Piece};
 pub use error::{Result, TextError};
 pub use grammar::{
-    Constraint, Format, GrammarError, Grammars, ReplyRules, Thinking, ToolChoice, ToolRule, ToolSyntax, Tools,
-    bad_word_tokens,
+    Constraint, Format, GrammarError, Grammars, ReplyRules, Thinking, ToolChoice, ToolRule, ToolSyntax,
+    Tools, bad_word_tokens,
 };
 pub use parse::{Delta, Output, OutputParser, ParserConfig};
 pub use template::{ChatInput, ChatTemplate, PromptEnd, RenderedPrompt};

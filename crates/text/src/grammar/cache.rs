@@ -56,7 +56,8 @@ impl Cache {
             self.text_bytes -= key.len();
         }
         while self.entries.len() > MAX_GRAMMARS || self.text_bytes > MAX_TEXT_BYTES {
-            let oldest = self.entries.iter().min_by_key(|(_, entry)| entry.last_use).map(|(key, _)| Arc::clone(key));
+            let oldest =
+                self.entries.iter().min_by_key(|(_, entry)| entry.last_use).map(|(key, _)| Arc::clone(key));
             let Some(oldest) = oldest else { break };
             self.entries.remove(&oldest);
             self.text_bytes -= oldest.len();

@@ -89,7 +89,13 @@ struct Parser<'t> {
 
 impl<'t> Parser<'t> {
     fn new(text: &'t str) -> Self {
-        Self { text, chars: text.char_indices().peekable(), line: 1, rules: Vec::new(), by_name: HashMap::new() }
+        Self {
+            text,
+            chars: text.char_indices().peekable(),
+            line: 1,
+            rules: Vec::new(),
+            by_name: HashMap::new(),
+        }
     }
 
     fn fault(&self, reason: impl Into<String>) -> Fault {
@@ -106,6 +112,12 @@ impl<'t> Parser<'t> {
         Some(c)
     }
 
+    fn skip(&mut self, chars: usize) {
+        for _ in 0..chars {
+            self.next();
+        }
+    }
+
     fn rest(&mut self) -> &'t str {
         let at = self.chars.peek().map_or(self.text.len(), |&(at, _)| at);
         &self.text[at..]
@@ -115,9 +127,11 @@ impl<'t> Parser<'t> {
     fn space(&mut self, over_lines: bool) {
         while let Some(c) = self.peek() {
             match c {
-                '#' => while self.peek().is_some_and(|c| c != '\n') {
-                    self.next();
-                },
+                '#' => {
+                    while self.peek().is_some_and(|c| c != '\n') {
+                        self.next();
+                    }
+                }
                 '\n' | '\r' if !over_lines => break,
                 c if c.is_whitespace() => {
                     self.next();
@@ -136,12 +150,11 @@ impl<'t> Parser<'t> {
             if !self.rest().starts_with("::=") {
                 return Err(self.fault(format!("expected `::=` behind the rule's name `{name}`")));
             }
-            (0..3).for_each(|_| drop(self.next()));
+            self.skip(3);
             let rule = self.rule(name)?;
             self.space(true);
             let body = self.choice(0)?;
-            if self.peek().is_some_and(|c| !is_name_char(c)) {
-                let c = self.peek().unwrap_or_default();
+            if let Some(c) = self.peek().filter(|&c| !is_name_char(c) && c != '\n' && c != '\r') {
                 return Err(self.fault(format!("did not expect {c:?}")));
             }
             let name = &self.rules[rule].name;
@@ -249,13 +262,15 @@ impl<'t> Parser<'t> {
                 Some('+') => (1, None),
                 Some('?') => (0, Some(1)),
                 Some('{') => {
-                    let body: String = self.chars.clone().map(|(_, c)| c).skip(1).take_while(|&c| c != '}').collect();
+                    let body: String =
+                        self.chars.clone().map(|(_, c)| c).skip(1).take_while(|&c| c != '}').collect();
                     let (min, max) = body.split_once(',').unwrap_or((&body, &body));
                     let number = |digits: &str| digits.trim().parse::<u32>().ok();
                     let min_count = if min.trim().is_empty() { Some(0) } else { number(min) };
                     let max_count = if max.trim().is_empty() { Some(None) } else { number(max).map(Some) };
                     let (Some(min), Some(max)) = (min_count, max_count) else {
-                        return Err(self.fault(format!("{{{body}}} is no repetition: write {{m}}, {{m,}} or {{m,n}}")));
+                        return Err(self
+                            .fault(format!("{{{body}}} is no repetition: write {{m}}, {{m,}} or {{m,n}}")));
                     };
                     if u64::from(max.unwrap_or(min).max(min)) > MAX_REPEAT {
                         let reason = format!("{{{body}}}: at most {MAX_REPEAT} repetitions are supported");
@@ -264,7 +279,7 @@ impl<'t> Parser<'t> {
                     if max.is_some_and(|max| max < min) {
                         return Err(self.fault(format!("{{{body}}}: the most is less than the least")));
                     }
-                    (0..body.chars().count() + 1).for_each(|_| drop(self.next()));
+                    self.skip(body.chars().count() + 1);
                     (min, max)
                 }
                 _ => return Ok(atom),
@@ -307,7 +322,8 @@ impl<'t> Parser<'t> {
             };
             empty = false;
             member(&mut members, first);
-            let is_range = self.peek() == Some('-') && self.rest()[1..].chars().next().is_some_and(|c| c != ']');
+            let is_range =
+                self.peek() == Some('-') && self.rest()[1..].chars().next().is_some_and(|c| c != ']');
             if is_range {
                 self.next();
                 let last = match self.next() {
@@ -343,7 +359,7 @@ impl<'t> Parser<'t> {
             c => return Err(self.fault(format!("there is no escape \\{c}"))),
         };
         let hex: String = self.chars.clone().map(|(_, c)| c).take(digits).collect();
-        (0..digits).for_each(|_| drop(self.next()));
+        self.skip(digits);
         let code = u32::from_str_radix(&hex, 16).ok().filter(|_| hex.len() == digits);
         code.and_then(char::from_u32).ok_or_else(|| self.fault(format!("\\{c}{hex} is no character")))
     }
@@ -387,7 +403,11 @@ fn without_tail_recursion(rule: usize, body: Node) -> Node {
         }
     }
     let nullable = again.iter().any(|node| node == &Node::Sequence(Vec::new()));
-    if again.is_empty() || last.is_empty() || nullable || again.iter().chain(&last).any(|node| uses(node, rule)) {
+    if again.is_empty()
+        || last.is_empty()
+        || nullable
+        || again.iter().chain(&last).any(|node| uses(node, rule))
+    {
         return body;
     }
     Node::Sequence(vec![Node::Repeat(Box::new(Node::Choice(again)), 0, None), Node::Choice(last)])
@@ -424,7 +444,9 @@ fn check_ends(rules: &[Rule]) -> Result<(), Fault> {
         }
     }
     match ends.iter().position(|ended| !ended) {
-        Some(i) => Err(at_line(rules[i].line, format!("the rule `{}` needs itself without end", rules[i].name))),
+        Some(i) => {
+            Err(at_line(rules[i].line, format!("the rule `{}` needs itself without end", rules[i].name)))
+        }
         None => Ok(()),
     }
 }
@@ -486,7 +508,8 @@ impl<'r> Writer<'r> {
             Node::Sequence(list) => {
                 // Neighbours that do not recurse are one terminal.
                 let mut text = String::new();
-                let is_one = |a: &Node, b: &Node| is_regular(a, &self.regular) && is_regular(b, &self.regular);
+                let is_one =
+                    |a: &Node, b: &Node| is_regular(a, &self.regular) && is_regular(b, &self.regular);
                 let runs: Vec<&[Node]> = list.chunk_by(is_one).collect();
                 for run in runs {
                     let part = match run {

@@ -20,7 +20,9 @@ pub(super) fn check(text: &str) -> Result<(), Fault> {
         )));
     }
     if !text.lines().any(|line| line.trim_start_matches(['?', '!']).trim_start().starts_with("start")) {
-        return Err(Fault::new("a Lark grammar begins at the rule `start: …`, a GBNF grammar at `root ::= …`"));
+        return Err(Fault::new(
+            "a Lark grammar begins at the rule `start: …`, a GBNF grammar at `root ::= …`",
+        ));
     }
     let mut rules = 0;
     let mut at = 0;
@@ -37,12 +39,14 @@ pub(super) fn check(text: &str) -> Result<(), Fault> {
             '/' if rest.starts_with("//") => line_len(rest),
             '"' => delimited(rest, '"').ok_or_else(|| Fault::at(place.as_str(), "a string does not end"))?,
             '/' => {
-                let len = delimited(rest, '/').ok_or_else(|| Fault::at(place.as_str(), "a regex does not end"))?;
+                let len =
+                    delimited(rest, '/').ok_or_else(|| Fault::at(place.as_str(), "a regex does not end"))?;
                 regex::check(&rest[1..len - 1]).map_err(|f| Fault::at(place.as_str(), f.reason))?;
                 len
             }
             '%' => {
-                let word: &str = rest[1..].split(|c: char| !c.is_ascii_alphanumeric() && c != '_').next().unwrap_or("");
+                let word: &str =
+                    rest[1..].split(|c: char| !c.is_ascii_alphanumeric() && c != '_').next().unwrap_or("");
                 if !["import", "ignore"].contains(&word) {
                     let reason = format!("`%{word}` is not supported in a request's grammar");
                     return Err(Fault::at(place, reason));
@@ -50,7 +54,9 @@ pub(super) fn check(text: &str) -> Result<(), Fault> {
                 1 + word.len()
             }
             '@' => return Err(Fault::at(place, "`@` names another grammar; a request has only one")),
-            '<' => return Err(Fault::at(place, "`<…>` names a control token; a grammar describes text only")),
+            '<' => {
+                return Err(Fault::at(place, "`<…>` names a control token; a grammar describes text only"));
+            }
             ':' => {
                 rules += 1;
                 if rules > MAX_RULES {
@@ -61,7 +67,8 @@ pub(super) fn check(text: &str) -> Result<(), Fault> {
             '0'..='9' => {
                 let digits = rest.len() - rest.trim_start_matches(|c: char| c.is_ascii_digit()).len();
                 let before = text[..at].trim_end().chars().next_back();
-                let is_name = text[..at].chars().next_back().is_some_and(|c| c.is_ascii_alphanumeric() || c == '_');
+                let is_name =
+                    text[..at].chars().next_back().is_some_and(|c| c.is_ascii_alphanumeric() || c == '_');
                 let count: u64 = rest[..digits].parse().unwrap_or(u64::MAX);
                 if !is_name && matches!(before, Some('{' | ',' | '~' | '.')) && count > MAX_REPEAT {
                     let reason = format!("{count} repetitions; at most {MAX_REPEAT} are supported");

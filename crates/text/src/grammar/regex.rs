@@ -102,7 +102,9 @@ pub(super) fn check(regex: &str) -> Result<(), Fault> {
         if size > MAX_EXPANDED {
             return Err(Fault::at(
                 format!("character {}", at + 1),
-                format!("with its repetitions written out the regex is larger than {MAX_EXPANDED} characters"),
+                format!(
+                    "with its repetitions written out the regex is larger than {MAX_EXPANDED} characters"
+                ),
             ));
         }
         at += 1;
@@ -118,7 +120,8 @@ pub(super) fn check(regex: &str) -> Result<(), Fault> {
 
 /// Characters of the escape that begins here: `\n`, `\p{Greek}`, `\x{1F600}`.
 fn escape_len(chars: &[char]) -> usize {
-    let braced = matches!(chars.get(1), Some('p' | 'P' | 'x' | 'u' | 'U' | 'b')) && chars.get(2) == Some(&'{');
+    let braced =
+        matches!(chars.get(1), Some('p' | 'P' | 'x' | 'u' | 'U' | 'b')) && chars.get(2) == Some(&'{');
     if !braced {
         return 2;
     }

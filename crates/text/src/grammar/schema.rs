@@ -11,18 +11,20 @@ use super::regex;
 
 /// Largest schema, in bytes of keys, strings and values.
 const MAX_BYTES: usize = 256 << 10;
-/// Most schemas in a schema.
-const MAX_NODES: usize = 10_000;
+/// Most schemas in a request, the parts of schemas included.
+pub(super) const MAX_NODES: usize = 2_000;
 /// Deepest schema in schema, references followed; deepest value of `enum` and `const`.
 const MAX_DEPTH: usize = 64;
 /// Longest JSON pointer to a schema, in bytes.
 const MAX_POINTER: usize = 2048;
 /// Most properties of one object, named or required.
-const MAX_PROPERTIES: usize = 1_000;
+const MAX_PROPERTIES: usize = 500;
 /// Most `patternProperties` of one object: each is held against each.
 const MAX_PATTERNS: usize = 16;
 /// Most values of an `enum`.
-const MAX_ENUM: usize = 5_000;
+const MAX_ENUM: usize = 2_500;
+/// Most values of all `enum`s.
+const MAX_ENUM_VALUES: usize = 5_000;
 /// Most schemas of one `anyOf`, `oneOf`, `allOf` or `prefixItems`.
 const MAX_OPTIONS: usize = 500;
 /// Largest `minItems`, `maxItems`, `minProperties`, `maxProperties`.
@@ -59,9 +61,8 @@ const UNSUPPORTED: [(&str, &str); 18] = [
     ("extends", "use `allOf`"),
     ("disallow", "describe what is allowed instead"),
 ];
-const FORMATS: [&str; 11] = [
-    "date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown",
-];
+const FORMATS: [&str; 11] =
+    ["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown"];
 const TYPES: [&str; 7] = ["null", "boolean", "number", "integer", "string", "array", "object"];
 
 /// What one schema needs so that some finite value satisfies it.
@@ -84,18 +85,20 @@ struct Reader {
     nodes: Vec<Node>,
     by_pointer: HashMap<String, usize>,
     bytes: usize,
+    /// Values of all `enum`s so far.
+    enum_values: usize,
 }
 
-/// A schema of the same values without annotations, fit to be compiled.
-pub(super) fn prepare(schema: &Value) -> Result<Value, Fault> {
-    let mut reader = Reader { nodes: Vec::new(), by_pointer: HashMap::new(), bytes: 0 };
+/// A schema of the same values without annotations, fit to be compiled, and how many schemas it is made of.
+pub(super) fn prepare(schema: &Value) -> Result<(Value, usize), Fault> {
+    let mut reader = Reader { nodes: Vec::new(), by_pointer: HashMap::new(), bytes: 0, enum_values: 0 };
     let mut pointer = String::new();
     let (prepared, _) = reader.schema(schema, &mut pointer, 0)?;
     reader.references()?;
     reader.depth()?;
     reader.expansion()?;
     reader.ends()?;
-    Ok(prepared)
+    Ok((prepared, reader.nodes.len()))
 }
 
 /// Appends a key to a JSON pointer, runs `body`, takes it off again.
@@ -136,7 +139,10 @@ impl Reader {
             return Err(fault(pointer, format!("schemas nest deeper than {MAX_DEPTH}")));
         }
         if pointer.len() > MAX_POINTER {
-            return Err(fault(pointer, format!("the names above this schema are longer than {MAX_POINTER} bytes")));
+            return Err(fault(
+                pointer,
+                format!("the names above this schema are longer than {MAX_POINTER} bytes"),
+            ));
         }
         if self.nodes.len() == MAX_NODES {
             return Err(fault(pointer, format!("more than {MAX_NODES} schemas")));
@@ -193,7 +199,8 @@ impl Reader {
             return self.list(node, list, at, depth).map(Some);
         }
         if NAMED.contains(&key) {
-            let named = value.as_object().ok_or_else(|| fault(at, format!("`{key}` holds schemas by name")))?;
+            let named =
+                value.as_object().ok_or_else(|| fault(at, format!("`{key}` holds schemas by name")))?;
             let limit = match key {
                 "properties" => MAX_PROPERTIES,
                 "patternProperties" => MAX_PATTERNS,
@@ -227,6 +234,11 @@ impl Reader {
                     let reason = format!("{} values; 1 to {MAX_ENUM} are supported", values.len());
                     return Err(fault(at, reason));
                 }
+                self.enum_values += values.len();
+                if self.enum_values > MAX_ENUM_VALUES {
+                    let reason = format!("all `enum`s together have more than {MAX_ENUM_VALUES} values");
+                    return Err(fault(at, reason));
+                }
                 for value in values {
                     self.value(value, at, 0)?;
                 }
@@ -239,7 +251,9 @@ impl Reader {
             "type" => {
                 let known = |v: &Value| v.as_str().is_some_and(|t| TYPES.contains(&t));
                 let valid = match value {
-                    Value::Array(types) => !types.is_empty() && types.len() <= TYPES.len() && types.iter().all(known),
+                    Value::Array(types) => {
+                        !types.is_empty() && types.len() <= TYPES.len() && types.iter().all(known)
+                    }
                     one => known(one),
                 };
                 let reason = || format!("`type` is one or several of {}", TYPES.join(", "));
@@ -280,20 +294,16 @@ impl Reader {
             }
             "minimum" | "maximum" | "multipleOf" => number(key, value, at).map(Some),
             // Draft 4 had booleans here.
-            "exclusiveMinimum" | "exclusiveMaximum" if !value.is_boolean() => number(key, value, at).map(Some),
+            "exclusiveMinimum" | "exclusiveMaximum" if !value.is_boolean() => {
+                number(key, value, at).map(Some)
+            }
             "exclusiveMinimum" | "exclusiveMaximum" => Ok(Some(value.clone())),
             // Annotations, and what nobody defined.
             _ => Ok(None),
         }
     }
 
-    fn list(
-        &mut self,
-        node: usize,
-        list: &[Value],
-        at: &mut String,
-        depth: usize,
-    ) -> Result<Value, Fault> {
+    fn list(&mut self, node: usize, list: &[Value], at: &mut String, depth: usize) -> Result<Value, Fault> {
         if list.len() > MAX_OPTIONS {
             return Err(fault(at, format!("{} schemas; at most {MAX_OPTIONS} are supported", list.len())));
         }
@@ -325,7 +335,8 @@ impl Reader {
         let merges = map.keys().any(|key| {
             LIST.contains(&key.as_str())
                 || ONE.contains(&key.as_str())
-                || ["properties", "patternProperties", "required", "type", "enum", "const"].contains(&key.as_str())
+                || ["properties", "patternProperties", "required", "type", "enum", "const"]
+                    .contains(&key.as_str())
         });
         let unescaped = percent_decoded(pointer).ok_or_else(|| fault(at, "`$ref` is not a JSON pointer"))?;
         self.nodes[node].reference = Some(unescaped);
@@ -360,7 +371,8 @@ impl Reader {
             (0..len).filter_map(|i| part(format!("/{key}/{i}"))).collect()
         };
         let mut all = list("allOf");
-        let any: Vec<Vec<usize>> = ["anyOf", "oneOf"].into_iter().map(list).filter(|l| !l.is_empty()).collect();
+        let any: Vec<Vec<usize>> =
+            ["anyOf", "oneOf"].into_iter().map(list).filter(|l| !l.is_empty()).collect();
         let may_be = |name: &str| match map.get("type") {
             Some(Value::String(one)) => one == name,
             Some(Value::Array(types)) => types.iter().any(|t| t == name) && types.len() == 1,
@@ -519,7 +531,8 @@ fn number(key: &str, value: &Value, at: &str) -> Result<Value, Fault> {
 
 fn pattern(text: &str, at: &str) -> Result<(), Fault> {
     regex::check(text).map_err(|inner| {
-        let reason = inner.place.map_or(inner.reason.clone(), |place| format!("at {place}: {}", inner.reason));
+        let reason =
+            inner.place.map_or(inner.reason.clone(), |place| format!("at {place}: {}", inner.reason));
         fault(at, reason)
     })
 }

@@ -43,7 +43,8 @@ impl Compiled {
         };
         let pristine = std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().name("grammar".into()).stack_size(COMPILE_STACK_BYTES);
-            let thread = thread.spawn_scoped(scope, compile).map_err(|e| refuse(&format!("no thread: {e}")))?;
+            let thread =
+                thread.spawn_scoped(scope, compile).map_err(|e| refuse(&format!("no thread: {e}")))?;
             thread.join().unwrap_or_else(|_| Err(refuse("the grammar could not be compiled")))
         })?;
         Ok(Arc::new(Self { begins, pristine, idle: Mutex::new(Vec::new()) }))

@@ -76,7 +76,8 @@ impl Filter {
         for (i, word) in bad_words.iter().enumerate() {
             let field = || format!("bad_words[{i}]");
             if word.is_empty() || word.len() > MAX_BAD_WORD_TOKENS {
-                let reason = format!("a bad word is 1 to {MAX_BAD_WORD_TOKENS} tokens long, not {}", word.len());
+                let reason =
+                    format!("a bad word is 1 to {MAX_BAD_WORD_TOKENS} tokens long, not {}", word.len());
                 return Err(GrammarError::new(field(), reason));
             }
             if let Some(id) = word.iter().find(|&&t| !known(t)) {

@@ -19,7 +19,8 @@ fn bad_words_never_come() {
     for world in World::both() {
         let words = ["hello".to_owned(), " the".to_owned(), "e".to_owned()];
         let bad = bad_word_tokens(&world.tokenizer, &words).unwrap();
-        let mut constraint = world.constraint(&ReplyRules { bad_words: bad.clone(), ..ReplyRules::default() });
+        let mut constraint =
+            world.constraint(&ReplyRules { bad_words: bad.clone(), ..ReplyRules::default() });
         let mut random = Random(3);
         let mut reply: Vec<TokenId> = Vec::new();
         for _ in 0..300 {
@@ -42,7 +43,8 @@ fn bad_words_never_come() {
 fn a_long_bad_word_acts_at_its_last_token_only() {
     let world = World::tiny();
     let word = vec![TokenId(100), TokenId(101), TokenId(102)];
-    let mut constraint = world.constraint(&ReplyRules { bad_words: vec![word.clone()], ..ReplyRules::default() });
+    let mut constraint =
+        world.constraint(&ReplyRules { bad_words: vec![word.clone()], ..ReplyRules::default() });
     assert_eq!(world.mask(&mut constraint), None);
     constraint.accept(word[0]).unwrap();
     assert_eq!(world.mask(&mut constraint), None);
@@ -58,7 +60,8 @@ fn a_long_bad_word_acts_at_its_last_token_only() {
 fn allowed_ids_are_the_only_ones() {
     let world = World::tiny();
     let ids = vec![TokenId(40), TokenId(41)];
-    let mut constraint = world.constraint(&ReplyRules { allowed_token_ids: Some(ids), ..ReplyRules::default() });
+    let mut constraint =
+        world.constraint(&ReplyRules { allowed_token_ids: Some(ids), ..ReplyRules::default() });
     let mask = world.mask(&mut constraint).unwrap();
     assert_eq!(mask.iter().map(|w| w.count_ones()).sum::<u32>(), 2);
     assert!(!world.may_end(&mut constraint));
@@ -70,8 +73,11 @@ fn filters_and_grammars_are_both_obeyed() {
     let format = Some(Format::Regex("[0-9]+".into()));
     let mut allowed = world.tokens("12");
     allowed.push(world.eos);
-    let constraint =
-        world.constraint(&ReplyRules { format: format.clone(), allowed_token_ids: Some(allowed), ..ReplyRules::default() });
+    let constraint = world.constraint(&ReplyRules {
+        format: format.clone(),
+        allowed_token_ids: Some(allowed),
+        ..ReplyRules::default()
+    });
     assert!(world.accepts(&constraint, "1221"));
     assert!(!world.accepts(&constraint, "13"));
     let nothing = ReplyRules { format, allowed_token_ids: Some(world.tokens("a")), ..ReplyRules::default() };
@@ -92,5 +98,8 @@ fn what_is_wrong_is_named() {
     assert_eq!(refusal(ids(vec![TokenId(1), TokenId(u32::MAX)])), "allowed_token_ids[1]");
     let closed = ReplyRules { thinking: Thinking::Open, thinking_budget: Some(1), ..ids(vec![TokenId(40)]) };
     assert_eq!(refusal(closed), "thinking_budget");
-    assert_eq!(bad_word_tokens(&world.tokenizer, &["a".into(), " ".into()]).unwrap_err().field, "bad_words[1]");
+    assert_eq!(
+        bad_word_tokens(&world.tokenizer, &["a".into(), " ".into()]).unwrap_err().field,
+        "bad_words[1]"
+    );
 }

@@ -10,7 +10,8 @@ fn dumps(value: &Value) -> String {
     match value {
         Value::Array(items) => format!("[{}]", items.iter().map(dumps).collect::<Vec<_>>().join(", ")),
         Value::Object(map) => {
-            let items: Vec<String> = map.iter().map(|(k, v)| format!("{}: {}", Value::from(k.as_str()), dumps(v))).collect();
+            let items: Vec<String> =
+                map.iter().map(|(k, v)| format!("{}: {}", Value::from(k.as_str()), dumps(v))).collect();
             format!("{{{}}}", items.join(", "))
         }
         other => other.to_string(),
@@ -187,14 +188,30 @@ fn keywords_by_keyword() {
         (json!({"type": ["string", "null"]}), "null", "1"),
         (json!({"enum": [1, "a", null, [1, 2], {"k": true}]}), "{\"k\": true}", "{\"k\": false}"),
         (json!({"const": {"a": [1]}}), "{\"a\": [1]}", "{\"a\": [2]}"),
-        (json!({"type": "array", "prefixItems": [{"type": "integer"}], "items": {"type": "string"}, "minItems": 2}), "[1, \"a\"]", "[1]"),
-        (json!({"type": "object", "patternProperties": {"^x": {"type": "integer"}}, "additionalProperties": false}), "{\"x1\": 1}", "{\"y\": 1}"),
-        (json!({"type": "object", "additionalProperties": {"type": "boolean"}, "maxProperties": 2}), "{\"a\": true, \"b\": false}", "{\"a\": true, \"b\": true, \"c\": true}"),
+        (
+            json!({"type": "array", "prefixItems": [{"type": "integer"}], "items": {"type": "string"}, "minItems": 2}),
+            "[1, \"a\"]",
+            "[1]",
+        ),
+        (
+            json!({"type": "object", "patternProperties": {"^x": {"type": "integer"}}, "additionalProperties": false}),
+            "{\"x1\": 1}",
+            "{\"y\": 1}",
+        ),
+        (
+            json!({"type": "object", "additionalProperties": {"type": "boolean"}, "maxProperties": 2}),
+            "{\"a\": true, \"b\": false}",
+            "{\"a\": true, \"b\": true, \"c\": true}",
+        ),
         (json!({"allOf": [{"type": "integer"}, {"minimum": 3}]}), "3", "2"),
         (json!({"type": "string", "format": "uuid"}), "\"123e4567-e89b-12d3-a456-426614174000\"", "\"123\""),
         (json!(true), "[1]", "[1"),
         (json!({"type": "array", "items": {"type": "integer"}, "uniqueItems": false}), "[1, 1]", "[a]"),
-        (json!({"properties": {"uniqueItems": {"type": "integer"}}, "type": "object", "required": ["uniqueItems"]}), "{\"uniqueItems\": 1}", "{}"),
+        (
+            json!({"properties": {"uniqueItems": {"type": "integer"}}, "type": "object", "required": ["uniqueItems"]}),
+            "{\"uniqueItems\": 1}",
+            "{}",
+        ),
     ] {
         let constraint = world.of_format(Format::JsonSchema(schema.clone()));
         assert!(world.accepts(&constraint, good), "{schema}: {good}");

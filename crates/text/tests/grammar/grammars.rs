@@ -56,10 +56,18 @@ fn gbnf_piece_by_piece() {
         ("root ::= (\"ab\" | \"a\") (\"c\" | \"bc\")", vec!["abc", "ac", "abbc"], vec!["ab"]),
         ("root ::= item{2,3}\nitem ::= [0-9] \";\"", vec!["1;2;", "1;2;3;"], vec!["1;", "1;2;3;4;"]),
         ("root ::= \"(\" root \")\" | \"x\"", vec!["x", "((x))"], vec!["(x", "()"]),
-        ("root ::= a\na ::= [^\\]\\n-] ws \"\\t\\\"\\\\\"\nws ::= ([ ] ws)?", vec!["q   \t\"\\"], vec!["]\t\"\\"]),
+        (
+            "root ::= a\na ::= [^\\]\\n-] ws \"\\t\\\"\\\\\"\nws ::= ([ ] ws)?",
+            vec!["q   \t\"\\"],
+            vec!["]\t\"\\"],
+        ),
         ("root ::= \"\\u00e9\" . \"x\"{0}", vec!["\u{e9}z"], vec!["e", "\u{e9}zx"]),
         ("root ::= \"a\"\n  | \"b\" # comment | \"c\"\n", vec!["a", "b"], vec!["c"]),
-        ("root ::= expr\nexpr ::= term ([-+*/] term)*\nterm ::= [0-9]+ | \"(\" expr \")\"", vec!["1+(2*34)", "7"], vec!["1+", "(1"]),
+        (
+            "root ::= expr\nexpr ::= term ([-+*/] term)*\nterm ::= [0-9]+ | \"(\" expr \")\"",
+            vec!["1+(2*34)", "7"],
+            vec!["1+", "(1"],
+        ),
     ] {
         let constraint = world.of_format(Format::Grammar(grammar.into()));
         for text in good {

@@ -35,7 +35,9 @@ fn required_calls() {
         let close = fenced("get_weather", "{\"city\": \"</think>```\\n\"}");
         assert!(world.accepts_markup(&constraint, &calls(std::slice::from_ref(&weather))));
         assert!(world.accepts_markup(&constraint, &calls(&[weather.clone(), now.clone(), weather.clone()])));
-        assert!(world.accepts_markup(&constraint, &calls(&[weather.clone(), now.clone()]).replace('\u{a}', "\n")));
+        assert!(
+            world.accepts_markup(&constraint, &calls(&[weather.clone(), now.clone()]).replace('\u{a}', "\n"))
+        );
         assert!(!world.accepts_markup(&constraint, &calls(&[close])), "a control token inside a string");
         assert!(!world.accepts_markup(&constraint, &calls(&[])));
         assert!(!world.accepts_markup(&constraint, &calls(&[fenced("get_weather", "{}")])));
@@ -63,7 +65,8 @@ fn one_call_and_a_named_call() {
 fn plain_syntax() {
     let world = World::v3_like();
     let constraint = world.constraint(&rules(tools(ToolChoice::Required, ToolSyntax::Plain)));
-    let call = "<｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{\"city\": \"Rome\"}<｜tool▁call▁end｜>".to_owned();
+    let call =
+        "<｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{\"city\": \"Rome\"}<｜tool▁call▁end｜>".to_owned();
     assert!(world.accepts_markup(&constraint, &calls(std::slice::from_ref(&call))));
     let both = format!("<｜tool▁calls▁begin｜>{call}{call}<｜tool▁calls▁end｜>");
     assert!(world.accepts_markup(&constraint, &both));
@@ -115,7 +118,8 @@ fn random_walks_give_calls() {
         let mut constraint = world.constraint(&rules(tools(ToolChoice::Required, ToolSyntax::Fenced)));
         let Some(reply) = world.random(&mut constraint, seed, 400) else { continue };
         let text = world.text(&reply);
-        let inner = text.strip_prefix("<｜tool▁calls▁begin｜>").and_then(|t| t.strip_suffix("<｜tool▁calls▁end｜>"));
+        let inner =
+            text.strip_prefix("<｜tool▁calls▁begin｜>").and_then(|t| t.strip_suffix("<｜tool▁calls▁end｜>"));
         for call in inner.unwrap_or_else(|| panic!("{text}")).split("<｜tool▁call▁end｜>") {
             if call.is_empty() {
                 continue;
@@ -152,7 +156,10 @@ fn what_is_wrong_is_named() {
     let mut bad = base();
     bad.rules[1].parameters = json!({"type": "object", "properties": {"a": {"not": {}}}});
     let error = refusal(bad);
-    assert_eq!((error.field.as_str(), error.place.as_deref()), ("tools[1].parameters", Some("/properties/a/not")));
+    assert_eq!(
+        (error.field.as_str(), error.place.as_deref()),
+        ("tools[1].parameters", Some("/properties/a/not"))
+    );
     let mut array = base();
     array.rules[0].parameters = json!({"type": "array"});
     assert_eq!(refusal(array).place.as_deref(), Some("/type"));
