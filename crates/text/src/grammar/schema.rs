@@ -163,7 +163,7 @@ impl Reader {
                 out.insert(key.clone(), kept);
             }
         }
-        self.needs(index, map, pointer)?;
+        self.needs(index, map, pointer);
         Ok((Value::Object(out), index))
     }
 
@@ -364,7 +364,7 @@ impl Reader {
     }
 
     /// Notes which parts must have a value for the whole to have one.
-    fn needs(&mut self, node: usize, map: &Map<String, Value>, pointer: &str) -> Result<(), Fault> {
+    fn needs(&mut self, node: usize, map: &Map<String, Value>, pointer: &str) {
         let part = |path: String| self.by_pointer.get(&format!("{pointer}{path}")).copied();
         let list = |key: &str| -> Vec<usize> {
             let len = map.get(key).and_then(Value::as_array).map_or(0, Vec::len);
@@ -396,7 +396,6 @@ impl Reader {
         let entry = &mut self.nodes[node];
         entry.all = all;
         entry.any = any;
-        Ok(())
     }
 
     fn target(&self, node: usize) -> Option<usize> {

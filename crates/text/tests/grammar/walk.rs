@@ -48,8 +48,11 @@ impl World {
     }
 
     pub(crate) fn refusal(&self, format: Format) -> GrammarError {
-        let rules = ReplyRules { format: Some(format.clone()), ..ReplyRules::default() };
-        self.grammars.constraint(&rules).err().unwrap_or_else(|| panic!("{format:?} was not refused"))
+        let rules = ReplyRules { format: Some(format), ..ReplyRules::default() };
+        match self.grammars.constraint(&rules) {
+            Ok(_) => panic!("{:?} was not refused", rules.format),
+            Err(error) => error,
+        }
     }
 
     /// The mask, or `None` where any token may come.
