@@ -11,7 +11,7 @@ use super::vocabulary::{ToolTokens, Vocabulary};
 use super::{Format, ToolChoice, ToolRule, ToolSyntax, Tools, ebnf, lark, regex, schema};
 
 /// Most strings of a choice.
-const MAX_CHOICES: usize = 5_000;
+const MAX_CHOICES: usize = 2_500;
 /// Most bytes of all strings of a choice.
 const MAX_CHOICE_BYTES: usize = 256 << 10;
 /// Most functions of a request.
@@ -76,10 +76,19 @@ pub(super) fn answer(
         }
     };
     grammars.insert(0, GrammarWithLexer { name: Some("reply".into()), ..GrammarWithLexer::from_lark(text) });
+    let mut schemas = 0;
     for &(i, rule) in &called {
         let held = rule.strict || tools.choice != ToolChoice::Auto;
         let arguments = arguments(&rule.parameters, held);
-        let arguments = arguments.map_err(|fault| fault.of(format!("tools[{i}].parameters")))?;
+        let (arguments, size) = arguments.map_err(|fault| fault.of(format!("tools[{i}].parameters")))?;
+        schemas += size;
+        if schemas > schema::MAX_NODES {
+            let reason = format!(
+                "with these, the parameters of all functions are more than {} schemas",
+                schema::MAX_NODES
+            );
+            return Err(GrammarError::new(format!("tools[{i}].parameters"), reason));
+        }
         grammars.push(GrammarWithLexer { name: Some(format!("arguments{i}")), ..arguments });
     }
     let field = if grammars.iter().any(|g| g.name.as_deref() == Some("format")) {
@@ -148,11 +157,12 @@ pub(super) fn quoted(text: &str) -> String {
     json.replace('\u{7f}', "\\u007f")
 }
 
-fn arguments(parameters: &Value, held: bool) -> Result<GrammarWithLexer, Fault> {
+/// The grammar of a call's arguments, and how many schemas it is made of.
+fn arguments(parameters: &Value, held: bool) -> Result<(GrammarWithLexer, usize), Fault> {
     let any = json!({"type": "object"});
     let empty = parameters.is_null() || parameters.as_object().is_some_and(serde_json::Map::is_empty);
     if empty || !held {
-        return Ok(json_grammar(any));
+        return Ok((json_grammar(any), 1));
     }
     let Value::Object(map) = parameters else {
         return Err(Fault::new("the parameters are a JSON schema: an object"));
@@ -162,13 +172,14 @@ fn arguments(parameters: &Value, held: bool) -> Result<GrammarWithLexer, Fault> 
     if of_type != "object" {
         return Err(Fault::at("/type", "arguments are an object: `type` must be \"object\""));
     }
-    schema::prepare(&Value::Object(map)).map(json_grammar)
+    let (prepared, size) = schema::prepare(&Value::Object(map))?;
+    Ok((json_grammar(prepared), size))
 }
 
 fn format_grammar(format: &Format) -> Result<GrammarWithLexer, Fault> {
     match format {
         Format::JsonObject => Ok(json_grammar(json!({"type": "object"}))),
-        Format::JsonSchema(schema) => schema::prepare(schema).map(json_grammar),
+        Format::JsonSchema(schema) => schema::prepare(schema).map(|(prepared, _)| json_grammar(prepared)),
         Format::Regex(text) => {
             regex::check(text)?;
             if text.is_empty() {

@@ -48,11 +48,11 @@ impl Cache {
         Some(Arc::clone(&entry.compiled))
     }
 
-    fn insert(&mut self, key: Arc<str>, compiled: Arc<Compiled>) {
+    fn insert(&mut self, key: &Arc<str>, compiled: Arc<Compiled>) {
         self.uses += 1;
         self.text_bytes += key.len();
         let entry = Entry { compiled, last_use: self.uses };
-        if self.entries.insert(Arc::clone(&key), entry).is_some() {
+        if self.entries.insert(Arc::clone(key), entry).is_some() {
             self.text_bytes -= key.len();
         }
         while self.entries.len() > MAX_GRAMMARS || self.text_bytes > MAX_TEXT_BYTES {
@@ -100,7 +100,7 @@ impl Grammars {
             return Ok(found);
         }
         let compiled = Compiled::new(&self.factory, answer)?;
-        cache().insert(key, Arc::clone(&compiled));
+        cache().insert(&key, Arc::clone(&compiled));
         Ok(compiled)
     }
 }

@@ -32,7 +32,7 @@ enum Phase {
     /// Behind `</think>`, after so many bytes of line breaks. The line breaks are not the answer's.
     Lead(usize, Session),
     /// Any text, until a token brings the grammar.
-    Until(TokenId),
+    Until,
     /// In the grammar.
     Answer(Session),
     /// Any text to the end.
@@ -90,7 +90,7 @@ impl Constraint {
     fn answer(&self) -> Phase {
         match self.grammar.as_ref().map(|g| g.begins) {
             None => Phase::Free,
-            Some(Begins::Behind(token)) => Phase::Until(token),
+            Some(Begins::Behind(_)) => Phase::Until,
             Some(Begins::AtOnce) => Phase::Answer(self.first_session().expect("it begins at once")),
         }
     }
@@ -109,7 +109,7 @@ impl Constraint {
         match &self.grammar {
             Some(grammar) => match grammar.begins {
                 Begins::Behind(begin) if begin == token => Phase::Answer(grammar.session()),
-                Begins::Behind(begin) => Phase::Until(begin),
+                Begins::Behind(_) => Phase::Until,
                 Begins::AtOnce => Phase::Free,
             },
             None => Phase::Free,
@@ -227,7 +227,7 @@ impl TokenConstraint for Constraint {
         // Sessions are moved, not copied: on an error the constraint is over and stays free.
         self.phase = match std::mem::replace(&mut self.phase, Phase::Free) {
             Phase::Free => Phase::Free,
-            Phase::Until(_) => self.in_text(token),
+            Phase::Until => self.in_text(token),
             Phase::Answer(mut session) => {
                 session.accept(&vocabulary, token)?;
                 Phase::Answer(session)
@@ -265,7 +265,7 @@ impl TokenConstraint for Constraint {
         };
         let mut phase = std::mem::replace(&mut self.phase, Phase::Free);
         let filled = match &mut phase {
-            Phase::Free | Phase::Until(_) => Ok(Allowed::Any),
+            Phase::Free | Phase::Until => Ok(Allowed::Any),
             Phase::Answer(session) => session.fill(mask).map(|()| Allowed::Masked),
             Phase::Lead(taken, session) => {
                 self.fill_short(&self.vocabulary.newlines, *taken, mask);

@@ -112,6 +112,12 @@ impl<'t> Parser<'t> {
         Some(c)
     }
 
+    fn skip(&mut self, chars: usize) {
+        for _ in 0..chars {
+            self.next();
+        }
+    }
+
     fn rest(&mut self) -> &'t str {
         let at = self.chars.peek().map_or(self.text.len(), |&(at, _)| at);
         &self.text[at..]
@@ -144,12 +150,11 @@ impl<'t> Parser<'t> {
             if !self.rest().starts_with("::=") {
                 return Err(self.fault(format!("expected `::=` behind the rule's name `{name}`")));
             }
-            (0..3).for_each(|_| drop(self.next()));
+            self.skip(3);
             let rule = self.rule(name)?;
             self.space(true);
             let body = self.choice(0)?;
-            if self.peek().is_some_and(|c| !is_name_char(c)) {
-                let c = self.peek().unwrap_or_default();
+            if let Some(c) = self.peek().filter(|&c| !is_name_char(c) && c != '\n' && c != '\r') {
                 return Err(self.fault(format!("did not expect {c:?}")));
             }
             let name = &self.rules[rule].name;
@@ -274,7 +279,7 @@ impl<'t> Parser<'t> {
                     if max.is_some_and(|max| max < min) {
                         return Err(self.fault(format!("{{{body}}}: the most is less than the least")));
                     }
-                    (0..body.chars().count() + 1).for_each(|_| drop(self.next()));
+                    self.skip(body.chars().count() + 1);
                     (min, max)
                 }
                 _ => return Ok(atom),
@@ -354,7 +359,7 @@ impl<'t> Parser<'t> {
             c => return Err(self.fault(format!("there is no escape \\{c}"))),
         };
         let hex: String = self.chars.clone().map(|(_, c)| c).take(digits).collect();
-        (0..digits).for_each(|_| drop(self.next()));
+        self.skip(digits);
         let code = u32::from_str_radix(&hex, 16).ok().filter(|_| hex.len() == digits);
         code.and_then(char::from_u32).ok_or_else(|| self.fault(format!("\\{c}{hex} is no character")))
     }

@@ -11,18 +11,20 @@ use super::regex;
 
 /// Largest schema, in bytes of keys, strings and values.
 const MAX_BYTES: usize = 256 << 10;
-/// Most schemas in a schema.
-const MAX_NODES: usize = 10_000;
+/// Most schemas in a request, the parts of schemas included.
+pub(super) const MAX_NODES: usize = 2_000;
 /// Deepest schema in schema, references followed; deepest value of `enum` and `const`.
 const MAX_DEPTH: usize = 64;
 /// Longest JSON pointer to a schema, in bytes.
 const MAX_POINTER: usize = 2048;
 /// Most properties of one object, named or required.
-const MAX_PROPERTIES: usize = 1_000;
+const MAX_PROPERTIES: usize = 500;
 /// Most `patternProperties` of one object: each is held against each.
 const MAX_PATTERNS: usize = 16;
 /// Most values of an `enum`.
-const MAX_ENUM: usize = 5_000;
+const MAX_ENUM: usize = 2_500;
+/// Most values of all `enum`s.
+const MAX_ENUM_VALUES: usize = 5_000;
 /// Most schemas of one `anyOf`, `oneOf`, `allOf` or `prefixItems`.
 const MAX_OPTIONS: usize = 500;
 /// Largest `minItems`, `maxItems`, `minProperties`, `maxProperties`.
@@ -83,18 +85,20 @@ struct Reader {
     nodes: Vec<Node>,
     by_pointer: HashMap<String, usize>,
     bytes: usize,
+    /// Values of all `enum`s so far.
+    enum_values: usize,
 }
 
-/// A schema of the same values without annotations, fit to be compiled.
-pub(super) fn prepare(schema: &Value) -> Result<Value, Fault> {
-    let mut reader = Reader { nodes: Vec::new(), by_pointer: HashMap::new(), bytes: 0 };
+/// A schema of the same values without annotations, fit to be compiled, and how many schemas it is made of.
+pub(super) fn prepare(schema: &Value) -> Result<(Value, usize), Fault> {
+    let mut reader = Reader { nodes: Vec::new(), by_pointer: HashMap::new(), bytes: 0, enum_values: 0 };
     let mut pointer = String::new();
     let (prepared, _) = reader.schema(schema, &mut pointer, 0)?;
     reader.references()?;
     reader.depth()?;
     reader.expansion()?;
     reader.ends()?;
-    Ok(prepared)
+    Ok((prepared, reader.nodes.len()))
 }
 
 /// Appends a key to a JSON pointer, runs `body`, takes it off again.
@@ -159,7 +163,7 @@ impl Reader {
                 out.insert(key.clone(), kept);
             }
         }
-        self.needs(index, map, pointer)?;
+        self.needs(index, map, pointer);
         Ok((Value::Object(out), index))
     }
 
@@ -228,6 +232,11 @@ impl Reader {
                 let values = value.as_array().ok_or_else(|| fault(at, "`enum` is a list of values"))?;
                 if values.is_empty() || values.len() > MAX_ENUM {
                     let reason = format!("{} values; 1 to {MAX_ENUM} are supported", values.len());
+                    return Err(fault(at, reason));
+                }
+                self.enum_values += values.len();
+                if self.enum_values > MAX_ENUM_VALUES {
+                    let reason = format!("all `enum`s together have more than {MAX_ENUM_VALUES} values");
                     return Err(fault(at, reason));
                 }
                 for value in values {
@@ -355,7 +364,7 @@ impl Reader {
     }
 
     /// Notes which parts must have a value for the whole to have one.
-    fn needs(&mut self, node: usize, map: &Map<String, Value>, pointer: &str) -> Result<(), Fault> {
+    fn needs(&mut self, node: usize, map: &Map<String, Value>, pointer: &str) {
         let part = |path: String| self.by_pointer.get(&format!("{pointer}{path}")).copied();
         let list = |key: &str| -> Vec<usize> {
             let len = map.get(key).and_then(Value::as_array).map_or(0, Vec::len);
@@ -387,7 +396,6 @@ impl Reader {
         let entry = &mut self.nodes[node];
         entry.all = all;
         entry.any = any;
-        Ok(())
     }
 
     fn target(&self, node: usize) -> Option<usize> {

@@ -95,10 +95,6 @@ impl Vocabulary {
         self.eos.contains(&token)
     }
 
-    pub(super) fn eos(&self) -> &[TokenId] {
-        &self.eos
-    }
-
     /// The token's text; empty for EOS, hidden tokens and rows without one.
     pub(super) fn bytes(&self, token: TokenId) -> &[u8] {
         let bytes = self.trie.token(token.0);

@@ -157,7 +157,7 @@ pub(super) fn get(mask: &[u32], token: TokenId) -> bool {
 /// A mask that allows every one of `len` tokens.
 pub(super) fn ones(len: usize) -> Vec<u32> {
     let mut mask = vec![u32::MAX; len.div_ceil(32)];
-    if len % 32 != 0 {
+    if !len.is_multiple_of(32) {
         *mask.last_mut().expect("len is not 0") = (1 << (len % 32)) - 1;
     }
     mask

@@ -82,9 +82,8 @@ fn a_tag_of_several_tokens_is_forced_whole() {
     // The same tokenizer without its think tags.
     let text = include_str!("../../testdata/tiny-r1-tokenizer.json");
     let mut json: serde_json::Value = serde_json::from_str(text).unwrap();
-    for list in [&mut json["added_tokens"]] {
-        list.as_array_mut().unwrap().retain(|t| !t["content"].as_str().unwrap().ends_with("think>"));
-    }
+    let added = json["added_tokens"].as_array_mut().unwrap();
+    added.retain(|t| !t["content"].as_str().unwrap().ends_with("think>"));
     json["model"]["vocab"].as_object_mut().unwrap().retain(|t, _| !t.ends_with("think>"));
     let world = World::new(json.to_string().as_bytes());
     let rules = ReplyRules { thinking_budget: Some(3), ..digits(Thinking::Open) };

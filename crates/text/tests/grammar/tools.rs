@@ -35,9 +35,10 @@ fn required_calls() {
         let close = fenced("get_weather", "{\"city\": \"</think>```\\n\"}");
         assert!(world.accepts_markup(&constraint, &calls(std::slice::from_ref(&weather))));
         assert!(world.accepts_markup(&constraint, &calls(&[weather.clone(), now.clone(), weather.clone()])));
-        assert!(
-            world.accepts_markup(&constraint, &calls(&[weather.clone(), now.clone()]).replace('\u{a}', "\n"))
-        );
+        assert!(world.accepts_markup(
+            &constraint,
+            &calls(&[weather.clone(), now.clone()]).replace("end｜>\n", "end｜>")
+        ));
         assert!(!world.accepts_markup(&constraint, &calls(&[close])), "a control token inside a string");
         assert!(!world.accepts_markup(&constraint, &calls(&[])));
         assert!(!world.accepts_markup(&constraint, &calls(&[fenced("get_weather", "{}")])));

@@ -3,15 +3,15 @@
 use r1_core::{Allowed, TokenConstraint, TokenId};
 use r1_text::{Constraint, ControlText, Format, GrammarError, Grammars, ReplyRules, Tokenizer};
 
-pub struct World {
-    pub tokenizer: Tokenizer,
-    pub grammars: Grammars,
-    pub eos: TokenId,
-    pub vocab_size: usize,
+pub(crate) struct World {
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) grammars: Grammars,
+    pub(crate) eos: TokenId,
+    pub(crate) vocab_size: usize,
 }
 
 impl World {
-    pub fn new(json: &[u8]) -> Self {
+    pub(crate) fn new(json: &[u8]) -> Self {
         let tokenizer = Tokenizer::from_bytes(json, None).expect("a tokenizer");
         let eos = tokenizer.token_to_id("<｜end▁of▁sentence｜>").expect("EOS");
         // More logits than tokens, and not a multiple of 32.
@@ -20,40 +20,43 @@ impl World {
         Self { tokenizer, grammars, eos, vocab_size }
     }
 
-    pub fn tiny() -> Self {
+    pub(crate) fn tiny() -> Self {
         Self::new(include_bytes!("../../testdata/tiny-r1-tokenizer.json"))
     }
 
-    pub fn v3_like() -> Self {
+    pub(crate) fn v3_like() -> Self {
         Self::new(include_bytes!("../../testdata/v3-like-tokenizer.json"))
     }
 
-    pub fn both() -> [Self; 2] {
+    pub(crate) fn both() -> [Self; 2] {
         [Self::tiny(), Self::v3_like()]
     }
 
-    pub fn id(&self, token: &str) -> TokenId {
+    pub(crate) fn id(&self, token: &str) -> TokenId {
         self.tokenizer.token_to_id(token).unwrap_or_else(|| panic!("no token {token}"))
     }
 
-    pub fn constraint(&self, rules: &ReplyRules) -> Constraint {
+    pub(crate) fn constraint(&self, rules: &ReplyRules) -> Constraint {
         match self.grammars.constraint(rules) {
             Ok(constraint) => constraint.expect("rules that demand something"),
             Err(e) => panic!("{e}"),
         }
     }
 
-    pub fn of_format(&self, format: Format) -> Constraint {
+    pub(crate) fn of_format(&self, format: Format) -> Constraint {
         self.constraint(&ReplyRules { format: Some(format), ..ReplyRules::default() })
     }
 
-    pub fn refusal(&self, format: Format) -> GrammarError {
-        let rules = ReplyRules { format: Some(format.clone()), ..ReplyRules::default() };
-        self.grammars.constraint(&rules).err().unwrap_or_else(|| panic!("{format:?} was not refused"))
+    pub(crate) fn refusal(&self, format: Format) -> GrammarError {
+        let rules = ReplyRules { format: Some(format), ..ReplyRules::default() };
+        match self.grammars.constraint(&rules) {
+            Ok(_) => panic!("{:?} was not refused", rules.format),
+            Err(error) => error,
+        }
     }
 
     /// The mask, or `None` where any token may come.
-    pub fn mask(&self, constraint: &mut Constraint) -> Option<Vec<u32>> {
+    pub(crate) fn mask(&self, constraint: &mut Constraint) -> Option<Vec<u32>> {
         let mut mask = vec![0; self.vocab_size.div_ceil(32)];
         match constraint.fill_mask(&mut mask).expect("a mask") {
             Allowed::Any => None,
@@ -64,16 +67,16 @@ impl World {
         }
     }
 
-    pub fn may(&self, constraint: &mut Constraint, token: TokenId) -> bool {
+    pub(crate) fn may(&self, constraint: &mut Constraint, token: TokenId) -> bool {
         self.mask(constraint).is_none_or(|mask| bit(&mask, token))
     }
 
-    pub fn may_end(&self, constraint: &mut Constraint) -> bool {
+    pub(crate) fn may_end(&self, constraint: &mut Constraint) -> bool {
         self.may(constraint, self.eos)
     }
 
     /// Tokens of text in which control tokens are meant.
-    pub fn tokens(&self, text: &str) -> Vec<TokenId> {
+    pub(crate) fn tokens(&self, text: &str) -> Vec<TokenId> {
         let mut tokens = Vec::new();
         let mut rest = text;
         while !rest.is_empty() {
@@ -93,16 +96,16 @@ impl World {
     }
 
     /// Goes along a text without control tokens; gives the part that was allowed.
-    pub fn follow(&self, constraint: &mut Constraint, text: &str) -> String {
+    pub(crate) fn follow(&self, constraint: &mut Constraint, text: &str) -> String {
         self.follow_tokens(constraint, &self.tokenizer.encode_literal(text).expect("tokens"))
     }
 
     /// Goes along a text in which control tokens are meant; gives the part that was allowed.
-    pub fn follow_markup(&self, constraint: &mut Constraint, text: &str) -> String {
+    pub(crate) fn follow_markup(&self, constraint: &mut Constraint, text: &str) -> String {
         self.follow_tokens(constraint, &self.tokens(text))
     }
 
-    pub fn follow_tokens(&self, constraint: &mut Constraint, tokens: &[TokenId]) -> String {
+    pub(crate) fn follow_tokens(&self, constraint: &mut Constraint, tokens: &[TokenId]) -> String {
         let mut done = Vec::new();
         for &token in tokens {
             if !self.may(constraint, token) {
@@ -115,23 +118,28 @@ impl World {
     }
 
     /// Whether the text may come, and the reply end there.
-    pub fn accepts(&self, constraint: &Constraint, text: &str) -> bool {
+    pub(crate) fn accepts(&self, constraint: &Constraint, text: &str) -> bool {
         let mut constraint = constraint.clone();
         self.follow(&mut constraint, text) == text && self.may_end(&mut constraint)
     }
 
     /// The same of a text in which control tokens are meant.
-    pub fn accepts_markup(&self, constraint: &Constraint, text: &str) -> bool {
+    pub(crate) fn accepts_markup(&self, constraint: &Constraint, text: &str) -> bool {
         let mut constraint = constraint.clone();
         self.follow_markup(&mut constraint, text) == text && self.may_end(&mut constraint)
     }
 
-    pub fn text(&self, tokens: &[TokenId]) -> String {
+    pub(crate) fn text(&self, tokens: &[TokenId]) -> String {
         self.tokenizer.decode(tokens, ControlText::Show)
     }
 
     /// Draws random allowed tokens to the end of the reply; `None` when it takes more than `max_tokens`. Prefers to end.
-    pub fn random(&self, constraint: &mut Constraint, seed: u64, max_tokens: usize) -> Option<Vec<TokenId>> {
+    pub(crate) fn random(
+        &self,
+        constraint: &mut Constraint,
+        seed: u64,
+        max_tokens: usize,
+    ) -> Option<Vec<TokenId>> {
         let mut random = Random(seed);
         let mut reply = Vec::new();
         while reply.len() < max_tokens {
@@ -169,15 +177,15 @@ impl World {
     }
 }
 
-pub fn bit(mask: &[u32], token: TokenId) -> bool {
+pub(crate) fn bit(mask: &[u32], token: TokenId) -> bool {
     mask[token.0 as usize / 32] >> (token.0 % 32) & 1 == 1
 }
 
 /// splitmix64
-pub struct Random(pub u64);
+pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
-    pub fn below(&mut self, n: usize) -> usize {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
         self.0 = self.0.wrapping_add(0x9E3779B97F4A7C15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xBF58476D1CE4E5B9);
