@@ -64,7 +64,7 @@ fn read(mut generation: Generation, since: Instant) -> (Duration, Vec<TokenId>) 
     let (mut first, mut tokens) = (Duration::ZERO, Vec::new());
     loop {
         match generation.next_blocking().expect("an end") {
-            Event::Scheduled { .. } => {}
+            Event::Scheduled { .. } | Event::PromptLogprobs(_) => {}
             Event::Token { token, .. } => {
                 if tokens.is_empty() {
                     first = since.elapsed();

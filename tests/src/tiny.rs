@@ -32,6 +32,8 @@ pub struct Tiny {
     pub max_num_batched_tokens: usize,
     /// Longest context, tokens.
     pub max_model_len: usize,
+    /// Rows of logits beyond one per sequence.
+    pub prompt_logit_rows: usize,
     /// Blocks of 16 tokens; `None` has room for every seat.
     pub num_blocks: Option<usize>,
     /// Whether prompts share what they have in common.
@@ -63,6 +65,7 @@ impl Default for Tiny {
             max_num_seqs: 8,
             max_num_batched_tokens: 64,
             max_model_len: 512,
+            prompt_logit_rows: 16,
             num_blocks: None,
             prefix_cache: true,
             dtype: DType::F32,
@@ -88,7 +91,7 @@ impl Tiny {
             mla_form: if self.deterministic { MlaForm::Absorbed } else { MlaForm::Auto },
             deterministic: self.deterministic,
             max_batched_tokens: self.max_num_batched_tokens,
-            max_logit_rows: self.max_num_seqs,
+            max_logit_rows: self.max_num_seqs + self.prompt_logit_rows,
             max_model_len: self.max_model_len,
             max_expanded_tokens: self.max_num_batched_tokens,
             layers: None,

@@ -37,7 +37,7 @@ fn collect(mut generation: Generation) -> Reply {
     let (mut tokens, mut logprobs) = (Vec::new(), Vec::new());
     loop {
         match generation.next_blocking().expect("an end") {
-            Event::Scheduled { .. } => {}
+            Event::Scheduled { .. } | Event::PromptLogprobs(_) => {}
             Event::Token { token, logprobs: of_token } => {
                 tokens.push(token);
                 logprobs.push(of_token);
@@ -373,6 +373,7 @@ fn being_late_changes_no_bit() {
                 open.send(()).expect("it waits");
             }
             assert_eq!(bits(collect(slow)), in_time, "{} tokens", prompt.len());
+            idle(&engine);
             let tokens =
                 |stats: &r1_engine::Stats| (stats.prompt_tokens_total, stats.generation_tokens_total);
             let (before, after) = (tokens(&before), tokens(&engine.stats()));

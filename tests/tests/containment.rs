@@ -55,7 +55,7 @@ fn read(mut generation: Generation) -> (Vec<TokenId>, Result<(), EngineError>) {
     let mut tokens = Vec::new();
     loop {
         match generation.next_blocking().expect("an end") {
-            Event::Scheduled { .. } => {}
+            Event::Scheduled { .. } | Event::PromptLogprobs(_) => {}
             Event::Token { token, .. } => tokens.push(token),
             Event::Finished(_) => return (tokens, Ok(())),
             Event::Failed(error) => return (tokens, Err(error)),

@@ -39,6 +39,7 @@ fn read(mut generation: Generation) -> Traced {
     loop {
         match generation.next_blocking().expect("an end") {
             Event::Scheduled { cached_tokens } => traced.cached_tokens = cached_tokens,
+            Event::PromptLogprobs(_) => {}
             Event::Token { token, logprobs } => {
                 let logprobs = logprobs.expect("they were asked for");
                 let top = logprobs.top.iter().map(|(token, logprob)| (*token, logprob.to_bits())).collect();

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use r1_core::{Allowed, ConstraintError, FinishReason, SamplingParams, TokenConstraint, TokenId};
-use r1_engine::{EngineError, Event, Handle, Request, SubmitError, TokenLogprobs};
+use r1_engine::{EngineError, Event, Handle, Request, Status, SubmitError, TokenLogprobs};
 use r1_tests::Tiny;
 
 const EOS: TokenId = TokenId(1);
@@ -31,7 +31,7 @@ fn collect(mut generation: r1_engine::Generation) -> Reply {
     let (mut tokens, mut logprobs) = (Vec::new(), Vec::new());
     loop {
         match generation.next_blocking().expect("an end") {
-            Event::Scheduled { .. } => {}
+            Event::Scheduled { .. } | Event::PromptLogprobs(_) => {}
             Event::Token { token, logprobs: of_token } => {
                 tokens.push(token);
                 logprobs.push(of_token);
@@ -164,6 +164,43 @@ fn the_queue_is_bounded_and_stopping_fails_what_runs() {
         assert!(matches!(reason, Err(EngineError::Stopped) | Ok(_)), "{reason:?}");
     }
     assert!(matches!(engine.submit(request(long)), Err(SubmitError::NotRunning(_))));
+}
+
+#[test]
+fn a_flush_empties_the_prefix_cache_and_takes_nothing_from_those_that_run() {
+    let engine = engine();
+    let params = |max_tokens| SamplingParams { temperature: 0.0, max_tokens, ..SamplingParams::default() };
+    let long: Vec<_> = (0..100).map(|i| TokenId(60 + i * 3)).collect();
+    let cached = |prompt: &[TokenId]| {
+        let request = Request::new(prompt.to_vec(), params(8));
+        let mut generation = engine.submit(request).expect("accepted");
+        let Some(Event::Scheduled { cached_tokens }) = generation.next_blocking() else { panic!("no start") };
+        (cached_tokens, collect(generation).0)
+    };
+    let first = cached(&long);
+    assert_eq!(first.0, 0);
+    assert_eq!(cached(&long), (96, first.1.clone()));
+    idle(&engine);
+    let held = engine.stats().kv_blocks_cached;
+    assert!(held >= 6, "{held} blocks are cached");
+    assert_eq!(engine.flush_prefix_cache(), Ok(held));
+    assert_eq!(engine.stats().kv_blocks_cached, 0);
+    assert_eq!(cached(&long), (0, first.1.clone()), "nothing is found");
+    assert_eq!(cached(&long).0, 96, "and everything again");
+    // While something runs.
+    let whole = collect(engine.submit(Request::new(long.clone(), params(200))).expect("accepted")).0;
+    let mut running = engine.submit(Request::new(long.clone(), params(200))).expect("accepted");
+    assert!(matches!(running.next_blocking(), Some(Event::Scheduled { cached_tokens: 96 })));
+    engine.flush_prefix_cache().expect("it runs");
+    assert_eq!(collect(running).0, whole);
+    idle(&engine);
+    engine.stop();
+    let since = Instant::now();
+    while engine.status() == Status::Ready {
+        assert!(since.elapsed() < Duration::from_secs(5), "it does not stop");
+        thread::sleep(Duration::from_millis(1));
+    }
+    assert!(matches!(engine.flush_prefix_cache(), Err(SubmitError::NotRunning(_))));
 }
 
 /// Allows every token, and notes how many steps had ended when the first one was drawn.

@@ -63,7 +63,7 @@ fn answers(handle: &Handle, expected: &[Expected]) {
         let mut tokens = Vec::new();
         let reason = loop {
             match generation.next_blocking().expect("an end") {
-                Event::Scheduled { .. } => {}
+                Event::Scheduled { .. } | Event::PromptLogprobs(_) => {}
                 Event::Token { token, .. } => tokens.push(token),
                 Event::Finished(reason) => break reason,
                 Event::Failed(error) => panic!("{}: {error}", expected.question),
@@ -137,7 +137,7 @@ fn traces(handle: &Handle) -> Vec<Trace> {
         let mut trace = Trace::new();
         loop {
             match generation.next_blocking().expect("an end") {
-                Event::Scheduled { .. } => {}
+                Event::Scheduled { .. } | Event::PromptLogprobs(_) => {}
                 Event::Token { token, logprobs } => {
                     let logprobs = logprobs.expect("they were asked for");
                     let top = logprobs.top.iter().map(|(token, logprob)| (*token, logprob.to_bits()));

@@ -13,7 +13,6 @@ use crate::args::ChatArgs;
 
 const DIM: &str = "\x1b[2m";
 const RESET: &str = "\x1b[0m";
-const CALL_END: &str = ")]";
 
 /// One question, or a conversation until end of input.
 pub(crate) fn run(args: &ChatArgs) -> Result<()> {
@@ -121,13 +120,32 @@ impl<'a> Chat<'a> {
         format!("Bearer {}", self.args.api_key.as_deref().unwrap_or("none"))
     }
 
+    /// Why nothing came back, and the way out.
+    fn unanswered(&self, error: ureq::Error) -> anyhow::Error {
+        let untrusted = match &error {
+            ureq::Error::Io(io) => io.get_ref().is_some_and(|error| {
+                matches!(error.downcast_ref(), Some(rustls::Error::InvalidCertificate(_)))
+            }),
+            _ => false,
+        };
+        let what = if untrusted {
+            format!(
+                "{} shows a certificate that is not trusted; name what vouches for it with --cacert",
+                self.base
+            )
+        } else {
+            format!("no server answers at {}; start one with `r1-serve`", self.base)
+        };
+        anyhow::Error::from(error).context(what)
+    }
+
     fn first_model(&self) -> Result<String> {
         let mut response = self
             .agent
             .get(format!("{}/v1/models", self.base))
             .header("Authorization", self.key())
             .call()
-            .with_context(|| format!("no server answers at {}; start one with `r1-serve`", self.base))?;
+            .map_err(|error| self.unanswered(error))?;
         let reply: Value = response.body_mut().read_json().context("the server's reply is not JSON")?;
         fail_on_error(&reply)?;
         reply["data"][0]["id"].as_str().map(str::to_owned).ok_or_else(|| anyhow!("the server lists no model"))
@@ -167,19 +185,14 @@ impl<'a> Chat<'a> {
             .post(format!("{}/v1/chat/completions", self.base))
             .header("Authorization", self.key())
             .send_json(&body)
-            .with_context(|| format!("no server answers at {}", self.base))?;
+            .map_err(|error| self.unanswered(error))?;
         if response.status() != 200 {
             let reply: Value = response.body_mut().read_json().context("the server's reply is not JSON")?;
             fail_on_error(&reply)?;
             bail!("the server answered {}", response.status());
         }
-        let mut printer = Printer {
-            colour: self.colour,
-            reasoning: false,
-            calling: false,
-            content: String::new(),
-            cut: false,
-        };
+        let mut printer =
+            Printer { colour: self.colour, part: Part::Nothing, content: String::new(), cut: false };
         for line in BufReader::new(response.body_mut().as_reader()).lines() {
             let line = line.context("the server broke off")?;
             // Blank lines part events, and a colon begins a comment.
@@ -208,12 +221,19 @@ fn fail_on_error(reply: &Value) -> Result<()> {
     }
 }
 
+/// What is being printed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Nothing,
+    Reasoning,
+    Content,
+    Call,
+}
+
 /// Prints deltas: reasoning dimmed, then the answer, each call of a tool on a line of its own.
 struct Printer {
     colour: bool,
-    reasoning: bool,
-    /// A call is being written.
-    calling: bool,
+    part: Part,
     content: String,
     /// The reply was cut off by a limit.
     cut: bool,
@@ -223,38 +243,44 @@ impl Printer {
     fn print(&mut self, delta: &Value) -> Result<()> {
         let mut out = io::stdout().lock();
         if let Some(text) = delta["reasoning_content"].as_str().filter(|text| !text.is_empty()) {
-            if !self.reasoning && self.colour {
-                write!(out, "{DIM}")?;
+            if self.part != Part::Reasoning {
+                self.begin(Part::Reasoning, &mut out)?;
             }
-            self.reasoning = true;
             write!(out, "{text}")?;
         }
         if let Some(text) = delta["content"].as_str().filter(|text| !text.is_empty()) {
-            self.end_reasoning(&mut out)?;
+            if self.part != Part::Content {
+                self.begin(Part::Content, &mut out)?;
+            }
             self.content += text;
             write!(out, "{text}")?;
         }
         for call in delta["tool_calls"].as_array().into_iter().flatten() {
             let call = &call["function"];
             if let Some(name) = call["name"].as_str() {
-                self.end_reasoning(&mut out)?;
-                let end = if std::mem::replace(&mut self.calling, true) { CALL_END } else { "" };
-                write!(out, "{end}\n[calls {name}(")?;
+                self.begin(Part::Call, &mut out)?;
+                write!(out, "[calls {name}(")?;
             }
             write!(out, "{}", call["arguments"].as_str().unwrap_or_default())?;
         }
         Ok(out.flush()?)
     }
 
-    fn end_reasoning(&mut self, out: &mut impl Write) -> io::Result<()> {
-        if std::mem::take(&mut self.reasoning) {
-            write!(out, "{}\n\n", if self.colour { RESET } else { "" })?;
+    /// Ends one part and begins the next.
+    fn begin(&mut self, part: Part, out: &mut impl Write) -> io::Result<()> {
+        let (dim, reset) = if self.colour { (DIM, RESET) } else { ("", "") };
+        match std::mem::replace(&mut self.part, part) {
+            Part::Nothing => {}
+            Part::Reasoning => write!(out, "{reset}\n\n")?,
+            Part::Content => writeln!(out)?,
+            Part::Call => writeln!(out, ")]")?,
         }
-        Ok(())
+        if part == Part::Reasoning { write!(out, "{dim}") } else { Ok(()) }
     }
 
     fn finish(mut self) -> String {
-        println!("{}{}", if self.calling { CALL_END } else { "" }, if self.cut { " […]" } else { "" });
+        let end = if self.part == Part::Call { ")]" } else { "" };
+        println!("{end}{}", if self.cut { " […]" } else { "" });
         std::mem::take(&mut self.content)
     }
 }
@@ -262,8 +288,29 @@ impl Printer {
 impl Drop for Printer {
     /// A reply that breaks off while it reasons must not leave the terminal dim.
     fn drop(&mut self) {
-        if self.reasoning && self.colour {
+        if self.part == Part::Reasoning && self.colour {
             print!("{RESET}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_set_apart() {
+        let printed = |parts: &[Part], colour| {
+            let mut out = Vec::new();
+            let mut printer = Printer { colour, part: Part::Nothing, content: String::new(), cut: false };
+            for &part in parts {
+                printer.begin(part, &mut out).unwrap();
+            }
+            printer.part = Part::Nothing;
+            String::from_utf8(out).unwrap()
+        };
+        let parts = [Part::Reasoning, Part::Content, Part::Call, Part::Call, Part::Nothing];
+        assert_eq!(printed(&parts, false), "\n\n\n)]\n)]\n");
+        assert_eq!(printed(&parts, true), format!("{DIM}{RESET}\n\n\n)]\n)]\n"));
     }
 }

@@ -4,8 +4,8 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process;
 
-use anyhow::{Result, anyhow};
-use clap::{CommandFactory, FromArgMatches};
+use anyhow::{Result, anyhow, bail};
+use clap::{ArgMatches, CommandFactory, FromArgMatches};
 
 use crate::args::Cli;
 use crate::config_file;
@@ -38,17 +38,37 @@ pub(crate) fn read(typed: impl IntoIterator<Item = impl Into<OsString>>) -> Resu
         Some(("serve", given)) => (command.find_subcommand("serve").expect("it was found"), given, 2),
         Some(_) => return Ok(Cli::from_arg_matches(&matches)?),
     };
-    let Some(path) = given.get_one::<PathBuf>("config") else { return Ok(Cli::from_arg_matches(&matches)?) };
+    let Some(path) = given.get_one::<PathBuf>("config") else {
+        check_names(given)?;
+        return Ok(Cli::from_arg_matches(&matches)?);
+    };
     let added = config_file::arguments(path, definition, given)?;
     let (before, behind) = typed.split_at(at);
     let line = before.iter().chain(&added).chain(behind);
     // The command line itself was read without errors.
-    Cli::command().try_get_matches_from(line).and_then(|matches| Cli::from_arg_matches(&matches)).map_err(
-        |error| {
-            let error = error.to_string();
-            anyhow!("{}: {}", path.display(), error.strip_prefix("error: ").unwrap_or(&error).trim_end())
-        },
-    )
+    let of_file = |error: clap::Error| {
+        let error = error.to_string();
+        anyhow!("{}: {}", path.display(), error.strip_prefix("error: ").unwrap_or(&error).trim_end())
+    };
+    let matches = Cli::command().try_get_matches_from(line).map_err(of_file)?;
+    check_names(matches.subcommand().map_or(&matches, |(_, given)| given))?;
+    Cli::from_arg_matches(&matches).map_err(of_file)
+}
+
+/// A model behind the names it is served by would be taken for one of them.
+fn check_names(given: &ArgMatches) -> Result<()> {
+    let named = given.contains_id("model") || given.contains_id("model_positional");
+    for names in given.get_occurrences::<String>("served_model_name").into_iter().flatten() {
+        let names: Vec<&str> = names.map(String::as_str).collect();
+        if names.len() > 1 && !named {
+            bail!(
+                "--served-model-name takes every name that follows it ({}), and no model is named; put the model before it \
+                 or use --model",
+                names.join(", ")
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Flags as they are defined: `--max_model_len` and `-tp`, which vLLM's command line takes too, with dashes.
@@ -74,6 +94,20 @@ fn spelled(typed: impl IntoIterator<Item = impl Into<OsString>>) -> Vec<OsString
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_model_behind_its_names_is_missed() {
+        for line in [&["--served-model-name", "a", "b"][..], &["serve", "--served-model-name", "a", "b"]] {
+            let error = read(["r1-serve"].iter().chain(line)).unwrap_err().to_string();
+            assert!(error.contains("(a, b)") && error.contains("--model"), "{error}");
+        }
+        for line in
+            [&["m", "--served-model-name", "a", "b"][..], &["--served-model-name=a", "--served-model-name=b"]]
+        {
+            let args = read(["r1-serve"].iter().chain(line)).unwrap().serve;
+            assert_eq!(args.served_model_name, ["a", "b"]);
+        }
+    }
 
     #[test]
     fn underscores_and_short_words_are_spelled_as_flags() {

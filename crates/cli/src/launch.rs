@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use r1_backend::Backend;
 use r1_core::{DType, Rank};
 use r1_cpu::{Cpu, CpuOptions};
-use r1_engine::{Connect, EngineConfig, connect_in_host_memory};
+use r1_engine::{Connect, EngineConfig, PROMPT_LOGIT_ROWS, connect_in_host_memory};
 use r1_gpu::{DriverError, Gpu};
 use r1_model::{Fp8Compute, KvCacheFormat, MlaForm, ModelOptions, WeightFormat};
 use r1_reference::Reference;
@@ -206,7 +206,7 @@ impl Launch {
                 mla_form: if args.deterministic { MlaForm::Absorbed } else { MlaForm::Auto },
                 deterministic: args.deterministic,
                 max_batched_tokens: max_num_batched_tokens,
-                max_logit_rows: max_num_seqs,
+                max_logit_rows: max_num_seqs + PROMPT_LOGIT_ROWS,
                 max_model_len,
                 max_expanded_tokens: max_num_batched_tokens,
                 layers: None,

@@ -29,13 +29,6 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     for note in args.model.check()? {
         tracing::info!("{note}");
     }
-    if args.model.model().is_none() && args.served_model_name.len() > 1 {
-        bail!(
-            "--served-model-name takes every name that follows it ({}), and no model is named; put the model before it or use \
-             --model",
-            args.served_model_name.join(", ")
-        );
-    }
     let config = server_config(args)?;
     let source = Source::open(&args.model)?;
     let (device, note) = AnyDevice::open(&args.model)?;

@@ -11,6 +11,11 @@ use crate::rank::panic_text;
 /// Tokens of KV cache on a device that cannot say how much memory it has; one full context where that is more.
 const UNKNOWN_MEMORY_TOKENS: usize = 65_536;
 
+/// Rows of logits that a model should have room for beyond one per sequence
+/// ([`ModelOptions::max_logit_rows`](r1_model::ModelOptions::max_logit_rows)): a prompt whose log-probabilities are wanted
+/// advances by so many tokens a step. At 129,280 tokens of vocabulary they take 32 MiB.
+pub const PROMPT_LOGIT_ROWS: usize = 64;
+
 /// How an engine runs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct EngineConfig {
@@ -174,6 +179,7 @@ impl EngineConfig {
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_model_len: self.max_model_len,
+            max_prompt_logits: model.options().max_logit_rows.saturating_sub(self.max_num_seqs),
             // The handle bounds the queue before a request gets here; preempted sequences come on top.
             max_queued: usize::MAX,
             depth,

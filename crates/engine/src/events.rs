@@ -60,7 +60,7 @@ pub struct EventSender(Arc<Queue>);
 /// The reader's end.
 pub(crate) struct EventReceiver(Arc<Queue>);
 
-/// A queue of at most `max_unread_tokens` tokens, and of the event before them.
+/// A queue of at most `max_unread_tokens` tokens, and of the event before them; a second one takes a token's place.
 pub(crate) fn queue(max_unread_tokens: usize) -> (EventSender, EventReceiver) {
     let state = State {
         unread: VecDeque::with_capacity(max_unread_tokens.saturating_add(1).min(INITIAL_EVENTS)),

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-use r1_core::{FinishReason, SamplingParams, SeqId, TokenConstraint, TokenId};
+use r1_core::{FinishReason, InvalidSampling, SamplingParams, SeqId, TokenConstraint, TokenId};
 
 use crate::bell::Bell;
 use crate::events::{EventReceiver, EventSender, queue};
@@ -25,7 +25,8 @@ pub struct Request {
     pub constraint: Option<Box<dyn TokenConstraint>>,
     /// Requests share cached prefixes only with those that have the same salt.
     pub cache_salt: Option<String>,
-    /// Prompt.
+    /// Report the log-probabilities of the prompt's own tokens, and of this many most likely alternatives for each, at most
+    /// [`SamplingParams::MAX_LOGPROBS`]. Such a prompt is computed whole, whatever the prefix cache holds.
     pub prompt_logprobs: Option<u32>,
 }
 
@@ -36,17 +37,18 @@ impl Request {
     }
 }
 
-/// Log-probabilities of one drawn token, natural logarithm, of the model's own distribution (before penalties,
+/// Log-probabilities of one token of the reply or of the prompt, natural logarithm, of the model's own distribution (before penalties,
 /// temperature and truncation).
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenLogprobs {
-    /// Of the drawn token.
+    /// Of the token that is there.
     pub logprob: f32,
     /// The most likely tokens, best first, as many as the request asked for.
     pub top: Vec<(TokenId, f32)>,
 }
 
-/// What the engine says about one generation, in order: `Scheduled`, tokens, then exactly one of the other two.
+/// What the engine says about one generation, in order: `Scheduled`, `PromptLogprobs` if they were asked for, tokens, then
+/// exactly one of the other two.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// The prompt's first chunk runs now; the time in the queue is over.
@@ -54,7 +56,7 @@ pub enum Event {
         /// Prompt tokens whose KV came from the prefix cache.
         cached_tokens: u32,
     },
-    /// Prompt.
+    /// Of every token of the prompt but the first, given those before it: one less than the prompt has tokens.
     PromptLogprobs(Vec<TokenLogprobs>),
     /// A token was drawn. A stop token is reported too, before `Finished`.
     Token {
@@ -143,7 +145,7 @@ pub enum SubmitError {
     },
     /// A sampling parameter is out of range.
     #[error(transparent)]
-    Sampling(#[from] r1_core::InvalidSampling),
+    Sampling(#[from] InvalidSampling),
 }
 
 /// What the engine is at this moment.
@@ -235,6 +237,8 @@ pub enum Command {
     },
     /// Its client left.
     Abort(SeqId),
+    /// Forget what the prefix cache holds; the number of blocks that became free goes here.
+    FlushPrefixCache(mpsc::SyncSender<usize>),
     /// End the thread after failing whatever still runs.
     Stop,
 }
@@ -383,6 +387,15 @@ impl Handle {
         Ok(())
     }
 
+    fn check_ready(&self) -> Result<(), SubmitError> {
+        match self.status() {
+            Status::Ready => Ok(()),
+            Status::Loading { .. } => Err(SubmitError::Loading),
+            Status::Failed(why) => Err(SubmitError::NotRunning(why)),
+            Status::Stopped => Err(SubmitError::NotRunning("it was asked to stop".into())),
+        }
+    }
+
     /// Hands a request to the engine.
     pub fn submit(&self, request: Request) -> Result<Generation, SubmitError> {
         let mut generations = self.submit_all(vec![request])?;
@@ -391,12 +404,7 @@ impl Handle {
 
     /// Hands requests to the engine, all or none.
     pub fn submit_all(&self, requests: Vec<Request>) -> Result<Vec<Generation>, SubmitError> {
-        match self.status() {
-            Status::Ready => {}
-            Status::Loading { .. } => return Err(SubmitError::Loading),
-            Status::Failed(why) => return Err(SubmitError::NotRunning(why)),
-            Status::Stopped => return Err(SubmitError::NotRunning("it was asked to stop".into())),
-        }
+        self.check_ready()?;
         for request in &requests {
             self.check(request)?;
         }
@@ -429,6 +437,10 @@ impl Handle {
     fn check(&self, request: &Request) -> Result<(), SubmitError> {
         let info = &self.shared.info;
         request.params.validate()?;
+        if let Some(value) = request.prompt_logprobs.filter(|&n| n > SamplingParams::MAX_LOGPROBS) {
+            let (param, value) = ("prompt_logprobs", f64::from(value));
+            return Err(InvalidSampling { param, value, range: "at most 20" }.into());
+        }
         if request.prompt.is_empty() {
             return Err(SubmitError::EmptyPrompt);
         }
@@ -446,6 +458,17 @@ impl Handle {
             });
         }
         Ok(())
+    }
+
+    /// Forgets every block of the prefix cache that could be hit, and gives the number of those that became free; blocks of
+    /// running generations stay theirs. Waits for the engine thread, which looks between two steps.
+    pub fn flush_prefix_cache(&self) -> Result<usize, SubmitError> {
+        self.check_ready()?;
+        let (answer, flushed) = mpsc::sync_channel(1);
+        self.commands.send(Command::FlushPrefixCache(answer));
+        flushed
+            .recv()
+            .map_err(|_| SubmitError::NotRunning("it stopped before it had flushed its cache".into()))
     }
 
     /// Asks the engine thread to end; whatever still runs gets `Failed(Stopped)`.
@@ -545,6 +568,9 @@ mod tests {
         let params = SamplingParams { logit_bias: vec![(TokenId(8), 1.0)], ..SamplingParams::default() };
         let unknown = Request { params, ..request() };
         assert!(matches!(handle.submit(unknown).err(), Some(SubmitError::UnknownToken { .. })));
+        let too_many = Request { prompt_logprobs: Some(21), ..request() };
+        let why = handle.submit(too_many).err().map(|error| error.to_string());
+        assert_eq!(why.as_deref(), Some("prompt_logprobs is 21; it must be at most 20"));
         assert!(inbox.poll().is_none());
 
         let two = || vec![request(), request()];

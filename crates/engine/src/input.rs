@@ -30,11 +30,16 @@ pub(crate) struct StepInput {
     context_start: Vec<u32>,
     /// `[S, blocks of the longest sequence]`.
     block_table: Vec<u32>,
+    /// Those that sample, then those of prompts.
     logit_rows: Vec<u32>,
+    /// Rows of prompts whose logits are wanted.
+    prompt_rows: Vec<u32>,
+    /// The token that follows in the prompt, for each of `prompt_rows`.
+    prompt_tokens: Vec<u32>,
     /// Sequences without padding.
     num_seqs: usize,
     num_decodes: usize,
-    /// Rows that sample.
+    /// Rows that sample, and rows of prompts.
     num_logits: usize,
     /// The batch size that a step was padded to, which is the one that it was captured for.
     bucket: Option<usize>,
@@ -55,15 +60,22 @@ impl StepInput {
             context_len: room(seqs),
             context_start: room(seqs + 1),
             block_table: room(seqs * config.blocks_for(config.max_model_len)),
-            logit_rows: room(seqs),
+            logit_rows: room(logit_rows(config)),
+            prompt_rows: room(config.max_prompt_logits),
+            prompt_tokens: room(config.max_prompt_logits),
             block_size: config.block_size,
             ..Self::default()
         }
     }
 
-    /// Rows that sample.
+    /// Rows of logits.
     pub(crate) fn num_logits(&self) -> usize {
         self.num_logits
+    }
+
+    /// For each of the last rows of logits, which belong to prompts, the prompt's next token.
+    pub(crate) fn prompt_tokens(&self) -> &[u32] {
+        &self.prompt_tokens
     }
 
     /// The batch size that the step was padded to.
@@ -121,6 +133,16 @@ impl StepInput {
                 self.logit_rows.push(self.ids.len() as u32 - 1);
             }
         }
+        let mut first_row = plan.decode.len();
+        for chunk in &plan.prefill {
+            let seq = state.sequence(chunk.seq).expect("a planned sequence exists");
+            for position in seq.prompt_logits(chunk.start, chunk.len) {
+                self.prompt_rows.push((first_row + position - chunk.start) as u32);
+                self.prompt_tokens.push(seq.tokens()[position + 1].0);
+            }
+            first_row += chunk.len;
+        }
+        self.logit_rows.extend_from_slice(&self.prompt_rows);
         self.num_logits = self.logit_rows.len();
         if plan.prefill.is_empty()
             && let Some(bucket) = buckets.fitting(self.num_seqs)
@@ -156,6 +178,8 @@ impl StepInput {
             &mut self.context_start,
             &mut self.block_table,
             &mut self.logit_rows,
+            &mut self.prompt_rows,
+            &mut self.prompt_tokens,
         ] {
             list.clear();
         }
@@ -166,9 +190,14 @@ impl StepInput {
     }
 }
 
+/// Most rows of logits in a step.
+pub(crate) fn logit_rows(config: &SchedConfig) -> usize {
+    config.max_num_seqs + config.max_prompt_logits
+}
+
 /// What one step draws; each step in flight has its own.
 pub(crate) struct Draws<B: Backend> {
-    /// `[L]` U32.
+    /// `[L]` U32; behind those drawn, the next tokens of prompts.
     pub(crate) tokens: Tensor<B>,
     pub(crate) logprobs: LogprobsOut<B>,
 }
@@ -223,7 +252,7 @@ pub(crate) struct StepTensors<B: Backend> {
     /// `[T]` U32.
     pub(crate) ids: Tensor<B>,
     pub(crate) batch: Batch<B>,
-    /// `[L]` U32: the last row of every sequence that samples, decodes first.
+    /// `[L]` U32: the last row of every sequence that samples, decodes first; then rows of prompts.
     pub(crate) logit_rows: Tensor<B>,
     /// `[L, V]` F32.
     pub(crate) logits: Tensor<B>,
@@ -232,6 +261,7 @@ pub(crate) struct StepTensors<B: Backend> {
 impl<B: Backend> Inputs<B> {
     pub(crate) fn alloc(backend: &B, config: &SchedConfig, vocab_size: usize) -> Result<Self, BackendError> {
         let (tokens, seqs) = (config.max_num_batched_tokens, config.max_num_seqs);
+        let rows = logit_rows(config);
         let num_top = (SamplingParams::MAX_LOGPROBS as usize).min(vocab_size);
         let u32s = |len: usize| backend.alloc(&[len], DType::U32);
         Ok(Self {
@@ -243,10 +273,10 @@ impl<B: Backend> Inputs<B> {
             context_len: u32s(seqs)?,
             context_start: u32s(seqs + 1)?,
             block_table: backend.alloc(&[seqs, config.blocks_for(config.max_model_len)], DType::U32)?,
-            logit_rows: u32s(seqs)?,
-            logits: backend.alloc(&[seqs, vocab_size], DType::F32)?,
+            logit_rows: u32s(rows)?,
+            logits: backend.alloc(&[rows, vocab_size], DType::F32)?,
             draws: (0..config.depth)
-                .map(|_| Draws::alloc(backend, seqs, num_top))
+                .map(|_| Draws::alloc(backend, rows, num_top))
                 .collect::<Result<_, _>>()?,
             max_model_len: config.max_model_len,
         })
@@ -380,6 +410,7 @@ mod tests {
                 priority: 0,
                 cache_salt: None,
                 run_ahead: true,
+                prompt_logits: false,
             };
             state.add(sequence).expect("room");
         }
@@ -431,6 +462,7 @@ mod tests {
             priority: 0,
             cache_salt: None,
             run_ahead: true,
+            prompt_logits: false,
         };
         state.add(sequence).expect("room");
         let plan = plan(&state, &state.limits());

@@ -18,7 +18,7 @@ mod rank;
 mod ranks;
 mod serve;
 
-pub use config::{EngineConfig, StartError};
+pub use config::{EngineConfig, PROMPT_LOGIT_ROWS, StartError};
 pub use events::{EventSender, Sent};
 pub use handle::{
     Command, EngineError, EngineInfo, Event, Generation, Handle, Inbox, Request, Stats, Status, SubmitError,

@@ -322,7 +322,7 @@ pub(crate) mod tests {
         loop {
             match constrained.mask() {
                 Mask::Unknown => {
-                    assert!(bell.wait_until(Instant::now() + Duration::from_secs(60)), "no mask comes");
+                    assert!(bell.wait_until(Instant::now() + Duration::from_mins(1)), "no mask comes");
                 }
                 Mask::Any => return Ok(None),
                 Mask::Failed(error) => return Err(error.clone()),
@@ -367,7 +367,7 @@ pub(crate) mod tests {
             let mut constrained = masks.constrain(led);
             go.send(Err(outcome)).unwrap();
             assert_eq!(tokens(&mut constrained, &bell), Err(ConstraintError(why.into())));
-            dropped.recv_timeout(Duration::from_secs(60)).expect("it is dropped when it has failed");
+            dropped.recv_timeout(Duration::from_mins(1)).expect("it is dropped when it has failed");
         }
         let (go, _dropped, led) = led();
         go.send(Ok(Allowed::Any)).unwrap();
@@ -380,7 +380,7 @@ pub(crate) mod tests {
         let (go, dropped, led_) = led();
         drop(masks.constrain(led_));
         go.send(Ok(Allowed::Any)).unwrap();
-        dropped.recv_timeout(Duration::from_secs(60)).expect("the result is dropped");
+        dropped.recv_timeout(Duration::from_mins(1)).expect("the result is dropped");
         let (go, dropped, led) = led();
         let mut ready = masks.constrain(led);
         go.send(Ok(Allowed::Any)).unwrap();
@@ -411,7 +411,7 @@ pub(crate) mod tests {
         while matches!(last.mask(), Mask::Unknown) {
             masks.relieve();
             bell.wait_until(Instant::now() + Duration::from_millis(1));
-            assert!(since.elapsed() < Duration::from_secs(60), "it waits for the others");
+            assert!(since.elapsed() < Duration::from_mins(1), "it waits for the others");
         }
         assert!(matches!(last.mask(), Mask::Any) && masks.num_workers <= MAX_WORKERS);
         drop((waits, stuck));

@@ -143,6 +143,7 @@ impl<B: Backend> OneBatchBench<B> {
                 priority: 0,
                 cache_salt: None,
                 run_ahead: true,
+                prompt_logits: false,
             })?;
         }
         let mut prefill = Duration::ZERO;

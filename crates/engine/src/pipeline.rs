@@ -114,6 +114,7 @@ impl<B: Backend> Pipeline<B> {
     /// `bell` rings when a mask is known.
     pub(crate) fn new(ranks: Ranks<B>, state: State, bell: Arc<Bell>) -> Self {
         let SchedConfig { depth, max_num_seqs, .. } = *state.config();
+        let drawn = Drawn::with_room(state.config());
         let step = || Step { sampled: Vec::with_capacity(max_num_seqs), ..Step::default() };
         Self {
             ranks,
@@ -121,7 +122,7 @@ impl<B: Backend> Pipeline<B> {
             steps: (0..depth).map(|_| step()).collect(),
             in_flight: VecDeque::with_capacity(depth),
             next_slot: 0,
-            drawn: Drawn::with_room(max_num_seqs),
+            drawn,
             bell,
         }
     }
@@ -193,7 +194,8 @@ impl<B: Backend> Pipeline<B> {
         spoilt.clear();
         let mut sampling = self.ranks.slot(slot).sampling_mut();
         sampling.batch.clear();
-        sampling.wants_logprobs = false;
+        // Prompts whose logits are wanted have rows behind those that sample.
+        sampling.wants_logprobs = !self.ranks.slot(slot).input().prompt_tokens().is_empty();
         let decodes = plan.decode.iter().map(|row| (row.seq, row.start + 1));
         let prefills = plan.prefill.iter().filter(|chunk| chunk.samples);
         for (seq, position) in decodes.chain(prefills.map(|chunk| (chunk.seq, chunk.start + chunk.len))) {

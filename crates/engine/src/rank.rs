@@ -6,8 +6,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use r1_backend::{
-    Backend, BackendError, CommError, Communicator, HostSliceMut, LatentCache, LogprobsOut, SamplingBatch,
-    Ticket,
+    Backend, BackendError, CommError, Communicator, HostSlice, HostSliceMut, LatentCache, LogprobsOut,
+    SamplingBatch, Ticket,
 };
 use r1_core::TokenId;
 use r1_model::{DeepSeek, StageInput, StageOutput, StepError};
@@ -15,7 +15,7 @@ use r1_sched::SchedConfig;
 
 use crate::TokenLogprobs;
 use crate::config::StartError;
-use crate::input::{Inputs, StepInput, StepTensors};
+use crate::input::{Inputs, StepInput, StepTensors, logit_rows};
 
 /// How the rows of a step are drawn.
 #[derive(Default)]
@@ -186,11 +186,18 @@ impl<B: Backend> Rank<B> {
     pub(crate) fn sample(&mut self, slot: usize) {
         self.guarded(slot, |rank| {
             let backend = &**rank.model.backend();
-            let num_logits = rank.slots[slot].input().num_logits();
+            let input = rank.slots[slot].input();
+            let num_logits = input.num_logits();
             let sampling = rank.slots[slot].sampling();
             let (logits, draws) = (rank.inputs.logits(num_logits), rank.inputs.draws(slot, num_logits));
-            if num_logits > 0 {
-                backend.sample(&logits, &sampling.batch, &draws.tokens);
+            let num_drawn = num_logits - input.prompt_tokens().len();
+            if num_drawn > 0 {
+                let rows = 0..num_drawn;
+                backend.sample(&logits.rows(rows.clone()), &sampling.batch, &draws.tokens.rows(rows));
+            }
+            if num_drawn < num_logits {
+                let of_prompts = draws.tokens.rows(num_drawn..num_logits);
+                backend.upload(HostSlice::U32(input.prompt_tokens()), &of_prompts);
             }
             if sampling.wants_logprobs {
                 backend.logprobs(&logits, &draws.tokens, &draws.logprobs);
@@ -276,7 +283,7 @@ impl<B: Backend> Rank<B> {
 /// What a step has drawn, on the host.
 #[derive(Default)]
 pub(crate) struct Drawn {
-    /// One per row of logits.
+    /// One per row of logits; for those of prompts, the prompt's next.
     tokens: Vec<u32>,
     /// Likely tokens per row, where log-probabilities were read.
     num_top: Option<usize>,
@@ -286,8 +293,8 @@ pub(crate) struct Drawn {
 }
 
 impl Drawn {
-    pub(crate) fn with_room(rows: usize) -> Self {
-        Self { tokens: Vec::with_capacity(rows), ..Self::default() }
+    pub(crate) fn with_room(config: &SchedConfig) -> Self {
+        Self { tokens: Vec::with_capacity(logit_rows(config)), ..Self::default() }
     }
 
     pub(crate) fn token(&self, row: usize) -> TokenId {

@@ -12,7 +12,7 @@ use r1_sched::{NewSequence, Outcome, State, commit};
 
 use crate::config::{EngineConfig, StartError};
 use crate::events::{EventSender, Sent};
-use crate::handle::{Command, EngineError, Event, Inbox, Stats, Status};
+use crate::handle::{Command, EngineError, Event, Inbox, Stats, Status, TokenLogprobs};
 use crate::live::Live;
 use crate::masks::Masks;
 use crate::pipeline::{Became, Failed, Lives, Pipeline};
@@ -52,6 +52,24 @@ struct Active {
     prompt_len: usize,
     /// Prompt tokens that were found in the prefix cache or have been computed at least once.
     prompt_done: usize,
+    prompt_logprobs: Option<PromptLogprobs>,
+}
+
+/// Log-probabilities of a prompt, as far as they are known.
+struct PromptLogprobs {
+    num_top: usize,
+    known: Vec<TokenLogprobs>,
+}
+
+impl Active {
+    /// Reports the log-probabilities of the prompt once all are known.
+    fn report_prompt(&mut self) {
+        let num_wanted = self.prompt_len - 1;
+        if let Some(found) = self.prompt_logprobs.take_if(|found| found.known.len() == num_wanted) {
+            // Whether anybody reads shows with the first token.
+            self.events.send(Event::PromptLogprobs(found.known));
+        }
+    }
 }
 
 type Actives = BTreeMap<SeqId, Active>;
@@ -195,10 +213,22 @@ impl<B: Backend> Engine<B> {
                     priority: request.priority,
                     cache_salt: request.cache_salt.map(|salt| salt.into_bytes().into_boxed_slice()),
                     run_ahead: live.may_run_ahead(),
+                    prompt_logits: request.prompt_logprobs.is_some(),
                 });
                 match added {
                     Ok(()) => {
-                        let active = Active { events, live, scheduled: false, prompt_len, prompt_done: 0 };
+                        let prompt_logprobs = request.prompt_logprobs.map(|num_top| PromptLogprobs {
+                            num_top: num_top as usize,
+                            known: Vec::with_capacity(prompt_len - 1),
+                        });
+                        let active = Active {
+                            events,
+                            live,
+                            scheduled: false,
+                            prompt_len,
+                            prompt_done: 0,
+                            prompt_logprobs,
+                        };
                         self.active.insert(id, active);
                     }
                     Err(error) => {
@@ -208,6 +238,12 @@ impl<B: Backend> Engine<B> {
                 }
             }
             Command::Abort(id) => self.abort(id),
+            Command::FlushPrefixCache(answer) => {
+                let num_blocks = self.pipeline.state_mut().flush_prefix_cache();
+                self.publish();
+                // Whoever asked may have given up.
+                let _ = answer.send(num_blocks);
+            }
             Command::Stop => unreachable!("the loop handles it"),
         }
     }
@@ -267,8 +303,19 @@ impl<B: Backend> Engine<B> {
         };
         self.stats.steps_total += 1;
         self.interval.steps += 1;
+        // Rows of prompts follow those that sample.
+        let mut row = done.sampled.len();
         for chunk in &done.plan.prefill {
+            let seq = done.state.sequence(chunk.seq).expect("a sequence outlives its steps");
+            let wanted = seq.prompt_logits(chunk.start, chunk.len);
+            let rows = row..row + wanted.len();
+            row = rows.end;
             if let Some(active) = self.active.get_mut(&chunk.seq) {
+                if let Some(found) = &mut active.prompt_logprobs {
+                    assert_eq!(found.known.len(), wanted.start, "a gap in the prompt of {}", chunk.seq);
+                    found.known.extend(rows.map(|row| done.drawn.logprobs(row, found.num_top)));
+                    active.report_prompt();
+                }
                 let end = (chunk.start + chunk.len).min(active.prompt_len).max(active.prompt_done);
                 self.stats.prompt_tokens_total += (end - active.prompt_done) as u64;
                 active.prompt_done = end;

@@ -16,6 +16,8 @@ pub struct SchedConfig {
     pub max_num_batched_tokens: usize,
     /// Most tokens in one sequence, prompt and output together.
     pub max_model_len: usize,
+    /// Most rows of logits in one step beyond one for each of its sequences: for prompts whose logits are wanted.
+    pub max_prompt_logits: usize,
     /// Most sequences waiting when another is added. Preempted ones count, but are never refused.
     pub max_queued: usize,
     /// Tokens that each running sequence should still be able to grow by when another one is admitted. More of it
@@ -44,6 +46,7 @@ impl Default for SchedConfig {
             max_num_seqs: 256,
             max_num_batched_tokens: 8192,
             max_model_len: 4096,
+            max_prompt_logits: 64,
             max_queued: 1024,
             headroom_tokens: 32,
             depth: 2,
@@ -79,6 +82,7 @@ impl SchedConfig {
         Limits {
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_num_seqs: self.max_num_seqs,
+            max_prompt_logits: self.max_prompt_logits,
             num_drafts: 0,
         }
     }
@@ -96,6 +100,8 @@ pub struct Limits {
     pub max_num_batched_tokens: usize,
     /// Most rows (sequences) in the step.
     pub max_num_seqs: usize,
+    /// Most rows of logits beyond one per sequence. With 0, prompts whose logits are wanted advance by a token a step.
+    pub max_prompt_logits: usize,
     /// Draft tokens per decode row, fewer where a sequence's limits, the budget or the cache leave less room.
     pub num_drafts: usize,
 }

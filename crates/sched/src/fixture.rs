@@ -17,6 +17,7 @@ pub(crate) fn config(num_blocks: usize) -> SchedConfig {
         max_num_seqs: 4,
         max_num_batched_tokens: 16,
         max_model_len: 64,
+        max_prompt_logits: 4,
         max_queued: 8,
         headroom_tokens: 0,
         depth: 1,
@@ -38,6 +39,7 @@ pub(crate) fn sequence(id: u64, len: usize, max_new_tokens: u32) -> NewSequence 
         priority: 0,
         cache_salt: None,
         run_ahead: true,
+        prompt_logits: false,
     }
 }
 

@@ -21,6 +21,7 @@
 //!     priority: 0,
 //!     cache_salt: None,
 //!     run_ahead: true,
+//!     prompt_logits: false,
 //! };
 //! state.add(new)?;
 //!
@@ -54,6 +55,9 @@
 //!   give way sit out a step, and do so in the next. The last sequence itself keeps its blocks and waits. So the first
 //!   running sequence always advances, and since [`State::add`] refuses what would not fit alone, everybody comes first
 //!   in the end.
+//! - A prompt whose logits are wanted ([`NewSequence::prompt_logits`]) takes no more tokens of a step than it has rows of
+//!   logits for, leaves the rest of the budget to those behind it, and overtakes nobody. Every sequence has one row, and
+//!   those prompts share [`Limits::max_prompt_logits`] more.
 //! - Tokens in flight count at their upper bound (every draft accepted) until [`commit`] knows better, and no row is
 //!   planned beyond a sequence's limits on that count.
 //! - A sequence that may not run ahead ([`NewSequence::run_ahead`]) has no decode row while a token of it is in flight,
@@ -66,7 +70,8 @@
 //!
 //! - Only full blocks are shared, and they are only read: what a sequence finds covers at most `(len - 1) / block_size`
 //!   blocks of its `len` known tokens. So at least its last known token is run, in a block of its own, and sequences that
-//!   diverge have blocks of their own from the one on in which they do.
+//!   diverge have blocks of their own from the one on in which they do. A sequence whose prompt's logits are wanted finds
+//!   nothing that it has not computed itself before it was preempted.
 //! - A block can be hit as soon as a step has begun that completes it with known tokens, since steps run in order on the
 //!   device, and within a step each layer writes all KV before attention reads any: even a sequence admitted by the same
 //!   plan, behind the chunk that fills the block, shares it. Where the token is drawn by a step in flight, it is that

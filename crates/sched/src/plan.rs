@@ -110,6 +110,8 @@ struct Room<'a, 'p> {
     num_holding: usize,
     num_tokens: usize,
     num_seqs: usize,
+    /// Rows of logits beyond one per sequence.
+    num_logits: usize,
     blocks: Available,
     /// Blocks that come free without further preemption when the steps in flight are committed; `None` before somebody
     /// asks.
@@ -138,6 +140,7 @@ impl<'a, 'p> Room<'a, 'p> {
             num_holding: state.running.len() + state.num_draining(),
             num_tokens: limits.max_num_batched_tokens.min(state.config.max_num_batched_tokens),
             num_seqs: limits.max_num_seqs.min(state.config.max_num_seqs),
+            num_logits: limits.max_prompt_logits.min(state.config.max_prompt_logits),
             blocks: Available::new(&state.pool),
             soon_free: None,
             closed_from: None,
@@ -268,7 +271,8 @@ impl<'a, 'p> Room<'a, 'p> {
                 line.admits = false;
                 continue;
             };
-            if next.prefill_len() - start > self.num_tokens {
+            // A prompt whose logits are wanted leaves what it has no rows for to those behind it.
+            if self.rows_allow(&next, start) > self.num_tokens {
                 self.overtake(&mut line, seq.turn.priority, budget / 2);
                 self.chunk(&next, start);
                 return;
@@ -292,26 +296,34 @@ impl<'a, 'p> Room<'a, 'p> {
             if next.waits {
                 start = self.found(seq).shared * self.state.config.block_size;
                 // A long one that is overtaken while it waits keeps its seat and its blocks from those behind it.
-                let fits = seq.tokens.len() - start <= reserve;
+                let len = seq.tokens.len() - start;
+                let fits = len <= reserve && seq.prompt_logits(start, len).is_empty();
                 if self.admit(seq, fits).is_none() {
                     line.admits = false;
                     continue;
                 }
             }
             let len = next.prefill_len() - start;
-            if len <= reserve {
+            if len <= reserve && seq.prompt_logits(start, len).is_empty() {
                 self.chunk(&next, start);
                 reserve -= len;
             }
         }
     }
 
+    /// As much of a prefill, from `start` on, as there are rows of logits for.
+    fn rows_allow(&self, next: &Next<'a>, start: usize) -> usize {
+        next.seq.chunk_of_rows(start, next.prefill_len() - start, 1 + self.num_logits)
+    }
+
     /// As much of a prefill, from `start` on, as the budget allows.
     fn chunk(&mut self, next: &Next<'a>, start: usize) {
         let left = next.prefill_len() - start;
-        let len = left.min(self.num_tokens);
+        let len = self.rows_allow(next, start).min(self.num_tokens);
+        let rows = next.seq.prompt_logits(start, len).len() + usize::from(len == left);
         self.num_tokens -= len;
         self.num_seqs -= 1;
+        self.num_logits -= rows.saturating_sub(1);
         self.plan.prefill.push(PrefillChunk { seq: next.seq.id, start, len, samples: len == left });
     }
 

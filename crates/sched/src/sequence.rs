@@ -1,5 +1,7 @@
 //! One sequence as the scheduler sees it, what enters and what leaves. Knows nothing of other sequences.
 
+use std::ops::Range;
+
 use r1_core::{BlockId, FinishReason, SeqId, TokenId};
 
 use crate::prefix::{BlockHash, HashChain};
@@ -21,6 +23,9 @@ pub struct NewSequence {
     /// tokens drawn (penalties, grammars): it is not planned while a token of it is in flight, and gets no drafts. Its rows
     /// may draw nothing, and it can be paused.
     pub run_ahead: bool,
+    /// Whether the logits of its whole prompt are wanted: every token but the last is run for them, though its KV may be
+    /// cached.
+    pub prompt_logits: bool,
 }
 
 /// What a step did to one sequence.
@@ -96,6 +101,9 @@ pub struct Sequence {
     pub(crate) num_registered: usize,
     /// Positions whose KV is known to be written: found at admission, or by steps that have been committed.
     pub(crate) settled: usize,
+    /// Positions at the front of the prompt whose logits are not wanted, or were given before it was preempted;
+    /// `usize::MAX` for all.
+    pub(crate) num_logits_given: usize,
     /// Found at the first admission, tokens; `None` before.
     pub(crate) cached_tokens: Option<usize>,
     /// Positions whose KV is written or will be by a step in flight, at the upper bound.
@@ -182,10 +190,40 @@ impl Sequence {
     }
 
     /// Hashes of the blocks that it may share: full, and without its last known token, whose row must be run to draw
-    /// the next.
+    /// the next, and without prompt tokens whose logits are wanted.
     pub(crate) fn shareable(&self, block_size: usize) -> &[BlockHash] {
         let hashes = self.chain.hashes();
-        &hashes[..hashes.len().min((self.tokens.len() - 1) / block_size)]
+        let num_run_before = (self.tokens.len() - 1).min(self.num_logits_given);
+        &hashes[..hashes.len().min(num_run_before / block_size)]
+    }
+
+    /// Of a chunk that runs `len` tokens from `start` on, the positions whose logits are wanted, though no token is drawn
+    /// from them: those of the prompt but its last, and each once, however often the sequence is preempted.
+    pub fn prompt_logits(&self, start: usize, len: usize) -> Range<usize> {
+        let from = start.max(self.num_logits_given);
+        from..(start + len).min(self.prompt_len - 1).max(from)
+    }
+
+    /// Most tokens of a chunk from `start` on, at most `most`, that takes as many rows of logits.
+    pub(crate) fn chunk_of_rows(&self, start: usize, most: usize, rows: usize) -> usize {
+        let all = self.prompt_logits(start, most);
+        // The row that draws, if the chunk ends with the last known token.
+        let draws = usize::from(start + most == self.tokens.len());
+        if all.len() + draws <= rows {
+            most
+        } else if all.len() <= rows {
+            most - 1
+        } else {
+            all.start + rows - start
+        }
+    }
+
+    /// Notes, before it is preempted, which logits need not be given again.
+    pub(crate) fn keep_logits(&mut self) {
+        self.num_logits_given = self.num_logits_given.max(self.settled);
+        if self.num_logits_given >= self.prompt_len - 1 {
+            self.num_logits_given = usize::MAX;
+        }
     }
 
     /// Ends it: takes its tokens, leaves its blocks to whoever removes it.

@@ -5,7 +5,7 @@
 //! block that is shared holds its readers' own history; tables only grow while a sequence runs; rows stay within budgets
 //! and limits, in order of service but for short prefills that overtake a long one within its half; nobody is admitted
 //! past a sequence that does not fit, and only a better priority takes a running sequence's place; nobody runs ahead of
-//! the host who may not; no token is lost, doubled or reordered, whatever was cached; after a failed step nothing of it
+//! the host who may not, nor while it is paused, and a row that drew nothing costs nothing but time; the logits of a prompt come whole, once, and within their rows; no token is lost, doubled or reordered, whatever was cached; after a failed step nothing of it
 //! is found; every sequence is reported once, for the right reason; the first sequence in order of service ends within a
 //! bound, and if it runs it is never left out of more than two plans.
 //!
@@ -19,6 +19,7 @@ mod scenario;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use r1_core::{FinishReason, SeqId, TokenId};
@@ -70,6 +71,8 @@ pub struct Report {
     pub undrawn: u64,
     /// Times a sequence was paused.
     pub pauses: u64,
+    /// Rows of logits of prompts, beyond those that drew.
+    pub prompt_logits: u64,
     /// Hash of every plan in order: equal for equal runs.
     pub trace: u64,
 }
@@ -96,6 +99,7 @@ impl Report {
         self.overtakes += other.overtakes;
         self.undrawn += other.undrawn;
         self.pauses += other.pauses;
+        self.prompt_logits += other.prompt_logits;
         self.trace = mix(self.trace.rotate_left(1) ^ other.trace);
     }
 }
@@ -107,7 +111,7 @@ impl fmt::Display for Report {
             "{} steps: {} sequences added, {} refused; {} stopped, {} at their limit, {} aborted; {} preemptions; \
              {} tokens prefilled, {} generated, {} of them accepted drafts; {} rows discarded; {} failures; \
              {} of {} tokens hit in the prefix cache, {} found again; {} gave way; {} overtook; {} rows drew nothing, {} \
-             pauses; trace {:016x}",
+             pauses; {} logits of prompts; trace {:016x}",
             self.steps,
             self.added,
             self.refused,
@@ -127,6 +131,7 @@ impl fmt::Display for Report {
             self.overtakes,
             self.undrawn,
             self.pauses,
+            self.prompt_logits,
             self.trace
         )
     }
@@ -165,6 +170,8 @@ struct Row {
     seq: SeqId,
     max_tokens: usize,
     drawn: Vec<TokenId>,
+    /// Positions of the prompt whose logits it gives.
+    logits: Range<usize>,
 }
 
 /// One step in flight.
@@ -275,6 +282,7 @@ impl<'a> Simulation<'a> {
         if tight {
             limits.max_num_batched_tokens = self.rng.range(1, limits.max_num_batched_tokens);
             limits.max_num_seqs = self.rng.range(1, limits.max_num_seqs);
+            limits.max_prompt_logits /= 2;
         }
         let mut chosen = std::mem::take(&mut self.chosen);
         plan_into(&self.state, &limits, &mut chosen);
@@ -348,13 +356,15 @@ impl<'a> Simulation<'a> {
             let rejected = self.rejected_in_flight(row.seq);
             let draws = self.draws(row.seq);
             let drawn = self.device.decode(row, rejected, draws, &mut self.rng)?;
-            rows.push(Row { seq: row.seq, max_tokens: 1 + row.num_drafts, drawn });
+            rows.push(Row { seq: row.seq, max_tokens: 1 + row.num_drafts, drawn, logits: 0..0 });
         }
         for &chunk in &chosen.prefill {
             let draws = !chunk.samples || self.draws(chunk.seq);
             let drawn = self.device.prefill(chunk, self.state.tokens(chunk.seq), draws)?;
             self.report.prefilled_tokens += chunk.len as u64;
-            rows.push(Row { seq: chunk.seq, max_tokens: usize::from(chunk.samples), drawn });
+            let seq = self.state.sequence(chunk.seq).expect("planned sequences are live");
+            let logits = seq.prompt_logits(chunk.start, chunk.len);
+            rows.push(Row { seq: chunk.seq, max_tokens: usize::from(chunk.samples), drawn, logits });
         }
         Ok(rows)
     }
@@ -417,7 +427,19 @@ impl<'a> Simulation<'a> {
                 }
                 continue;
             };
+            if !row.logits.is_empty() {
+                let expected = client.num_logits;
+                ensure(client.prompt_logits && row.logits.start == expected, || {
+                    format!("sequence {}: logits {:?}, {expected} are there", row.seq, row.logits)
+                })?;
+                client.num_logits = row.logits.end;
+                self.report.prompt_logits += row.logits.len() as u64;
+            }
             let mut tokens = row.drawn;
+            let all_there = !client.prompt_logits || client.num_logits == client.prompt.len() - 1;
+            ensure(tokens.is_empty() || all_there, || {
+                format!("sequence {} draws with {} logits of its prompt", row.seq, client.num_logits)
+            })?;
             if row.max_tokens > 0 && tokens.is_empty() {
                 undrawn.push(row.seq);
             }
@@ -533,6 +555,7 @@ mod tests {
             ("overtakes", total.overtakes),
             ("undrawn", total.undrawn),
             ("pauses", total.pauses),
+            ("prompt_logits", total.prompt_logits),
         ];
         for (event, count) in events {
             assert!(count >= 500, "only {count} {event}: {total}");
@@ -543,7 +566,11 @@ mod tests {
     #[test]
     fn seeds_that_once_failed_hold() {
         for seed in [103_770, 175_859, 551_464] {
-            check(&Scenario { undrawn_percent: 0, ..Scenario::from_seed(seed, 200) });
+            check(&Scenario {
+                undrawn_percent: 0,
+                prompt_logits_percent: 0,
+                ..Scenario::from_seed(seed, 200)
+            });
         }
     }
 
@@ -583,6 +610,7 @@ mod tests {
             (arrival_percent, abort_percent, tight_percent) in (1_usize..60, 0_usize..10, 0_usize..20),
             (cached, fail_percent) in (any::<bool>(), 0_usize..5),
             (run_ahead_percent, undrawn_percent) in (0_usize..=100, 0_usize..70),
+            (max_prompt_logits, prompt_logits_percent) in (0_usize..20, 0_usize..=100),
         ) {
             let config = crate::SchedConfig {
                 block_size,
@@ -590,6 +618,7 @@ mod tests {
                 max_num_seqs,
                 max_num_batched_tokens: max_num_seqs + more_tokens,
                 max_model_len,
+                max_prompt_logits,
                 max_queued,
                 headroom_tokens,
                 depth,
@@ -604,6 +633,7 @@ mod tests {
                 tight_percent,
                 run_ahead_percent,
                 undrawn_percent,
+                prompt_logits_percent,
                 ..Scenario::from_seed(seed, 100)
             };
             let result = run(&scenario);

@@ -81,7 +81,7 @@ impl State {
     /// Puts a sequence into the queue, or says why not. A sequence that is too large is told so even when the queue
     /// is full.
     pub fn add(&mut self, new: NewSequence) -> Result<(), SchedError> {
-        let NewSequence { id, prompt, max_new_tokens, priority, cache_salt, run_ahead } = new;
+        let NewSequence { id, prompt, max_new_tokens, priority, cache_salt, run_ahead, prompt_logits } = new;
         let SchedConfig { max_model_len, num_blocks, max_queued, .. } = self.config;
         if self.sequences.contains_key(&id) {
             return Err(SchedError::DuplicateId { id });
@@ -122,6 +122,7 @@ impl State {
             blocks: Vec::new(),
             num_registered: 0,
             settled: 0,
+            num_logits_given: if prompt_logits { 0 } else { usize::MAX },
             cached_tokens: None,
             placed: 0,
             pending: 0,

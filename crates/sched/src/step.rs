@@ -87,6 +87,7 @@ fn preempt(state: &mut State, id: SeqId) {
         "stale plan: sequence {id} cannot be preempted"
     );
     state.pool.release(&mut seq.blocks);
+    seq.keep_logits();
     seq.phase = Phase::Waiting;
     seq.placed = 0;
     seq.settled = 0;
@@ -364,6 +365,39 @@ mod tests {
         let swapped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| commit(&mut state, id, both)));
         let message = *swapped.unwrap_err().downcast::<String>().unwrap();
         assert!(message.contains("out of the order of the step's rows"), "{message}");
+    }
+
+    #[test]
+    fn a_row_that_drew_nothing_decodes_the_same_position_again() {
+        let mut state = state(SchedConfig { prefix_cache: Some(KEY), ..config(8) });
+        state.add(crate::NewSequence { run_ahead: false, ..sequence(1, 8, 4) }).unwrap();
+        let (id, chosen) = start(&mut state);
+        assert_eq!(shape(&chosen).1, [(1, 0, 8, true)]);
+        assert_eq!(commit(&mut state, id, [drawn(SeqId(1), &[])]), []);
+        // Its last token's block is written to again, so nobody else may read it; the one before is done with.
+        let mut longer = sequence(2, 12, 4);
+        longer.prompt.fill(TokenId(1001));
+        state.add(longer).unwrap();
+        let (id, chosen) = start(&mut state);
+        assert_eq!((chosen.decode[0].start, shape(&chosen).1), (7, vec![(2, 4, 8, true)]));
+        let nothing = drawn(SeqId(1), &[]);
+        commit(&mut state, id, [nothing, drawn(SeqId(2), &[TokenId(5)])]);
+        state.pause(SeqId(1));
+        assert_eq!(shape(&step(&mut state, 6).0).0, [2], "a paused sequence sits out");
+        state.resume(SeqId(1));
+        let (id, chosen) = start(&mut state);
+        assert_eq!((chosen.decode[0].seq, chosen.decode[0].start), (SeqId(1), 7));
+        let tokens = [TokenId(9)];
+        commit(&mut state, id, [drawn(SeqId(1), &tokens), drawn(SeqId(2), &tokens)]);
+        assert_eq!(state.tokens(SeqId(1))[8..], tokens);
+        assert_eq!(shape(&start(&mut state).1).0, [1, 2]);
+    }
+
+    #[test]
+    #[should_panic(expected = "no token and no reason to finish")]
+    fn a_row_that_runs_ahead_draws_something() {
+        let (mut state, id) = prefilling(1);
+        commit(&mut state, id, [drawn(SeqId(1), &[])]);
     }
 
     #[test]

@@ -72,6 +72,7 @@ fn decode_steps(depth: usize) -> (u64, usize, usize) {
             priority: 0,
             cache_salt: None,
             run_ahead: true,
+            prompt_logits: false,
         };
         state.add(new).unwrap();
     }

@@ -26,7 +26,7 @@ pub enum ConfigError {
     #[error("{0:?} is no name of a header; one is authorization")]
     Header(String),
     /// A file could not be read.
-    #[error("cannot read {path}: {source}")]
+    #[error("cannot read {path}")]
     Read {
         /// The file.
         path: PathBuf,
@@ -70,10 +70,6 @@ pub enum ConfigError {
 
 /// How the server behaves.
 #[derive(Clone, Debug)]
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "switches of the command line, each independent of the others"
-)]
 pub struct ServerConfig {
     /// Path prefix under which every route answers too, as `/proxy/models/main`; empty for none.
     pub root_path: String,

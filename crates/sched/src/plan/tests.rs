@@ -1,7 +1,7 @@
 //! What is planned, and what is not, one rule at a time. Rules that need many steps and much luck are the simulator's.
 
 use super::*;
-use crate::fixture::{config, drawn, finish, sequence, shape, start, start_with, state, step};
+use crate::fixture::{KEY, config, drawn, finish, sequence, shape, start, start_with, state, step};
 use crate::{NewSequence, SchedConfig, begin, commit};
 use proptest::prelude::*;
 use r1_core::TokenId;
@@ -259,7 +259,7 @@ proptest! {
         }
         let mut in_flight = std::collections::VecDeque::new();
         for (max_num_batched_tokens, max_num_seqs, num_drafts) in budgets {
-            let limits = Limits { max_num_batched_tokens, max_num_seqs, num_drafts };
+            let limits = Limits { max_num_batched_tokens, max_num_seqs, num_drafts, max_prompt_logits: 0 };
             let chosen = plan(&state, &limits);
             prop_assert_eq!(&chosen, &plan(&state.clone(), &limits));
             prop_assert!(chosen.num_tokens() <= max_num_batched_tokens.min(16));
@@ -440,4 +440,31 @@ fn who_may_not_run_ahead_waits_for_its_token_and_gets_no_drafts() {
     let fourth = start_with(&mut state, &limits);
     let drafts: Vec<_> = fourth.1.decode.iter().map(|row| (row.seq.0, row.num_drafts)).collect();
     assert_eq!(drafts, [(1, 0), (2, 2)]);
+}
+
+#[test]
+fn a_prompt_whose_logits_are_wanted_takes_as_many_tokens_as_there_are_rows() {
+    // 4 rows beyond one per sequence.
+    let mut state = state(SchedConfig { prefix_cache: Some(KEY), ..config(16) });
+    let wanted = |id, len| NewSequence { prompt_logits: true, ..sequence(id, len, 4) };
+    state.add(wanted(1, 12)).unwrap();
+    state.add(wanted(2, 12)).unwrap();
+    state.add(sequence(3, 6, 4)).unwrap();
+    // The second has its own row, and the third has what tokens are left.
+    assert_eq!(shape(&step(&mut state, 9).0).1, [(1, 0, 5, false), (2, 0, 1, false), (3, 0, 6, true)]);
+    let (plan, _) = step(&mut state, 9);
+    assert_eq!(shape(&plan).1, [(1, 5, 5, false), (2, 1, 1, false)]);
+    let seq = state.sequence(SeqId(1)).unwrap();
+    assert_eq!(seq.prompt_logits(5, 5), 5..10);
+    assert_eq!(seq.prompt_logits(10, 2), 10..11, "the last row draws");
+    assert_eq!(shape(&step(&mut state, 9).0).1, [(1, 10, 2, true), (2, 2, 4, false)]);
+    // What the first has left in the cache is for those that want no logits.
+    let mut again = wanted(4, 12);
+    again.prompt.fill(TokenId(1001));
+    state.add(again.clone()).unwrap();
+    let (plan, _) = step(&mut state, 9);
+    assert_eq!(shape(&plan).1, [(2, 6, 5, false), (4, 0, 1, false)]);
+    state.abort(SeqId(4)).unwrap();
+    state.add(NewSequence { prompt_logits: false, ..again }).unwrap();
+    assert_eq!(shape(&step(&mut state, 9).0).1, [(2, 11, 1, true), (4, 8, 4, true)]);
 }

@@ -55,6 +55,12 @@ impl Simulation<'_> {
             ensure(client.run_ahead || !ahead, || format!("runs ahead of the host: {row:?}"))?;
             ensure(!client.paused, || format!("runs though it is paused: {row:?}"))?;
         }
+        let rows = chosen.prefill.iter().map(|chunk| {
+            let seq = self.state.sequence(chunk.seq).expect("planned sequences are live");
+            seq.prompt_logits(chunk.start, chunk.len).len() + usize::from(chunk.samples)
+        });
+        let more: usize = rows.map(|rows| rows.saturating_sub(1)).sum();
+        ensure(more <= limits.max_prompt_logits, || format!("{more} rows of logits more: {chosen:?}"))?;
         self.check_preempt(chosen)?;
         self.check_gives_way(chosen, limits, tight)?;
         self.check_prefill(chosen, limits)?;
@@ -74,6 +80,11 @@ impl Simulation<'_> {
     /// Chunks are in order of service, but for short ones that overtake a long one in its half of the budget; nobody
     /// who would fit there is left behind; nobody is admitted past a sequence that does not fit.
     fn check_prefill(&self, chosen: &Plan, limits: &Limits) -> Result<(), String> {
+        // Prompts whose logits are wanted are cut anywhere, and leave tokens to those behind them.
+        let is_cut = |chunk: &PrefillChunk| !chunk.samples && self.clients[&chunk.seq].prompt_logits;
+        if chosen.prefill.iter().any(is_cut) {
+            return Ok(());
+        }
         // A chunk that does not finish its prompt takes what is left, so it is the last. One that was overtaken may
         // finish after all when those that overtook it have made somebody give way, whose row had a token.
         let sorted = chosen.prefill.is_sorted_by_key(|chunk| self.turn(chunk.seq));
@@ -108,6 +119,7 @@ impl Simulation<'_> {
         self.check_passed(chosen, Some((turn, left)))?;
         let short = |seq: &&Sequence| {
             seq.is_prefilling()
+                && !self.clients[&seq.id()].prompt_logits
                 && self.turn(seq.id()) > turn
                 && seq.priority() == turn.0
                 && seq.tokens().len() - self.prefilled(seq.id()) <= left
@@ -131,6 +143,7 @@ impl Simulation<'_> {
         let due = room
             && !self.gives_way(chosen)
             && waits.priority() == turn.0
+            && !self.clients[&waits.id()].prompt_logits
             && self.turn(waits.id()) > turn
             && waits.tokens().len() <= left
             && num_seqs + stats.draining <= config.max_num_seqs
@@ -168,7 +181,9 @@ impl Simulation<'_> {
             |seq: &&Sequence| !is_admitted(seq) && last.is_some_and(|last| self.turn(seq.id()) < last);
         for seq in self.state.waiting().filter(passed) {
             let allowed = long.is_some_and(|(turn, left)| {
-                let is_long = seq.tokens().len() > left || self.gives_way(chosen);
+                let is_long = seq.tokens().len() > left
+                    || self.clients[&seq.id()].prompt_logits
+                    || self.gives_way(chosen);
                 seq.priority() == turn.0 && self.turn(seq.id()) > turn && is_long
             });
             ensure(allowed, || format!("sequence {} was passed over: {chosen:?}", seq.id()))?;

@@ -22,6 +22,9 @@ pub(super) struct Client {
     pub(super) salt: Salt,
     pub(super) run_ahead: bool,
     pub(super) paused: bool,
+    pub(super) prompt_logits: bool,
+    /// Positions of the prompt whose logits have come.
+    pub(super) num_logits: usize,
     /// A token divisible by this is a stop token.
     stop_modulus: u32,
     /// Output as it was committed, piece by piece.
@@ -129,6 +132,8 @@ impl Simulation<'_> {
         let priority = self.rng.range(0, num_priorities - 1) as i32;
         let stop_modulus = self.rng.range(2, 100) as u32;
         let run_ahead = self.rng.percent(self.scenario.run_ahead_percent);
+        let percent = self.scenario.prompt_logits_percent;
+        let prompt_logits = percent > 0 && self.rng.percent(percent);
         let id = SeqId(self.num_ids);
         let max_len = (prompt_len + max_new_tokens).min(config.max_model_len);
         let expect = if prompt_len == 0 {
@@ -152,6 +157,7 @@ impl Simulation<'_> {
             priority,
             cache_salt: salt.clone(),
             run_ahead,
+            prompt_logits,
         });
         ensure(found == expect, || format!("add: expected {expect:?}, found {found:?}"))?;
         if found.is_err() {
@@ -168,6 +174,8 @@ impl Simulation<'_> {
             salt,
             run_ahead,
             paused: false,
+            prompt_logits,
+            num_logits: 0,
             stop_modulus,
             streamed: Vec::new(),
             first_start: None,

@@ -40,6 +40,8 @@ pub struct Scenario {
     pub run_ahead_percent: usize,
     /// Chance that a row of a sequence that may not run ahead draws nothing, percent; below 100. Half of them are paused.
     pub undrawn_percent: usize,
+    /// Chance that the logits of a sequence's prompt are wanted, percent.
+    pub prompt_logits_percent: usize,
 }
 
 impl Scenario {
@@ -61,12 +63,13 @@ impl Scenario {
             max_num_seqs,
             max_num_batched_tokens,
             max_model_len,
+            max_prompt_logits: 0,
             max_queued: rng.range(1, 12),
             headroom_tokens: if rng.percent(60) { 0 } else { rng.range(1, 8) },
             depth: rng.range(1, 2),
             prefix_cache: rng.percent(80).then_some(PrefixKey::new([seed, !seed])),
         };
-        Self {
+        let mut scenario = Self {
             seed,
             num_steps,
             config,
@@ -84,6 +87,9 @@ impl Scenario {
             num_salts: if rng.percent(50) { 0 } else { rng.range(1, 3) },
             run_ahead_percent: [0, 50, 100, 100][rng.range(0, 3)],
             undrawn_percent: [0, 0, 20, 60][rng.range(0, 3)],
-        }
+            prompt_logits_percent: [0, 0, 30, 100][rng.range(0, 3)],
+        };
+        scenario.config.max_prompt_logits = rng.range(0, 12);
+        scenario
     }
 }

@@ -19,7 +19,7 @@ const SOON: Duration = Duration::from_millis(150);
 /// Far beyond what these tests wait for.
 const NEVER: Duration = Duration::from_hours(1);
 
-fn unhurried() -> ServerConfig {
+pub(crate) fn unhurried() -> ServerConfig {
     ServerConfig {
         idle_timeout: NEVER,
         header_timeout: NEVER,
@@ -147,12 +147,12 @@ async fn http2_is_spoken_too() {
     client.until("pingping").await;
 }
 
-const RUNNING: u8 = 0;
+pub(crate) const RUNNING: u8 = 0;
 const OVERFLOWED: u8 = 1;
-const ABANDONED: u8 = 2;
+pub(crate) const ABANDONED: u8 = 2;
 
 /// An engine that writes without end until it is told that nobody reads.
-fn tireless(max_unread_tokens: usize) -> (Handle, Arc<AtomicU8>) {
+pub(crate) fn tireless(max_unread_tokens: usize) -> (Handle, Arc<AtomicU8>) {
     let (handle, inbox) = Handle::channel(EngineInfo { max_unread_tokens, ..info() });
     inbox.set_status(Status::Ready);
     let outcome = Arc::new(AtomicU8::new(RUNNING));

@@ -12,3 +12,4 @@ mod ops;
 mod replies;
 mod socket;
 mod support;
+mod tls;
