@@ -85,7 +85,6 @@ pub(crate) async fn require_key(
 }
 
 /// Lets a request through that carries one of the administrators' keys. Where none is configured, nothing is there.
-#[allow(dead_code, reason = "guards the endpoints that change what the server holds")]
 pub(crate) async fn require_admin(
     State(app): State<Arc<App>>,
     request: Request,

@@ -26,6 +26,8 @@ enum Access {
     Open,
     /// Whoever has a key, or anybody where the server has none.
     Key,
+    /// Whoever has an administrator's key; where the server has none, the endpoint is not there.
+    Admin,
 }
 
 /// What a good answer holds.
@@ -132,8 +134,11 @@ impl Endpoint {
             operation["requestBody"] = json!({"required": true, "content": {"application/json": content}});
         }
         operation["responses"] = self.responses(keys).into();
-        let locked = keys && self.access == Access::Key;
-        operation["security"] = if locked { json!([{"key": []}]) } else { json!([]) };
+        operation["security"] = match self.access {
+            Access::Key if keys => json!([{"key": []}]),
+            Access::Key | Access::Open => json!([]),
+            Access::Admin => json!([{"admin_key": []}]),
+        };
         operation
     }
 
@@ -155,7 +160,7 @@ impl Endpoint {
         responses.insert("200".into(), json!({"description": "The answer.", "content": content}));
         let mut errors = self.errors.to_vec();
         errors.push(431);
-        if keys && self.access == Access::Key {
+        if self.access == Access::Admin || keys && self.access == Access::Key {
             errors.push(401);
         }
         errors.sort_unstable();
@@ -178,7 +183,8 @@ impl Endpoint {
 pub(crate) fn document(app: &App) -> Bytes {
     let keys = !app.config.api_keys.is_empty();
     let mut paths: Map<String, Value> = Map::new();
-    for endpoint in endpoints() {
+    let admin = !app.config.admin_keys.is_empty();
+    for endpoint in endpoints().iter().filter(|endpoint| admin || endpoint.access != Access::Admin) {
         let at = paths.entry(endpoint.path).or_insert_with(|| json!({}));
         at[endpoint.method] = endpoint.operation(keys);
     }
@@ -197,7 +203,10 @@ pub(crate) fn document(app: &App) -> Bytes {
         "paths": paths,
         "components": {
             "schemas": schemas,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "--api-key"}},
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer", "description": "--api-key"},
+                "admin_key": {"type": "http", "scheme": "bearer", "description": "--admin-api-key"},
+            },
         },
     });
     serde_json::to_vec(&document).expect("it holds strings and numbers").into()

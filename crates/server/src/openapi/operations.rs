@@ -127,6 +127,8 @@ pub(crate) const ENDPOINTS: &[Endpoint] = &[
         "Facts about the server",
         "As /get_server_info.",
     ),
+    FLUSH,
+    Endpoint { method: "post", ..FLUSH },
     get(
         "/",
         "Server",
@@ -138,6 +140,18 @@ pub(crate) const ENDPOINTS: &[Endpoint] = &[
     get("/openapi.json", "Server", OPEN, Body::Json("OpenApi"), "This document", ""),
     get("/docs", "Server", OPEN, Body::Text("text/html"), "This document as a page", ""),
 ];
+
+const FLUSH: Endpoint = Endpoint {
+    errors: &[503],
+    ..get(
+        "/flush_cache",
+        "Server",
+        Access::Admin,
+        Body::Json("FlushReply"),
+        "Forget the prefix cache",
+        "Running generations keep their blocks.",
+    )
+};
 
 const TEXTS: Type = Either(&[Text, List(&Text)]);
 
@@ -256,6 +270,11 @@ pub(crate) const OBJECTS: &[Object] = &[
             must("api_key_required", Bool, ""),
             must("internal_states", List(&Free), "Counters of the engine."),
         ]],
+    },
+    Object {
+        name: "FlushReply",
+        doc: "What was forgotten.",
+        fields: &[&[must("freed_blocks", COUNT, "Blocks that became free.")]],
     },
     Object {
         name: "OpenApi",

@@ -1,6 +1,7 @@
 //! Endpoints beside generation: tokens, facts about the server, the probe that generates, the API's description. Each file
 //! is one family; this one says where they answer and who may call them. Must not know how replies are generated.
 
+mod admin;
 mod health_generate;
 mod info;
 mod tokenize;
@@ -44,7 +45,17 @@ pub(crate) fn routes(app: &Arc<App>, prefixes: &BTreeSet<String>) -> Router<Arc<
             .route(&format!("{at}/server_info"), get(info::get_server));
     }
     let keyed = keyed.route_layer(middleware::from_fn_with_state(app.clone(), auth::require_key));
-    open.merge(keyed)
+    let mut all = open.merge(keyed);
+    // Without a key for them they are not there.
+    if !app.config.admin_keys.is_empty() {
+        let mut admin = Router::new().without_v07_checks();
+        for at in prefixes {
+            let flush = get(admin::flush_cache).post(admin::flush_cache);
+            admin = admin.route(&format!("{at}/flush_cache"), flush);
+        }
+        all = all.merge(admin.route_layer(middleware::from_fn_with_state(app.clone(), auth::require_admin)));
+    }
+    all
 }
 
 async fn post_tokenize(

@@ -204,3 +204,30 @@ async fn the_probe_asks_for_one_token() {
     let asked = engine.asked();
     assert_eq!((asked.len(), asked[0].params.max_tokens, asked[0].prompt.len()), (1, 1, 1));
 }
+
+#[tokio::test]
+async fn the_cache_is_flushed_for_administrators_only() {
+    let asked = |method: axum::http::Method, key: &'static str| {
+        let mut asking = request(method, "/flush_cache", "");
+        asking.headers_mut().insert(header::AUTHORIZATION, format!("Bearer {key}").parse().unwrap());
+        asking
+    };
+    let (get, post) = (axum::http::Method::GET, axum::http::Method::POST);
+    let keys = |key: &str| [key.to_owned()].into_iter().collect();
+    let engine = Engine::saying("ok");
+    for api_keys in [ServerConfig::default().api_keys, keys("user")] {
+        let closed = engine.router(ServerConfig { api_keys, ..ServerConfig::default() });
+        for key in ["user", "admin", ""] {
+            send(&closed, asked(post.clone(), key)).await.refused(404);
+        }
+    }
+    let config =
+        ServerConfig { api_keys: keys("user"), admin_keys: keys("admin"), ..ServerConfig::default() };
+    let router = engine.router(config);
+    for method in [get, post] {
+        for key in ["user", "", "adminn"] {
+            send(&router, asked(method.clone(), key)).await.refused(401);
+        }
+        assert_eq!(send(&router, asked(method, "admin")).await.json(), json!({"freed_blocks": 7}));
+    }
+}

@@ -202,6 +202,7 @@ fn answer(inbox: &Inbox, scripts: &[Script], record: &Mutex<Record>) {
                 inbox.ended(usize::from(record.held.remove(&id).is_some()));
                 record.aborted.push(id);
             }
+            Command::FlushPrefixCache(answer) => _ = answer.send(7),
             Command::Stop => return,
         }
     }
