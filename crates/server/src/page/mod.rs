@@ -94,10 +94,10 @@ fn base64(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
     for three in bytes.chunks(3) {
         let bits =
-            three.iter().zip([16, 8, 0]).fold(0, |bits, (byte, shift)| bits | u32::from(*byte) << shift);
+            three.iter().zip([16, 8, 0]).fold(0, |bits, (byte, shift)| bits | (u32::from(*byte) << shift));
         for digit in 0..4 {
             let padding = digit > three.len();
-            let value = bits >> (18 - 6 * digit) & 63;
+            let value = (bits >> (18 - 6 * digit)) & 63;
             text.push(if padding { '=' } else { char::from(DIGITS[value as usize]) });
         }
     }
