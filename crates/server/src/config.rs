@@ -26,6 +26,8 @@ pub struct ServerConfig {
     pub seed: Option<u64>,
     /// Most choices of one request: prompts times `n`.
     pub max_choices: usize,
+    /// Most responses of `/v1/responses` that are kept to be read again and continued; 0 keeps none.
+    pub max_stored_responses: usize,
     /// How long running requests may go on after the server was asked to stop.
     pub shutdown_timeout: Duration,
     /// How long a request's body may take to arrive.
@@ -57,6 +59,7 @@ impl Default for ServerConfig {
             strict_model_name: false,
             seed: None,
             max_choices: 128,
+            max_stored_responses: 1000,
             shutdown_timeout: Duration::from_secs(30),
             body_timeout: Duration::from_mins(1),
             ping_interval: Duration::from_secs(15),

@@ -19,6 +19,7 @@ mod health;
 mod metrics;
 mod render;
 mod reply;
+mod responses;
 mod routes;
 mod serve;
 mod sse;

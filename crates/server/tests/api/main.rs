@@ -8,5 +8,6 @@ mod http;
 mod lifecycle;
 mod numbers;
 mod replies;
+mod responses;
 mod socket;
 mod support;
