@@ -12,6 +12,7 @@ use crate::drain::Drain;
 use crate::error::ApiError;
 use crate::health;
 use crate::metrics::Metrics;
+use crate::responses::Store;
 
 pub(crate) struct App {
     pub(crate) config: ServerConfig,
@@ -19,6 +20,8 @@ pub(crate) struct App {
     pub(crate) engine: Handle,
     pub(crate) metrics: Metrics,
     pub(crate) drain: Drain,
+    /// Responses that can be read again and continued.
+    pub(crate) responses: Store,
     /// Seeds given out to requests that bring none.
     num_seeds: AtomicU64,
     /// When the server started, in Unix seconds: the models' `created`.
@@ -33,6 +36,7 @@ impl App {
         Self {
             metrics: Metrics::new(name),
             drain: Drain::new(),
+            responses: Store::new(config.max_stored_responses),
             num_seeds: AtomicU64::new(0),
             started_unix_s: unix_s(),
             config,

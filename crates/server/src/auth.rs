@@ -65,6 +65,12 @@ fn given(headers: &HeaderMap) -> impl Iterator<Item = &[u8]> {
     bearer(headers).into_iter().chain(headers.get(X_API_KEY).map(|key| key.as_bytes().trim_ascii()))
 }
 
+/// Which of the keys a request that was let through carries, by its place; `None` where no key is asked for.
+pub(crate) fn holder(keys: &[String], headers: &HeaderMap) -> Option<usize> {
+    let given = bearer(headers)?;
+    keys.iter().position(|key| key.as_bytes().ct_eq(given).into())
+}
+
 fn bearer(headers: &HeaderMap) -> Option<&[u8]> {
     let value = headers.get(header::AUTHORIZATION)?.as_bytes();
     let (scheme, key) = value.split_at_checked("Bearer ".len())?;

@@ -100,7 +100,7 @@ pub struct ServerConfig {
     pub max_choices: usize,
     /// Most log-probabilities per token that a request may ask for; at most [`SamplingParams::MAX_LOGPROBS`] count.
     pub max_logprobs: u32,
-    /// Most replies that are kept for requests that refer to them; the oldest goes first.
+    /// Most responses of `/v1/responses` that are kept to be read again and continued; 0 keeps none.
     pub max_stored_responses: usize,
     /// Variables of the chat template where a request's `chat_template_kwargs` are silent.
     pub default_template_kwargs: Map<String, Value>,

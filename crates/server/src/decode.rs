@@ -94,6 +94,18 @@ pub(crate) struct TokenEntry {
     pub(crate) drawn: Shown,
     pub(crate) top: Vec<Shown>,
     pub(crate) text_offset: usize,
+    pub(crate) place: Place,
+}
+
+/// Where a generated token's text stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// It is held back.
+    Open,
+    /// In the content behind so many calls.
+    Content { calls: usize },
+    /// In the reasoning, in a call, or nowhere.
+    Elsewhere,
 }
 
 /// How a choice ended.
@@ -230,7 +242,10 @@ impl Decoder {
         if let Some(logprobs) = logprobs {
             self.sum_logprobs += f64::from(logprobs.logprob);
             if self.rules.logprobs {
-                let entry = self.entry(token, &logprobs, self.text_chars);
+                let mut entry = self.entry(token, &logprobs, self.text_chars);
+                if self.parser.in_reasoning() || !self.is_text(token) {
+                    entry.place = Place::Elsewhere;
+                }
                 self.pending.logprobs.push(entry);
             }
         }
@@ -242,6 +257,9 @@ impl Decoder {
             self.take(output);
         }
         self.reasoning_tokens += u64::from(was_reasoning || self.parser.in_reasoning());
+        if let Some(entry) = self.pending.logprobs.last_mut().filter(|_| self.parser.in_reasoning()) {
+            entry.place = Place::Elsewhere;
+        }
         self.stop_string.is_some()
     }
 
@@ -306,6 +324,13 @@ impl Decoder {
                 }
                 Sorted::ToolArguments { index, text } => Part::Arguments { index, text },
             };
+            let place = match &part {
+                Part::Content(_) => Place::Content { calls: self.num_calls },
+                _ => Place::Elsewhere,
+            };
+            for entry in self.pending.logprobs.iter_mut().filter(|entry| entry.place == Place::Open) {
+                entry.place = place;
+            }
             self.pending.push(part);
         }
     }
@@ -315,6 +340,7 @@ impl Decoder {
             drawn: self.show(token, logprobs.logprob),
             top: logprobs.top.iter().map(|&(token, logprob)| self.show(token, logprob)).collect(),
             text_offset,
+            place: Place::Open,
         }
     }
 

@@ -23,6 +23,7 @@ mod ops;
 mod page;
 mod render;
 mod reply;
+mod responses;
 mod routes;
 mod serve;
 mod sse;

@@ -29,6 +29,7 @@ use crate::health;
 use crate::ops;
 use crate::page;
 use crate::reply::{self, Reply};
+use crate::responses;
 use crate::sse::{self, StreamLimits};
 use crate::types::models::{ModelCard, ModelList};
 
@@ -55,6 +56,7 @@ pub(crate) fn build(app: Arc<App>) -> Router {
             .route(&format!("{at}/completions"), post(post_completion))
             .route(&format!("{at}/models"), get(get_models))
             .route(&format!("{at}/models/{{*id}}"), get(get_model));
+        keyed = responses::routes(keyed, &at);
     }
     let keyed = keyed.route_layer(middleware::from_fn_with_state(app.clone(), auth::require_key));
     let cors = cors::layer(&app.config);
@@ -148,15 +150,13 @@ async fn post_completion(
     generate(app, log, request, convert::completion).await
 }
 
-/// Reads a body: the request's id, then its bytes.
-type Convert = fn(&Arc<App>, &str, &[u8]) -> Result<convert::Job, ApiError>;
-
-/// The way of every generating request: read, convert off the async threads, submit, then stream or collect.
-async fn generate(
+/// The way of every generating request: read, convert off the async threads, submit, then stream or collect. `convert` is
+/// given the request's id and its body.
+pub(crate) async fn generate(
     app: Arc<App>,
     log: Arc<RequestLog>,
     request: Request,
-    convert: Convert,
+    convert: impl FnOnce(&Arc<App>, &str, &[u8]) -> Result<convert::Job, ApiError> + Send + 'static,
 ) -> Result<Response, ApiError> {
     let limit = app.config.request_timeout;
     let deadline = limit.map(|limit| (Instant::from_std(log.received) + limit, limit));
@@ -180,7 +180,7 @@ async fn answer(
     log: Arc<RequestLog>,
     request: Request,
     body_read: &AtomicBool,
-    convert: Convert,
+    convert: impl FnOnce(&Arc<App>, &str, &[u8]) -> Result<convert::Job, ApiError> + Send + 'static,
     deadline: Option<(Instant, Duration)>,
 ) -> Result<Response, ApiError> {
     let body = read_body(&app.config, request).await?;

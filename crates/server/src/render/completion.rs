@@ -121,7 +121,7 @@ fn logprobs_of(prompt: Option<PromptScores>, entries: Vec<TokenEntry>) -> Comple
 }
 
 fn push_all(logprobs: &mut CompletionLogprobs, entries: Vec<TokenEntry>) {
-    for TokenEntry { drawn, top, text_offset } in entries {
+    for TokenEntry { drawn, top, text_offset, place: _ } in entries {
         let mut rivals: Map<String, Value> =
             top.into_iter().map(|shown| (shown.name, Value::from(shown.logprob))).collect();
         // The token itself is always among them, so there may be one more than was asked for.

@@ -11,6 +11,7 @@ mod openapi;
 mod ops;
 mod page;
 mod replies;
+mod responses;
 mod socket;
 mod support;
 mod tls;
