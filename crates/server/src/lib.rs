@@ -16,6 +16,7 @@ mod drain;
 mod error;
 mod fields;
 mod health;
+mod messages;
 mod metrics;
 mod render;
 mod reply;

@@ -26,6 +26,7 @@ use crate::config::{Cors, ServedModel, ServerConfig};
 use crate::convert;
 use crate::error::ApiError;
 use crate::health;
+use crate::messages;
 use crate::reply::{self, Reply};
 use crate::sse::{self, StreamLimits};
 use crate::types::models::{ModelCard, ModelList};
@@ -51,6 +52,8 @@ pub(crate) fn build(app: Arc<App>) -> Router {
         keyed = keyed
             .route(&format!("{at}/chat/completions"), post(post_chat))
             .route(&format!("{at}/completions"), post(post_completion))
+            .route(&format!("{at}/messages"), post(post_messages))
+            .route(&format!("{at}/messages/count_tokens"), post(messages::count_tokens))
             .route(&format!("{at}/models"), get(get_models))
             .route(&format!("{at}/models/{{*id}}"), get(get_model));
     }
@@ -64,7 +67,10 @@ pub(crate) fn build(app: Arc<App>) -> Router {
     if let Some(cors) = cors {
         router = router.layer(cors);
     }
-    router.layer(middleware::from_fn_with_state(app, access::log_request))
+    let anthropic = messages::AnthropicPaths::new(&prefixes(&app.config.root_path));
+    router
+        .layer(middleware::from_fn_with_state(app, access::log_request))
+        .layer(middleware::from_fn_with_state(anthropic, messages::reword))
 }
 
 /// Where every route answers. Proxies strip the root path or leave it; clients know the API with `/v1` or without.
@@ -151,6 +157,14 @@ async fn post_completion(
     generate(app, log, request, convert::completion).await
 }
 
+async fn post_messages(
+    State(app): State<Arc<App>>,
+    Extension(log): Extension<Arc<RequestLog>>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    generate(app, log, request, messages::convert).await
+}
+
 /// Reads a body: the request's id, then its bytes.
 type Convert = fn(&Arc<App>, &str, &[u8]) -> Result<convert::Job, ApiError>;
 
@@ -212,7 +226,7 @@ async fn answer(
     }
 }
 
-async fn read_body(config: &ServerConfig, request: Request) -> Result<Vec<u8>, ApiError> {
+pub(crate) async fn read_body(config: &ServerConfig, request: Request) -> Result<Vec<u8>, ApiError> {
     let max = config.max_body_bytes;
     let body = request.into_body();
     if body.size_hint().lower() > max as u64 {

@@ -10,7 +10,7 @@ use r1_core::{SamplingParams, TokenId};
 use r1_engine::Request;
 use r1_text::{ControlText, ParserConfig, ReplyRules, TextError};
 
-pub(crate) use chat::{chat, chat_run};
+pub(crate) use chat::{chat, chat_run, count_tokens};
 pub(crate) use completion::completion;
 
 use crate::app::{App, unix_s};
