@@ -1,6 +1,7 @@
 //! `system` and `messages` as a chat's messages: blocks are read, turns of one role joined, results put behind the calls that
 //! they answer. Must not know any other field.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 
 use serde_json::{Map, Value, json};
@@ -140,15 +141,16 @@ fn answer(calls: Vec<Call>, results: Vec<Outcome>, chat: &mut Vec<Value>) -> Res
         return Err(ApiError::bad_field(format!("{at}.id"), format_args!("{id:?} is another call's id")));
     }
     for Outcome { at, call_id, content } in results {
-        let problem = if !known.contains(call_id.as_str()) {
-            "the message before holds no `tool_use` with this `id`"
-        } else if by_id.contains_key(&call_id) {
-            "this call has a result already"
-        } else {
-            by_id.insert(call_id, content);
-            continue;
+        let refuse = |id: &str, problem: &str| {
+            Err(ApiError::bad_field(format!("{at}.tool_use_id"), format_args!("{id:?}: {problem}")))
         };
-        return Err(ApiError::bad_field(format!("{at}.tool_use_id"), format_args!("{call_id:?}: {problem}")));
+        if !known.contains(call_id.as_str()) {
+            return refuse(&call_id, "the message before holds no `tool_use` with this `id`");
+        }
+        match by_id.entry(call_id) {
+            Entry::Occupied(taken) => return refuse(taken.key(), "this call has a result already"),
+            Entry::Vacant(free) => free.insert(content),
+        };
     }
     for call in calls {
         let Some(content) = by_id.remove(&call.id) else { return all_answered(&[call]) };

@@ -52,12 +52,16 @@ enum Block {
 }
 
 #[derive(Debug, Serialize)]
-#[serde(tag = "type", rename_all = "snake_case")]
+#[serde(tag = "type")]
 enum BlockDelta {
-    ThinkingDelta { thinking: String },
-    SignatureDelta { signature: &'static str },
-    TextDelta { text: String },
-    InputJsonDelta { partial_json: String },
+    #[serde(rename = "thinking_delta")]
+    Thinking { thinking: String },
+    #[serde(rename = "signature_delta")]
+    Signature { signature: &'static str },
+    #[serde(rename = "text_delta")]
+    Text { text: String },
+    #[serde(rename = "input_json_delta")]
+    InputJson { partial_json: String },
 }
 
 #[derive(Debug, Serialize)]
@@ -262,22 +266,22 @@ impl MessageRender {
         match piece {
             Piece::Thinking(thinking) => {
                 self.open(Kind::Thinking, || Block::Thinking { thinking: empty(), signature: "" }, out);
-                self.delta(BlockDelta::ThinkingDelta { thinking }, out);
+                self.delta(BlockDelta::Thinking { thinking }, out);
             }
             Piece::Text(text) => {
                 self.open(Kind::Text, || Block::Text { text: empty() }, out);
-                self.delta(BlockDelta::TextDelta { text }, out);
+                self.delta(BlockDelta::Text { text }, out);
             }
             Piece::Unusable(text) => {
                 self.close(out);
                 self.start(Block::Text { text: empty() }, out);
-                self.delta(BlockDelta::TextDelta { text }, out);
+                self.delta(BlockDelta::Text { text }, out);
                 self.stop(out);
             }
             Piece::ToolUse { id, name, json, .. } => {
                 self.close(out);
                 self.start(Block::ToolUse { id, name, input: Map::new() }, out);
-                self.delta(BlockDelta::InputJsonDelta { partial_json: json }, out);
+                self.delta(BlockDelta::InputJson { partial_json: json }, out);
                 self.stop(out);
             }
         }
@@ -295,7 +299,7 @@ impl MessageRender {
     fn close(&mut self, out: &mut Frames) {
         match self.open.take() {
             None => return,
-            Some(Kind::Thinking) => self.delta(BlockDelta::SignatureDelta { signature: "" }, out),
+            Some(Kind::Thinking) => self.delta(BlockDelta::Signature { signature: "" }, out),
             Some(Kind::Text) => {}
         }
         self.stop(out);

@@ -577,8 +577,13 @@ async fn overload_loading_and_time_limits_are_told_apart() {
     inbox.set_status(r1_engine::Status::Ready);
     let config = ServerConfig { request_timeout: Some(Duration::from_millis(50)), ..ServerConfig::default() };
     let router = router(config, model(), handle);
-    // Nobody takes it out of the inbox.
-    refused(&message(&router, &hi()).await, 408, "timeout_error");
+    // Nobody takes them out of the inbox, which holds two.
+    for _ in 0..2 {
+        refused(&message(&router, &hi()).await, 408, "timeout_error");
+    }
+    let answer = message(&router, &hi()).await;
+    refused(&answer, 429, "rate_limit_error");
+    assert!(answer.headers.contains_key("retry-after"));
 }
 
 #[tokio::test]
