@@ -32,15 +32,19 @@ impl ApiKeys {
 
     /// Whether a request with these headers carries one of the keys.
     fn open(&self, headers: &HeaderMap) -> bool {
-        let mut matched = Choice::from(0);
-        for given in given(headers) {
-            let given = sha256(given);
-            // Every key is compared, whichever matches.
-            for key in &self.0 {
-                matched |= key.ct_eq(&given);
-            }
-        }
-        matched.into()
+        self.holder(headers).is_some()
+    }
+
+    /// Which of the keys a request with these headers carries, by its place.
+    pub(crate) fn holder(&self, headers: &HeaderMap) -> Option<usize> {
+        let given: Vec<_> = given(headers).map(sha256).collect();
+        // Every key is compared, whichever matches.
+        let matches = self.0.iter().map(|key| {
+            let matched = given.iter().fold(Choice::from(0), |matched, given| matched | key.ct_eq(given));
+            bool::from(matched)
+        });
+        let matches: Vec<bool> = matches.collect();
+        matches.iter().position(|matched| *matched)
     }
 }
 
@@ -63,12 +67,6 @@ fn sha256(text: &[u8]) -> [u8; SHA256_OUTPUT_LEN] {
 /// The keys that a request brings: as `Authorization: Bearer`, as `x-api-key`, or as both.
 fn given(headers: &HeaderMap) -> impl Iterator<Item = &[u8]> {
     bearer(headers).into_iter().chain(headers.get(X_API_KEY).map(|key| key.as_bytes().trim_ascii()))
-}
-
-/// Which of the keys a request that was let through carries, by its place; `None` where no key is asked for.
-pub(crate) fn holder(keys: &[String], headers: &HeaderMap) -> Option<usize> {
-    let given = bearer(headers)?;
-    keys.iter().position(|key| key.as_bytes().ct_eq(given).into())
 }
 
 fn bearer(headers: &HeaderMap) -> Option<&[u8]> {

@@ -253,6 +253,8 @@ impl IntoResponse for ApiError {
         if self.status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
+        // For APIs that tell it in other words.
+        response.extensions_mut().insert(self);
         response
     }
 }

@@ -128,6 +128,11 @@ impl Fields {
         Ok(())
     }
 
+    /// What nobody has asked about, for another endpoint's request.
+    pub(crate) fn into_rest(self) -> Map<String, Value> {
+        self.map
+    }
+
     /// Names what is left in the debug log: unknown fields are never an error.
     pub(crate) fn ignore_rest(self) {
         if !self.map.is_empty() {

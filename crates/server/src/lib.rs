@@ -17,6 +17,7 @@ mod drain;
 mod error;
 mod fields;
 mod health;
+mod messages;
 mod metrics;
 mod openapi;
 mod ops;

@@ -26,6 +26,7 @@ use crate::convert;
 use crate::cors;
 use crate::error::ApiError;
 use crate::health;
+use crate::messages;
 use crate::ops;
 use crate::page;
 use crate::reply::{self, Reply};
@@ -54,6 +55,8 @@ pub(crate) fn build(app: Arc<App>) -> Router {
         keyed = keyed
             .route(&format!("{at}/chat/completions"), post(post_chat))
             .route(&format!("{at}/completions"), post(post_completion))
+            .route(&format!("{at}/messages"), post(post_messages))
+            .route(&format!("{at}/messages/count_tokens"), post(messages::count_tokens))
             .route(&format!("{at}/models"), get(get_models))
             .route(&format!("{at}/models/{{*id}}"), get(get_model));
         keyed = responses::routes(keyed, &at);
@@ -73,7 +76,10 @@ pub(crate) fn build(app: Arc<App>) -> Router {
     if let Some(cors) = cors {
         router = router.layer(cors);
     }
-    router.layer(middleware::from_fn_with_state(app, access::log_request))
+    let anthropic = messages::AnthropicPaths::new(&prefixes(&app.config.root_path));
+    router
+        .layer(middleware::from_fn_with_state(app, access::log_request))
+        .layer(middleware::from_fn_with_state(anthropic, messages::reword))
 }
 
 /// Where every route answers. Proxies strip the root path or leave it; clients know the API with `/v1` or without.
@@ -148,6 +154,14 @@ async fn post_completion(
     request: Request,
 ) -> Result<Response, ApiError> {
     generate(app, log, request, convert::completion).await
+}
+
+async fn post_messages(
+    State(app): State<Arc<App>>,
+    Extension(log): Extension<Arc<RequestLog>>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    generate(app, log, request, messages::convert).await
 }
 
 /// The way of every generating request: read, convert off the async threads, submit, then stream or collect. `convert` is

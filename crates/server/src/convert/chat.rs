@@ -68,6 +68,15 @@ pub(crate) fn chat_run(app: &App, request: ChatRequest, names: Names) -> Result<
     run(app, common, parts)
 }
 
+/// Tokens of a conversation's prompt.
+pub(crate) fn count_tokens(app: &App, request: &ChatRequest, names: Names) -> Result<usize, ApiError> {
+    let rendered = render(app, request, names)?;
+    let tokens = app.model.tokenizer.encode_prompt(&rendered, max_text_tokens(app, &request.common));
+    tokens
+        .map(|tokens| tokens.len())
+        .map_err(|error| text_error(app, error, &names, request.common.max_tokens))
+}
+
 /// The conversation as the model reads it.
 pub(crate) fn render(app: &App, request: &ChatRequest, names: Names) -> Result<RenderedPrompt, ApiError> {
     let Some(template) = &app.model.template else {

@@ -10,7 +10,7 @@ use r1_core::TokenId;
 use r1_engine::Request;
 use r1_text::{ControlText, ParserConfig, ReplyRules, TextError};
 
-pub(crate) use chat::{chat, chat_run, render_any_length};
+pub(crate) use chat::{chat, chat_run, count_tokens, render_any_length};
 pub(crate) use completion::completion;
 
 use crate::app::{App, unix_s};

@@ -190,7 +190,7 @@ impl Ids {
 }
 
 fn owner(app: &App, headers: &HeaderMap) -> Owner {
-    auth::holder(&app.config.api_keys, headers)
+    app.config.api_keys.holder(headers)
 }
 
 fn stored(app: &App, headers: &HeaderMap, id: &str) -> Result<Arc<Stored>, ApiError> {

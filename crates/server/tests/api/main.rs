@@ -6,6 +6,7 @@ mod exposition;
 mod fields;
 mod http;
 mod lifecycle;
+mod messages;
 mod numbers;
 mod openapi;
 mod ops;

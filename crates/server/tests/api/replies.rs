@@ -16,7 +16,7 @@ fn hi() -> Value {
 
 /// Cuts `text` into tokens in one of very many ways: any token whose bytes stand there may be taken. Control tokens are
 /// sometimes taken whole and sometimes spelled out.
-fn cut(text: &str, random: &mut u64) -> Vec<TokenId> {
+pub(crate) fn cut(text: &str, random: &mut u64) -> Vec<TokenId> {
     let tokenizer = tokenizer();
     let mut by_bytes: HashMap<&[u8], TokenId> = HashMap::new();
     for id in (0..tokenizer.vocab_size() as u32).map(TokenId) {
