@@ -25,7 +25,6 @@ pub(crate) use self::store::Store;
 use self::store::{Owner, Stored};
 use crate::access::RequestLog;
 use crate::app::{App, unix_s};
-use crate::auth;
 use crate::convert::{Job, Names, chat_run};
 use crate::error::ApiError;
 use crate::fields::Fields;
