@@ -132,9 +132,8 @@ fn refused_values(document: &Value, schema: &Value) -> Vec<Value> {
 /// Fields without which there is no request, and what others need beside them.
 fn base(path: &str) -> Value {
     match path {
-        "/tokenize" => json!({"prompt": "hi"}),
+        "/tokenize" | "/v1/completions" => json!({"prompt": "hi"}),
         "/detokenize" => json!({"tokens": [5]}),
-        "/v1/completions" => json!({"prompt": "hi"}),
         "/v1/chat/completions" => json!({"messages": [{"role": "user", "content": "hi"}], "logprobs": true}),
         other => panic!("say what a request to {other} needs"),
     }
