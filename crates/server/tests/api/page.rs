@@ -8,7 +8,7 @@ use crate::support::{Engine, get, post};
 
 #[tokio::test]
 async fn the_page_needs_no_key_and_leaves_all_else_as_it_is() {
-    let config = ServerConfig { api_keys: vec!["key".into()], ..ServerConfig::default() };
+    let config = ServerConfig { api_keys: ["key"].iter().collect(), ..ServerConfig::default() };
     let router = Engine::saying("ok").router(config);
     let page = get(&router, "/").await;
     assert_eq!(page.status, 200);
