@@ -60,23 +60,12 @@ def test_a_bad_completion_field_is_named(http, field, value):
 
 @pytest.mark.parametrize(
     "field, value",
-    [
-        ("tools", [FUNCTION]), ("tool_choice", "required"), ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}), ("guided_json", {}), ("guided_regex", "a+"),
-        ("guided_choice", ["a", "b"]), ("structured_outputs", {"regex": "a"}), ("regex", "a+"), ("ebnf", "root ::= \"a\""),
-        ("allowed_token_ids", [5]), ("bad_words", ["x"]), ("prompt_logprobs", 1), ("thinking_budget", 10), ("continue_final_message", True),
-        ("truncate_prompt_tokens", 5), ("chat_template", "{{ messages }}"), ("best_of", 3),
-    ],
+    [("functions", [FUNCTION["function"]]), ("structural_tag", "{}"), ("use_beam_search", True), ("chat_template", "{{ messages }}"),
+     ("suffix", "end"), ("documents", [{"text": "x"}]), ("modalities", ["text", "audio"]), ("lora_path", "x")],
 )  # fmt: skip
-def test_what_is_not_built_yet_is_refused_by_name(http, field, value):
+def test_what_is_not_built_is_refused_by_name(http, field, value):
     error = error_of(http.post(CHAT, json={"model": "any", "messages": USER} | {field: value}), 400)
     assert error["param"] == field and "not supported" in error["message"] and error["code"] == "unsupported_parameter"
-
-
-@pytest.mark.parametrize("field, value", [("suffix", "end"), ("response_format", {"type": "json_object"}), ("best_of", 3)])
-def test_what_completions_do_not_know_yet(http, field, value):
-    error = error_of(http.post(COMPLETIONS, json={"model": "any", "prompt": "hi"} | {field: value}), 400)
-    assert error["param"] == field and "not supported" in error["message"]
 
 
 def test_neutral_values_ask_for_nothing(ask, client, model):

@@ -125,7 +125,11 @@ fn served_model(args: &ServeArgs, source: &Source) -> Result<ServedModel> {
     let template = source.template(args.text.chat_template.as_deref(), &tokenizer)?;
     let family = source.family(template.as_deref().unwrap_or_default());
     let tool_syntax = args.text.tool_syntax(family.tool_syntax);
-    let template = template.map(|source| compile(&source, &tokenizer, tool_syntax)).transpose()?;
+    let template = template.map(|source| compile(&source, &tokenizer, tool_syntax)).transpose();
+    let template = template.with_context(|| match &args.text.chat_template {
+        Some(path) => format!("--chat-template {}", path.display()),
+        None => "the model's own template".to_owned(),
+    })?;
     let generation = args.text.generation(&source.defaults, source.config.vocab_size)?;
     let mut eos_token_ids = source.config.eos_token_ids.clone();
     eos_token_ids.extend(&generation.advice.eos_token_ids);
@@ -161,10 +165,9 @@ fn compile(
 ) -> Result<Arc<ChatTemplate>> {
     let control = tokenizer.control_tokens().clone();
     let template = ChatTemplate::new(source, tokenizer.bos_text(), tokenizer.eos_text(), control);
-    let template = template.context("the chat template")?;
     Ok(Arc::new(match tool_syntax {
-        Some(syntax) => template.with_tools_block(ToolsBlock::of_syntax(syntax)),
-        None => template,
+        Some(syntax) => template?.with_tools_block(ToolsBlock::of_syntax(syntax)),
+        None => template?,
     }))
 }
 

@@ -16,8 +16,13 @@ use crate::types::tools::{ToolChoice, Tools};
 
 /// The rules of a chat reply; `open_think`: the prompt left the reasoning open.
 pub(super) fn for_chat(app: &App, request: &ChatRequest, open_think: bool) -> Result<ReplyRules, ApiError> {
+    let thinking = match (open_think, request.thinking.on) {
+        (true, _) => Phase::Open,
+        (false, Some(false)) => Phase::None,
+        (false, _) => Phase::MayOpen,
+    };
     let rules = ReplyRules {
-        thinking: if open_think { Phase::Open } else { Phase::MayOpen },
+        thinking,
         thinking_budget: budget(app, &request.thinking, open_think),
         tools: call_rules(app, &request.tools)?,
         ..ReplyRules::default()
@@ -44,7 +49,7 @@ fn budget(app: &App, thinking: &Thinking, open_think: bool) -> Option<u32> {
         return open_think.then_some(0);
     }
     let budgets = &app.model.thinking_budgets;
-    thinking.budget.or(match thinking.effort? {
+    thinking.budget.or_else(|| match thinking.effort? {
         Effort::Minimal => budgets.minimal,
         Effort::Low => budgets.low,
         Effort::Medium => budgets.medium,

@@ -189,7 +189,7 @@ impl Pieces {
             call.arguments.push_str(text);
             return;
         }
-        self.finish(&mut piece);
+        self.finish(false, &mut piece);
         match part {
             Part::Reasoning(text) => piece(Piece::Thinking(text)),
             Part::Content(text) => piece(Piece::Text(text)),
@@ -201,11 +201,11 @@ impl Pieces {
         }
     }
 
-    /// The reply is over, or something else follows: the held call is whole.
-    fn finish(&mut self, mut piece: impl FnMut(Piece)) {
+    /// The reply is over, or something else follows: the held call is whole, unless the reply was cut off in it.
+    fn finish(&mut self, was_cut: bool, mut piece: impl FnMut(Piece)) {
         let Some(HeldCall { id, name, arguments }) = self.call.take() else { return };
         // A tool without parameters is sometimes called without arguments.
-        let json = if arguments.trim().is_empty() { "{}" } else { arguments.trim() };
+        let json = if arguments.trim().is_empty() && !was_cut { "{}" } else { arguments.trim() };
         match serde_json::from_str(json) {
             Ok(input) => {
                 self.used_tools = true;
@@ -228,6 +228,11 @@ impl Pieces {
         };
         Ending { stop_reason, stop_sequence: None }
     }
+}
+
+/// Whether the reply ended before the model wanted it to.
+fn was_cut(end: &End) -> bool {
+    matches!(end.reason, Reason::Length | Reason::Abort | Reason::StopString(_))
 }
 
 impl MessageRender {
@@ -336,7 +341,7 @@ impl Render for MessageRender {
                 }
             }
             Update::End(end) => {
-                self.pieces.finish(|piece| pieces.push(piece));
+                self.pieces.finish(was_cut(&end), |piece| pieces.push(piece));
                 self.ending = Some(self.pieces.ending(&end));
             }
         }
@@ -365,7 +370,7 @@ impl Render for MessageRender {
         for part in delta.parts {
             self.pieces.push(part, |piece| content.push(piece.into_block()));
         }
-        self.pieces.finish(|piece| content.push(piece.into_block()));
+        self.pieces.finish(was_cut(&end), |piece| content.push(piece.into_block()));
         let ending = self.pieces.ending(&end);
         Json(self.message(content, Some(ending), counts)).into_response()
     }

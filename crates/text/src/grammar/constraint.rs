@@ -184,7 +184,7 @@ impl Constraint {
         }
     }
 
-    /// What may follow in the reasoning. `None`: anything.
+    /// What may follow in the reasoning. `None`: anything. A reply that must be something does not end before it.
     fn fill_thought(&self, thought: &Thought, mask: &mut [u32]) -> Option<()> {
         if thought.forced > 0 || self.budget.is_some_and(|budget| thought.tokens >= budget) {
             set(mask, self.vocabulary.think_close[thought.forced]);
@@ -193,11 +193,15 @@ impl Constraint {
         // A tag that is spelled out over several tokens must not end in the middle of one: what the last one holds
         // besides would be the answer's.
         let tag = THINK_CLOSE.as_bytes();
-        let begun = (1..tag.len()).rev().find(|&n| thought.tail.ends_with(&tag[..n]))?;
         if !self.is_held_at_once() {
             return None;
         }
         mask.copy_from_slice(&ones(self.vocabulary.len()));
+        for &eos in self.vocabulary.eos() {
+            clear(mask, eos);
+        }
+        let begun = (1..tag.len()).rev().find(|&n| thought.tail.ends_with(&tag[..n]));
+        let Some(begun) = begun else { return Some(()) };
         for id in 0..self.vocabulary.len() as u32 {
             let rest = self.vocabulary.bytes(TokenId(id)).strip_prefix(&tag[begun..]);
             if rest.is_some_and(|rest| !is_lead(rest)) {

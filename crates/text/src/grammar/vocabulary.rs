@@ -91,6 +91,11 @@ impl Vocabulary {
         self.trie.vocab_size()
     }
 
+    /// Tokens that end a reply.
+    pub(super) fn eos(&self) -> &[TokenId] {
+        &self.eos
+    }
+
     pub(super) fn is_eos(&self, token: TokenId) -> bool {
         self.eos.contains(&token)
     }
