@@ -169,11 +169,12 @@ pub(crate) struct Ids {
 
 impl Ids {
     fn new() -> Result<Self, ApiError> {
-        let mut random = [0_u8; 20];
-        getrandom::fill(&mut random).map_err(|error| {
-            ApiError::internal(format!("the system has no randomness for an id: {error}"))
-        })?;
-        let base = random.iter().map(|byte| format!("{byte:02x}")).collect();
+        let random = || {
+            getrandom::u64().map_err(|error| {
+                ApiError::internal(format!("the system has no randomness for an id: {error}"))
+            })
+        };
+        let base = format!("{:016x}{:016x}{:016x}", random()?, random()?, random()?);
         Ok(Self { base, num_items: 0 })
     }
 

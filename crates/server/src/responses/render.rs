@@ -65,7 +65,6 @@ enum Status<'a> {
     /// The limit of tokens was reached.
     Incomplete,
     Failed {
-        code: &'a str,
         message: &'a str,
     },
 }
@@ -283,8 +282,7 @@ impl ResponseRender {
                 (Status::Completed, "response.completed")
             }
             Some(Reason::Abort) | None => {
-                let message = "the generation was aborted";
-                (Status::Failed { code: "server_error", message }, "response.failed")
+                (Status::Failed { message: "the generation was aborted" }, "response.failed")
             }
         }
     }
@@ -296,8 +294,9 @@ impl ResponseRender {
             Status::InProgress => ("in_progress", Value::Null, Value::Null),
             Status::Completed => ("completed", Value::Null, Value::Null),
             Status::Incomplete => ("incomplete", Value::Null, json!({ "reason": "max_output_tokens" })),
-            Status::Failed { code, message } => {
-                ("failed", json!({ "code": code, "message": message }), Value::Null)
+            // Of OpenAI's codes the one that says whose fault it is.
+            Status::Failed { message } => {
+                ("failed", json!({ "code": "server_error", "message": message }), Value::Null)
             }
         };
         let completed_at = matches!(status, Status::Completed).then(unix_s);
@@ -355,10 +354,9 @@ impl Render for ResponseRender {
     fn failure(&mut self, error: &ApiError, out: &mut Frames) {
         self.close(ItemStatus::Incomplete, Some(out));
         let ApiError { code, message, param, .. } = error;
-        let code = code.unwrap_or("server_error");
-        let body = json!({ "code": code, "message": message, "param": param });
+        let body = json!({ "code": code.unwrap_or("server_error"), "message": message, "param": param });
         emit(Some(out), &mut self.sequence, "error", body);
-        let response = self.response(Status::Failed { code, message }, None);
+        let response = self.response(Status::Failed { message }, None);
         emit(Some(out), &mut self.sequence, "response.failed", json!({ "response": response }));
     }
 
@@ -377,7 +375,9 @@ impl Render for ResponseRender {
 fn usage(counts: Counts) -> Value {
     let Counts { prompt, cached, completion, reasoning } = counts;
     json!({
-        "input_tokens": prompt, "input_tokens_details": { "cached_tokens": cached },
+        "input_tokens": prompt,
+        // What was not found in the cache is there now.
+        "input_tokens_details": { "cached_tokens": cached, "cache_write_tokens": prompt.saturating_sub(cached) },
         "output_tokens": completion, "output_tokens_details": { "reasoning_tokens": reasoning },
         "total_tokens": prompt + completion,
     })
