@@ -24,4 +24,4 @@ def test_an_example_runs(server, block):
     script = re.sub(r"^\$ ", "", script, flags=re.MULTILINE)
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() and '{"error":{' not in done.stdout, done.stdout
+    assert done.stdout.strip() and '{"error":{"message"' not in done.stdout, done.stdout
