@@ -377,7 +377,9 @@ fn synthetic() -> Tokenizer {
             pieces.push(piece);
         }
     };
-    alphabet.iter().for_each(|c| push(c.to_string(), &mut pieces));
+    for c in &alphabet {
+        push(c.to_string(), &mut pieces);
+    }
     let mut state = 1u64;
     let mut random = |n: usize| {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -398,11 +400,11 @@ fn synthetic() -> Tokenizer {
             piece.push(' ');
         }
         match random(12) {
-            0 => (0..1 + random(3)).for_each(|_| piece.push_str(marks[random(marks.len())])),
-            1 => (0..1 + random(3)).for_each(|_| piece.push(char::from(b'0' + random(10) as u8))),
-            2 => (0..1 + random(2))
+            0 => (0..=random(3)).for_each(|_| piece.push_str(marks[random(marks.len())])),
+            1 => (0..=random(3)).for_each(|_| piece.push(char::from(b'0' + random(10) as u8))),
+            2 => (0..=random(2))
                 .for_each(|_| piece.push(char::from_u32(0x4E00 + random(20_000) as u32).unwrap_or('x'))),
-            _ => (0..1 + random(5)).for_each(|_| piece.push_str(syllables[random(syllables.len())])),
+            _ => (0..=random(5)).for_each(|_| piece.push_str(syllables[random(syllables.len())])),
         }
         let spelled = piece.bytes().map(|b| alphabet[b as usize]).collect();
         push(spelled, &mut pieces);

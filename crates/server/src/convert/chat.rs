@@ -26,15 +26,15 @@ pub(crate) fn chat(app: &Arc<App>, id: &str, body: &[u8]) -> Result<Job, ApiErro
     let model = app.reply_name(request.common.model.as_deref())?;
     let header = header(&request.common, format!("chatcmpl-{id}"), model.clone(), 1, request.logprobs);
     let stream = request.common.stream;
-    let run = chat_run(app, request, NAMES)?;
+    let run = chat_run(app, &request, NAMES)?;
     Ok(Job { run, render: Box::new(ChatRender { header }), model, stream })
 }
 
 /// What the engine is to do for a conversation; `names` are the endpoint's for fields that complaints name.
-pub(crate) fn chat_run(app: &App, request: ChatRequest, names: Names) -> Result<Run, ApiError> {
+pub(crate) fn chat_run(app: &App, request: &ChatRequest, names: Names) -> Result<Run, ApiError> {
     let common = &request.common;
     let text_error = |error| text_error(app, error, &names, common.max_tokens);
-    let rendered = render(app, &request, names)?;
+    let rendered = render(app, request, names)?;
     let mut tokens =
         app.model.tokenizer.encode_prompt(&rendered, max_text_tokens(app, common)).map_err(text_error)?;
     truncate(app, common, &mut tokens);
@@ -47,7 +47,7 @@ pub(crate) fn chat_run(app: &App, request: ChatRequest, names: Names) -> Result<
         // Whoever takes the tags apart needs the opening one too, which the prompt holds.
         echo.push_str(&from_think(&rendered.text()));
     }
-    let rules = rules::for_chat(app, &request, open_think)?;
+    let rules = rules::for_chat(app, request, open_think)?;
     let parser = ParserConfig {
         start_inside_reasoning: open_think,
         separate_reasoning: separate,
@@ -96,7 +96,7 @@ pub(crate) fn render_any_length(
     template: &ChatTemplate,
     request: &ChatRequest,
 ) -> Result<RenderedPrompt, TextError> {
-    let tools = &request.tools.tools;
+    let tools = &request.tools.offered;
     let input = ChatInput {
         messages: request.messages.iter().map(template_message).collect(),
         tools: (!tools.is_empty()).then(|| tools.iter().map(|tool| tool.json.clone()).collect()),

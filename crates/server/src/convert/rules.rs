@@ -75,7 +75,7 @@ fn call_rules(app: &App, tools: &Tools) -> Result<Option<CallRules>, ApiError> {
         parameters: tool.parameters.clone(),
         strict: tool.strict,
     };
-    let rules = tools.tools.iter().map(rule).collect();
+    let rules = tools.offered.iter().map(rule).collect();
     Ok(Some(CallRules { rules, choice, parallel: tools.parallel, syntax }))
 }
 
@@ -84,7 +84,7 @@ pub(super) fn tool_parser(app: &App, tools: &Tools) -> Option<ToolParser> {
     if tools.choice == ToolChoice::None {
         return None;
     }
-    let names = tools.tools.iter().map(|tool| tool.name.clone()).collect();
+    let names = tools.offered.iter().map(|tool| tool.name.clone()).collect();
     Some(ToolParser::new(&app.model.tokenizer, app.model.tool_syntax, names))
 }
 

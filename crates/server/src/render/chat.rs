@@ -188,7 +188,7 @@ impl Message {
                 Part::Reasoning(text) => message.reasoning.push_str(&text),
                 Part::Content(text) => message.content.push_str(&text),
                 Part::Call { id, name, .. } => {
-                    message.calls.push(Call { id, name, arguments: String::new() })
+                    message.calls.push(Call { id, name, arguments: String::new() });
                 }
                 Part::Arguments { index, text } => message.calls[index].arguments.push_str(&text),
             }

@@ -11,6 +11,7 @@ use crate::types::tools::Tools;
 use crate::types::value::Field;
 
 /// A chat request whose fields have the right types; ranges are checked where they are converted.
+#[expect(clippy::struct_excessive_bools, reason = "the API's own switches, each independent of the others")]
 pub(crate) struct ChatRequest {
     pub(crate) common: Common,
     pub(crate) messages: Vec<ChatMessage>,

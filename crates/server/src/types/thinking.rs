@@ -65,7 +65,7 @@ impl Thinking {
             thinking.switch("enable_thinking", on)?;
         }
         if let Some(value) = fields.take::<Value>("thinking")? {
-            thinking.take_anthropic(value)?;
+            thinking.take_anthropic(&value)?;
         }
         let mut efforts = Vec::new();
         if let Some(effort) = fields.take::<MaybeEffort>("reasoning_effort")? {
@@ -102,12 +102,12 @@ impl Thinking {
     }
 
     /// `{"type": "enabled", "budget_tokens": 1024}`, as Anthropic and DeepSeek have it.
-    fn take_anthropic(&mut self, value: Value) -> Result<(), ApiError> {
+    fn take_anthropic(&mut self, value: &Value) -> Result<(), ApiError> {
         if let Value::Bool(on) = value {
-            return self.switch("thinking", on);
+            return self.switch("thinking", *on);
         }
         let Some(kind) = value.get("type") else {
-            return Err(ApiError::bad_field("thinking", must_be("an object with a `type`", &value)));
+            return Err(ApiError::bad_field("thinking", must_be("an object with a `type`", value)));
         };
         match kind.as_str() {
             Some("enabled") => self.switch("thinking", true)?,

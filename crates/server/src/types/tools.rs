@@ -37,7 +37,7 @@ pub(crate) enum ToolChoice {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Tools {
     /// Those that may be called; none where the choice is none.
-    pub(crate) tools: Vec<Tool>,
+    pub(crate) offered: Vec<Tool>,
     pub(crate) choice: ToolChoice,
     /// Several calls in one reply.
     pub(crate) parallel: bool,
@@ -63,9 +63,8 @@ impl Tools {
         let choice = fields.take::<ToolChoice>("tool_choice")?;
         let parallel = fields.take("parallel_tool_calls")?.unwrap_or(true);
         let choice = match choice {
-            None if tools.is_empty() => ToolChoice::None,
+            None | Some(ToolChoice::Auto) if tools.is_empty() => ToolChoice::None,
             None => ToolChoice::Auto,
-            Some(ToolChoice::Auto) if tools.is_empty() => ToolChoice::None,
             Some(choice) => choice,
         };
         let problem = match &choice {
@@ -74,8 +73,8 @@ impl Tools {
                 format!("the function {name:?} is not among `tools`")
             }
             // Tools that must not be called are not shown to the model.
-            ToolChoice::None => return Ok(Self { tools: Vec::new(), choice, parallel }),
-            _ => return Ok(Self { tools, choice, parallel }),
+            ToolChoice::None => return Ok(Self { offered: Vec::new(), choice, parallel }),
+            _ => return Ok(Self { offered: tools, choice, parallel }),
         };
         Err(ApiError::bad_field("tool_choice", problem))
     }
