@@ -529,7 +529,7 @@ async fn what_is_wrong_is_named_in_anthropics_words() {
 #[tokio::test]
 async fn every_error_has_anthropics_form() {
     let config = ServerConfig {
-        api_keys: vec!["key".into()],
+        api_keys: ["key"].iter().collect(),
         strict_model_name: true,
         max_body_bytes: 2000,
         root_path: "/proxy".into(),

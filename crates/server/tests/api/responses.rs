@@ -432,7 +432,7 @@ async fn the_store_is_bounded_and_can_be_off() {
 
 #[tokio::test]
 async fn another_keys_responses_do_not_exist() {
-    let keys = ServerConfig { api_keys: vec!["one".into(), "two".into()], ..ServerConfig::default() };
+    let keys = ServerConfig { api_keys: ["one", "two"].iter().collect(), ..ServerConfig::default() };
     let router = Engine::saying("a</think>b").router(keys);
     let response = with_key(&router, Method::POST, "/v1/responses", "one", &hi()).await.json();
     let path = format!("/v1/responses/{}", response["id"].as_str().unwrap());
