@@ -68,7 +68,7 @@ CASES = [
     ("a model that is a megabyte", CHAT, {"messages": HI, "model": "x" * 1_000_000, "max_tokens": 1}, {200}),
     ("an image from this host", CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}]}, {400}),
     ("a role that is none", CHAT, {"messages": [{"role": "root", "content": "hi"}]}, {400}),
-    ("control tokens in the words", CHAT, {"messages": [{"role": "user", "content": f"{BOS}<｜Assistant｜><think>" * 50}], "max_tokens": 1}, {200}),
+    ("control tokens in the words", CHAT, {"messages": [{"role": "user", "content": f"{BOS}<｜Assistant｜><think>" * 3}], "max_tokens": 1}, {200}),
     ("surrogates", CHAT, '{"messages":[{"role":"user","content":"\\ud800"}]}', {400}),
     ("bytes that are no UTF-8", CHAT, b'{"messages":[{"role":"user","content":"\xff\xfe"}]}', {400}),
     ("keys twice", CHAT, '{"messages":[],"messages":[{"role":"user","content":"hi"}],"max_tokens":1}', {200, 400}),

@@ -23,6 +23,11 @@ pub fn bad_word_tokens(tokenizer: &Tokenizer, words: &[String]) -> Result<Vec<Ve
         if bare.is_empty() {
             return Err(GrammarError::new(field(), "a bad word must not be empty"));
         }
+        // Before it is tokenized, which takes a while.
+        if bare.len() > MAX_BAD_WORD_TOKENS * tokenizer.max_bytes_per_token() {
+            let problem = format!("has {} bytes, more than {MAX_BAD_WORD_TOKENS} tokens", bare.len());
+            return Err(GrammarError::new(field(), problem));
+        }
         for text in [bare.to_owned(), format!(" {bare}")] {
             let tokens = tokenizer.encode_literal(&text);
             let tokens = tokens.map_err(|e| GrammarError::new(field(), e.to_string()))?;
