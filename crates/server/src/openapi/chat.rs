@@ -2,7 +2,10 @@
 
 use super::schema::Type::{Bool, Either, Int, Items, List, Number, Object as Free, Of, OneOf, Ref, Text};
 use super::schema::{Field, Object, Type, defaults, may, must, nullable};
-use super::shared::{COUNT, ENDING, OUTPUT, PROMPT_LOGPROBS, SAMPLING, STRUCTURE};
+use super::shared::{
+    CHOICES, CHUNKS, COUNT, ENDING, FORMAT, IGNORED, OUTPUT, PROMPT_LOGPROBS, SAMPLING, SHOWN_TOKENS, STOP,
+    STRUCTURE,
+};
 use super::{Access, Body, Endpoint};
 
 /// The endpoint.
@@ -15,10 +18,12 @@ pub(crate) const ENDPOINTS: &[Endpoint] = &[Endpoint {
           `reasoning_content` and as `reasoning`.",
     access: Access::Key,
     parameters: &[],
+    query: &[],
     request: Some("ChatRequest"),
     example: r#"{"model": "any", "messages": [{"role": "user", "content": "how many rs are in strawberry"}], "max_tokens": 128}"#,
     reply: Body::JsonOrEvents("ChatReply", "ChatChunk"),
     errors: super::GENERATING,
+    refusal: "Error",
 }];
 
 const MESSAGES: Type = Items(&Ref("ChatMessage"), 1, None);
@@ -28,7 +33,7 @@ pub(crate) const CONVERSATION: &[Field] = &[
     may("tools", Items(&Ref("Tool"), 0, Some(128)), "Functions that the model may call."),
     defaults("add_generation_prompt", Bool, "true", "End the prompt where the assistant's reply begins."),
     defaults("continue_final_message", Bool, "false", "Continue the last message instead of replying to it."),
-    may("chat_template_kwargs", Free, "Variables of the chat template, as `thinking` and `enable_thinking`."),
+    TEMPLATE[0],
     defaults(
         "add_special_tokens",
         Bool,
@@ -40,7 +45,43 @@ pub(crate) const CONVERSATION: &[Field] = &[
 /// How hard the model shall think.
 pub(crate) const EFFORT: Type = OneOf(&["none", "minimal", "low", "medium", "high", "xhigh", "max"]);
 
-const BUDGET: Type = Int(0, Some(u32::MAX as i64));
+/// Tokens of thinking.
+pub(crate) const BUDGET: Type = Int(0, Some(u32::MAX as i64));
+
+/// How long the model thinks and whether that is shown.
+pub(crate) const THINKING: &[Field] = &[
+    may(
+        "reasoning_effort",
+        EFFORT,
+        "How many tokens the model may think; `none` closes the thinking at once.",
+    ),
+    may("enable_thinking", Bool, "Whether the model thinks (Qwen)."),
+    may("thinking_budget", BUDGET, "Most tokens of thinking; then it is ended."),
+    may("thinking_token_budget", BUDGET, "Another name for `thinking_budget`."),
+    defaults("include_reasoning", Bool, "true", "Whether the reply shows the thinking."),
+];
+
+/// DeepSeek's and Anthropic's switch.
+pub(crate) const THINKING_SWITCH: &[Field] = &[may(
+    "thinking",
+    Either(&[Ref("Thinking"), Bool]),
+    "Whether the model thinks, and how long (DeepSeek, Anthropic).",
+)];
+
+/// The same in one object, as OpenRouter has it.
+pub(crate) const REASONING: &[Field] =
+    &[may("reasoning", Ref("Reasoning"), "Bounds of the thinking, in one object.")];
+
+/// Whether calls may be several.
+pub(crate) const PARALLEL: &[Field] =
+    &[may("parallel_tool_calls", Bool, "Whether one reply may call several tools.")];
+
+/// What the chat template is told.
+pub(crate) const TEMPLATE: &[Field] = &[may(
+    "chat_template_kwargs",
+    Free,
+    "Variables of the chat template, as `thinking` and `enable_thinking`.",
+)];
 
 const CHAT: &[Field] = &[
     must("messages", MESSAGES, "The conversation."),
@@ -52,23 +93,7 @@ const CHAT: &[Field] = &[
         Either(&[OneOf(&["none", "auto", "required", "any"]), Ref("NamedToolChoice")]),
         "Whether tools are called: never, as the model likes, always, or this one.",
     ),
-    may("parallel_tool_calls", Bool, "Whether one reply may call several tools."),
-    may(
-        "reasoning_effort",
-        EFFORT,
-        "How many tokens the model may think; `none` closes the thinking at once.",
-    ),
-    may(
-        "thinking",
-        Either(&[Ref("Thinking"), Bool]),
-        "Whether the model thinks, and how long (DeepSeek, Anthropic).",
-    ),
-    may("enable_thinking", Bool, "Whether the model thinks (Qwen)."),
-    may("thinking_budget", BUDGET, "Most tokens of thinking; then it is ended."),
-    may("thinking_token_budget", BUDGET, "Another name for `thinking_budget`."),
-    defaults("include_reasoning", Bool, "true", "Whether the reply shows the thinking."),
     defaults("echo", Bool, "false", "Begin the reply with the text that it continues."),
-    may("reasoning", Ref("Reasoning"), "Bounds of the thinking, in one object."),
     defaults("separate_reasoning", Bool, "true", "Whether thinking is kept out of `content`."),
 ];
 
@@ -77,7 +102,23 @@ pub(crate) const OBJECTS: &[Object] = &[
     Object {
         name: "ChatRequest",
         doc: "A conversation, and how to go on. Unknown fields are ignored; null means absent.",
-        fields: &[CHAT, CONVERSATION, SAMPLING, OUTPUT, STRUCTURE],
+        fields: &[
+            CHAT,
+            CONVERSATION,
+            THINKING,
+            THINKING_SWITCH,
+            REASONING,
+            PARALLEL,
+            CHOICES,
+            SAMPLING,
+            STOP,
+            OUTPUT,
+            SHOWN_TOKENS,
+            CHUNKS,
+            FORMAT,
+            STRUCTURE,
+            IGNORED,
+        ],
     },
     Object {
         name: "ChatMessage",

@@ -2,7 +2,10 @@
 
 use super::schema::Type::{Bool, Either, Int, List, Number, Of, OneOf, OrNull, Ref, Text};
 use super::schema::{Field, Object, Type, defaults, may, must, nullable};
-use super::shared::{COUNT, ENDING, OUTPUT, PROMPT_LOGPROBS, SAMPLING, STRUCTURE, TOKEN_ID, TOP_LOGPROBS};
+use super::shared::{
+    CHOICES, CHUNKS, COUNT, ENDING, FORMAT, IGNORED, OUTPUT, PROMPT_LOGPROBS, SAMPLING, SHOWN_TOKENS, STOP,
+    STRUCTURE, TOKEN_ID, TOP_LOGPROBS,
+};
 use super::{Access, Body, Endpoint};
 
 /// The endpoint.
@@ -14,10 +17,12 @@ pub(crate) const ENDPOINTS: &[Endpoint] = &[Endpoint {
     doc: "OpenAI's completions: the prompt is read as it stands, without a chat template.",
     access: Access::Key,
     parameters: &[],
+    query: &[],
     request: Some("CompletionRequest"),
     example: r#"{"model": "any", "prompt": "San Francisco is a", "max_tokens": 16}"#,
     reply: Body::JsonOrEvents("CompletionReply", "CompletionReply"),
     errors: super::GENERATING,
+    refusal: "Error",
 }];
 
 const PROMPT: Type = Either(&[Text, List(&Text), List(&TOKEN_ID), List(&List(&TOKEN_ID))]);
@@ -44,7 +49,18 @@ pub(crate) const OBJECTS: &[Object] = &[
     Object {
         name: "CompletionRequest",
         doc: "Prompts, and how to continue them. Unknown fields are ignored; null means absent.",
-        fields: &[COMPLETION, SAMPLING, OUTPUT, STRUCTURE],
+        fields: &[
+            COMPLETION,
+            CHOICES,
+            SAMPLING,
+            STOP,
+            OUTPUT,
+            SHOWN_TOKENS,
+            CHUNKS,
+            FORMAT,
+            STRUCTURE,
+            IGNORED,
+        ],
     },
     Object {
         name: "CompletionReply",

@@ -36,10 +36,14 @@ enum Body {
     Json(&'static str),
     /// The whole reply, or events of chunks where `stream` is true.
     JsonOrEvents(&'static str, &'static str),
+    /// The whole reply, or events that are named by their type where `stream` is true.
+    JsonOrNamedEvents(&'static str, &'static str),
     /// The same object with 200 and with 503.
     Health(&'static str),
     /// A text of this media type.
     Text(&'static str),
+    /// It is always refused.
+    Never,
 }
 
 /// One method of one path.
@@ -53,6 +57,8 @@ struct Endpoint {
     access: Access,
     /// Of the path.
     parameters: &'static [Field],
+    /// What may stand behind the path.
+    query: &'static [Field],
     /// A named object.
     request: Option<&'static str>,
     /// A request that is answered with 200.
@@ -60,6 +66,8 @@ struct Endpoint {
     reply: Body,
     /// Statuses beside the ones that every endpoint has.
     errors: &'static [u16],
+    /// The named object that a refusal holds.
+    refusal: &'static str,
 }
 
 /// How a request that is read can fail.
@@ -68,34 +76,27 @@ const READING: &[u16] = &[400, 404, 408, 413, 503];
 const GENERATING: &[u16] = &[400, 404, 408, 413, 429, 500, 503];
 
 fn endpoints() -> Vec<Endpoint> {
-    let mut all = [chat::ENDPOINTS, completion::ENDPOINTS].concat();
-    if responses::SERVED {
-        all.extend(responses::ENDPOINTS);
-    }
-    if messages::SERVED {
-        all.extend(messages::ENDPOINTS);
-    }
-    all.extend(operations::ENDPOINTS);
-    all
+    [chat::ENDPOINTS, completion::ENDPOINTS, responses::ENDPOINTS, messages::ENDPOINTS, operations::ENDPOINTS]
+        .concat()
 }
 
 fn objects() -> Vec<Object> {
-    let mut all = [chat::OBJECTS, completion::OBJECTS, shared::OBJECTS].concat();
-    if responses::SERVED {
-        all.extend(responses::OBJECTS);
-    }
-    if messages::SERVED {
-        all.extend(messages::OBJECTS);
-    }
-    all.extend(operations::OBJECTS);
-    all
+    [
+        chat::OBJECTS,
+        completion::OBJECTS,
+        responses::OBJECTS,
+        messages::OBJECTS,
+        shared::OBJECTS,
+        operations::OBJECTS,
+    ]
+    .concat()
 }
 
 fn explain(status: u16) -> &'static str {
     match status {
-        400 => "A field has a bad value; `param` names it.",
+        400 => "The request cannot be honoured; where a field is to blame, the error names it.",
         401 => "The API key is missing or wrong.",
-        404 => "No such model is served.",
+        404 => "There is no such model, or nothing with the id that the request names.",
         408 => "The request took too long.",
         413 => "The body is over --max-body-bytes.",
         429 => "The queue is full; `Retry-After` says when to come back.",
@@ -109,6 +110,13 @@ fn json_body(schema: &str) -> Value {
     json!({"schema": {"$ref": format!("#/components/schemas/{schema}")}})
 }
 
+fn json_or_events(whole: &str, events: &str) -> Value {
+    json!({
+        "application/json": json_body(whole),
+        "text/event-stream": {"schema": {"type": "string", "description": events}},
+    })
+}
+
 impl Endpoint {
     fn operation(&self, keys: bool) -> Value {
         let mut operation = json!({
@@ -119,14 +127,9 @@ impl Endpoint {
         if !self.doc.is_empty() {
             operation["description"] = json!(self.doc);
         }
-        if !self.parameters.is_empty() {
-            let parameter = |field: &Field| {
-                let mut schema = field.schema();
-                // An empty one is another path.
-                schema["minLength"] = json!(1);
-                json!({"name": field.name, "in": "path", "required": true, "schema": schema})
-            };
-            operation["parameters"] = self.parameters.iter().map(parameter).collect();
+        let parameters = self.parameters();
+        if !parameters.is_empty() {
+            operation["parameters"] = parameters.into();
         }
         if let Some(request) = self.request {
             let mut content = json_body(request);
@@ -142,22 +145,39 @@ impl Endpoint {
         operation
     }
 
+    fn parameters(&self) -> Vec<Value> {
+        let in_path = self.parameters.iter().map(|field| {
+            let mut schema = field.schema_in_url();
+            // An empty one is another path.
+            schema["minLength"] = json!(1);
+            json!({"name": field.name, "in": "path", "required": true, "schema": schema})
+        });
+        let in_query = self.query.iter().map(
+            |field| json!({"name": field.name, "in": "query", "required": false, "schema": field.schema_in_url()}),
+        );
+        in_path.chain(in_query).collect()
+    }
+
     fn responses(&self, keys: bool) -> Map<String, Value> {
         let mut responses = Map::new();
         let content = match self.reply {
             Body::Json(schema) | Body::Health(schema) => json!({"application/json": json_body(schema)}),
-            Body::JsonOrEvents(whole, chunk) => json!({
-                "application/json": json_body(whole),
-                "text/event-stream": {
-                    "schema": {
-                        "type": "string",
-                        "description": format!("With `stream: true`: lines `data: ` with a {chunk} each, then `data: [DONE]`."),
-                    },
-                },
-            }),
+            Body::JsonOrEvents(whole, chunk) => json_or_events(
+                whole,
+                &format!("With `stream: true`: lines `data: ` with a {chunk} each, then `data: [DONE]`."),
+            ),
+            Body::JsonOrNamedEvents(whole, event) => json_or_events(
+                whole,
+                &format!(
+                    "With `stream: true`: lines `event: ` with a type and `data: ` with a {event} of it."
+                ),
+            ),
             Body::Text(kind) => json!({kind: {"schema": {"type": "string"}}}),
+            Body::Never => Value::Null,
         };
-        responses.insert("200".into(), json!({"description": "The answer.", "content": content}));
+        if !content.is_null() {
+            responses.insert("200".into(), json!({"description": "The answer.", "content": content}));
+        }
         let mut errors = self.errors.to_vec();
         errors.push(431);
         if self.access == Access::Admin || keys && self.access == Access::Key {
@@ -165,7 +185,7 @@ impl Endpoint {
         }
         errors.sort_unstable();
         for status in errors {
-            let content = json!({"application/json": json_body("Error")});
+            let content = json!({"application/json": json_body(self.refusal)});
             responses.insert(status.to_string(), json!({"description": explain(status), "content": content}));
         }
         if let Body::Health(schema) = self.reply {

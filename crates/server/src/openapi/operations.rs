@@ -21,10 +21,12 @@ const fn get(
         doc,
         access,
         parameters: &[],
+        query: &[],
         request: None,
         example: "",
         reply,
         errors: &[],
+        refusal: "Error",
     }
 }
 
@@ -50,10 +52,12 @@ pub(crate) const ENDPOINTS: &[Endpoint] = &[
               more than 262,144 tokens in one request (or the context, where it is longer) are refused.",
         access: KEY,
         parameters: &[],
+        query: &[],
         request: Some("TokenizeRequest"),
         example: r#"{"prompt": "how many rs are in strawberry", "return_token_strs": true}"#,
         reply: Body::Json("TokenizeReply"),
         errors: READING,
+        refusal: "Error",
     },
     Endpoint {
         method: "post",
@@ -63,10 +67,12 @@ pub(crate) const ENDPOINTS: &[Endpoint] = &[
         doc: "The text stands under the names that vLLM (`prompt`), SGLang (`text`) and llama-server (`content`) give it.",
         access: KEY,
         parameters: &[],
+        query: &[],
         request: Some("DetokenizeRequest"),
         example: r#"{"tokens": [5, 6, 7]}"#,
         reply: Body::Json("DetokenizeReply"),
         errors: READING,
+        refusal: "Error",
     },
     get(
         "/health",

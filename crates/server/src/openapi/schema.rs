@@ -152,7 +152,15 @@ impl Field {
     /// The field's value as JSON Schema 2020-12.
     pub(crate) fn schema(&self) -> Value {
         let schema = self.ty.schema();
-        let mut schema = if self.need == Need::Required { schema } else { or_null(schema) };
+        self.described(if self.need == Need::Required { schema } else { or_null(schema) })
+    }
+
+    /// As [`schema`](Self::schema) for what stands in a URL, which has no null.
+    pub(crate) fn schema_in_url(&self) -> Value {
+        self.described(self.ty.schema())
+    }
+
+    fn described(&self, mut schema: Value) -> Value {
         if !self.default.is_empty() {
             schema["default"] = serde_json::from_str(self.default).expect("tables hold JSON");
         }

@@ -8,23 +8,18 @@ use super::schema::{Field, Object, Type, defaults, may, must, nullable};
 /// A token's id.
 pub(crate) const TOKEN_ID: Type = Int(0, Some(u32::MAX as i64));
 const TOKEN_IDS: Type = List(&TOKEN_ID);
-const TEXTS: Type = List(&Text);
+pub(crate) const TEXTS: Type = List(&Text);
 /// Any 64-bit integer, signed or not; a schema's bounds are signed.
 const SEED: Type = Int(i64::MIN, None);
 /// As an object or as its text; true and false are schemas too.
-const SCHEMA: Type = Either(&[Free, Text, Bool]);
+pub(crate) const SCHEMA: Type = Either(&[Free, Text, Bool]);
 
-/// Model, length, sampling.
+/// Model and sampling.
 pub(crate) const SAMPLING: &[Field] = &[
     may(
         "model",
         Text,
         "A served name. Any name means the one model, unless the server runs with --strict-model-name.",
-    ),
-    may(
-        "max_tokens",
-        Int(0, None),
-        "Most tokens to generate; what is left of the context where absent. 0 goes with `echo` and `prompt_logprobs`.",
     ),
     defaults(
         "min_tokens",
@@ -57,6 +52,15 @@ pub(crate) const SAMPLING: &[Field] = &[
         "Token ids and what is added to their logits.",
     ),
     may("seed", SEED, "The same seed draws the same random numbers, whatever else runs."),
+];
+
+/// How much is generated, where replies may be several.
+pub(crate) const CHOICES: &[Field] = &[
+    may(
+        "max_tokens",
+        Int(0, None),
+        "Most tokens to generate; what is left of the context where absent. 0 goes with `echo` and `prompt_logprobs`.",
+    ),
     defaults("n", Int(1, None), "1", "Choices per prompt."),
     may(
         "best_of",
@@ -65,13 +69,8 @@ pub(crate) const SAMPLING: &[Field] = &[
     ),
 ];
 
-/// Where a reply ends and how it comes.
+/// Where a reply ends, what is read of its prompt and how it is scheduled.
 pub(crate) const OUTPUT: &[Field] = &[
-    may(
-        "stop",
-        Either(&[Text, Items(&Text, 0, Some(16))]),
-        "Texts that end the reply and are not part of it. None may be empty.",
-    ),
     may("stop_token_ids", TOKEN_IDS, "Tokens that end the reply."),
     defaults(
         "include_stop_str_in_output",
@@ -81,19 +80,6 @@ pub(crate) const OUTPUT: &[Field] = &[
     ),
     defaults("ignore_eos", Bool, "false", "Go on after the model's end of sequence."),
     defaults("skip_special_tokens", Bool, "true", "Leave control tokens out of the text."),
-    defaults(
-        "return_tokens_as_token_ids",
-        Bool,
-        "false",
-        "Show tokens of log-probabilities as `token_id:<id>`.",
-    ),
-    defaults("stream", Bool, "false", "Send the reply as server-sent events, ended by `data: [DONE]`."),
-    may("stream_options", Ref("StreamOptions"), "Only read where `stream` is true."),
-    may(
-        "prompt_logprobs",
-        Either(&[Int(0, Some(20)), Bool]),
-        "Log-probabilities of the prompt's tokens, with this many rivals of each.",
-    ),
     may(
         "truncate_prompt_tokens",
         Int(-1, None),
@@ -107,6 +93,36 @@ pub(crate) const OUTPUT: &[Field] = &[
         Text,
         "Cached prefixes are shared only with requests of the same salt; up to 256 bytes.",
     ),
+];
+
+/// Texts that end a reply.
+pub(crate) const STOP: &[Field] = &[may(
+    "stop",
+    Either(&[Text, Items(&Text, 0, Some(16))]),
+    "Texts that end the reply and are not part of it. None may be empty.",
+)];
+
+/// What is shown of tokens.
+pub(crate) const SHOWN_TOKENS: &[Field] = &[defaults(
+    "return_tokens_as_token_ids",
+    Bool,
+    "false",
+    "Show tokens of log-probabilities as `token_id:<id>`.",
+)];
+
+/// OpenAI's streams of chunks, and what comes with the reply.
+pub(crate) const CHUNKS: &[Field] = &[
+    defaults("stream", Bool, "false", "Send the reply as server-sent events, ended by `data: [DONE]`."),
+    may("stream_options", Ref("StreamOptions"), "Only read where `stream` is true."),
+    may(
+        "prompt_logprobs",
+        Either(&[Int(0, Some(20)), Bool]),
+        "Log-probabilities of the prompt's tokens, with this many rivals of each.",
+    ),
+];
+
+/// Fields that nobody looks at.
+pub(crate) const IGNORED: &[Field] = &[
     may("user", Any, UNUSED),
     may("metadata", Any, UNUSED),
     may("store", Any, UNUSED),
@@ -119,9 +135,12 @@ pub(crate) const OUTPUT: &[Field] = &[
 /// Of fields that change nothing here.
 pub(crate) const UNUSED: &str = "Accepted and not used.";
 
-/// What form the text has. Reasoning comes before it and is free.
+/// OpenAI's field for the form that the text has.
+pub(crate) const FORMAT: &[Field] =
+    &[may("response_format", Ref("ResponseFormat"), "Text, any JSON object, or JSON of a schema.")];
+
+/// What form the text has, in the words of others. Reasoning comes before it and is free.
 pub(crate) const STRUCTURE: &[Field] = &[
-    may("response_format", Ref("ResponseFormat"), "Text, any JSON object, or JSON of a schema."),
     may("structured_outputs", Ref("StructuredOutputs"), "vLLM's form of the same; one of its fields."),
     may("guided_json", SCHEMA, "A JSON Schema."),
     may("guided_regex", Text, "A regular expression for the whole text."),
