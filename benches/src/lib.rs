@@ -80,7 +80,7 @@ impl Machine {
 }
 
 /// The commit that is measured; `unknown` outside a checkout.
-fn git_hash() -> String {
+pub fn git_hash() -> String {
     let output = Command::new("git").args(["rev-parse", "--short", "HEAD"]).output();
     let hash = output
         .ok()
