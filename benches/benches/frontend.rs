@@ -412,8 +412,9 @@ fn config() -> ServerConfig {
 fn model() -> ServedModel {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../crates/cli/model");
     let tokenizer = Arc::new(Tokenizer::from_dir(&dir).expect("the bundled tokenizer"));
+    let source = tokenizer.chat_template().expect("the bundled model's template");
     let template = ChatTemplate::new(
-        tokenizer.chat_template().expect("the bundled model's template"),
+        source.to_owned().leak(),
         tokenizer.bos_text(),
         tokenizer.eos_text(),
         tokenizer.control_tokens().clone(),

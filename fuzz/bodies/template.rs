@@ -61,13 +61,13 @@ pub(crate) fn run(data: &[u8]) {
     }
 }
 
-fn compile(source: &str, control: &ControlTokens) -> Result<ChatTemplate, TextError> {
+fn compile<'s>(source: &'s str, control: &ControlTokens) -> Result<ChatTemplate<'s>, TextError> {
     let [bos, eos] = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"];
     ChatTemplate::new(source, Some(bos), Some(eos), control.clone())
 }
 
-fn published_templates() -> &'static [ChatTemplate; 5] {
-    static TEMPLATES: OnceLock<[ChatTemplate; 5]> = OnceLock::new();
+fn published_templates() -> &'static [ChatTemplate<'static>; 5] {
+    static TEMPLATES: OnceLock<[ChatTemplate<'static>; 5]> = OnceLock::new();
     let control = tokenizer().control_tokens();
     TEMPLATES.get_or_init(|| PUBLISHED.map(|source| compile(source, control).expect("it is published")))
 }

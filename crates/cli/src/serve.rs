@@ -162,8 +162,10 @@ fn compile(
     source: &str,
     tokenizer: &Tokenizer,
     tool_syntax: Option<ToolSyntax>,
-) -> Result<Arc<ChatTemplate>> {
+) -> Result<Arc<ChatTemplate<'static>>> {
     let control = tokenizer.control_tokens().clone();
+    // Served as long as the process lives.
+    let source: &'static str = source.to_owned().leak();
     let template = ChatTemplate::new(source, tokenizer.bos_text(), tokenizer.eos_text(), control);
     Ok(Arc::new(match tool_syntax {
         Some(syntax) => template?.with_tools_block(ToolsBlock::of_syntax(syntax)),

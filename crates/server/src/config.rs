@@ -225,7 +225,7 @@ pub struct ServedModel {
     /// Text to tokens and back.
     pub tokenizer: Arc<Tokenizer>,
     /// Absent for base models: chat is then refused.
-    pub template: Option<Arc<ChatTemplate>>,
+    pub template: Option<Arc<ChatTemplate<'static>>>,
     /// What a silent request gets.
     pub defaults: SamplingDefaults,
     /// Tokens that end a reply.

@@ -6,6 +6,7 @@
 //! new version of it is different.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -86,44 +87,63 @@ impl Allowance {
     }
 }
 
-/// Renders `source` in `env` within limits.
-pub(crate) fn render(
-    mut env: Environment<'static>,
-    syntax: SyntaxConfig,
-    source: &str,
-    context: Value,
-    limits: Limits,
-) -> Result<String, Error> {
-    let Limits { fuel, max_bytes, made_bytes } = limits;
-    env.set_fuel(Some(fuel));
-    let made = Arc::new(Allowance(AtomicUsize::new(made_bytes)));
-    let allowance = Arc::clone(&made);
-    env.add_filter(CHARGE, move |value: &Value| {
-        allowance.charge(value, 0)?;
-        Ok::<_, Error>(value.clone())
-    });
-    let allowance = Arc::clone(&made);
-    env.add_filter(SPEND, move |bytes: usize| allowance.spend(bytes));
-    env.set_formatter(move |out, _, value| {
-        check(value)?;
-        let text = to_python_str(value)?;
-        made.spend(text.len())?;
-        out.write_str(&text).map_err(Error::from)
-    });
+/// A template, compiled once for all its renderings.
+pub(crate) struct Program<'s> {
+    instructions: Instructions<'s>,
+    blocks: BTreeMap<&'s str, Instructions<'s>>,
+}
 
-    let config =
-        TemplateConfig { syntax_config: syntax, default_auto_escape: Arc::new(|_| AutoEscape::None) };
-    let compiled = CompiledTemplate::new("chat_template", source, &config)?;
-    let instructions = metered(&compiled.instructions, source);
-    let blocks: BTreeMap<_, _> =
-        compiled.blocks.iter().map(|(name, block)| (*name, metered(block, source))).collect();
-    let mut text = String::new();
-    eval(&env, &instructions, context, &blocks, &mut make_string_output(&mut text), AutoEscape::None)?;
-    if text.len() > max_bytes {
-        let what = format!("the prompt is longer than {max_bytes} bytes");
-        return Err(Error::new(ErrorKind::InvalidOperation, what));
+impl fmt::Debug for Program<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Program").finish_non_exhaustive()
     }
-    Ok(text)
+}
+
+impl<'s> Program<'s> {
+    /// Compiles `source` and puts the charges in.
+    pub(crate) fn compile(source: &'s str, syntax: SyntaxConfig) -> Result<Self, Error> {
+        let config =
+            TemplateConfig { syntax_config: syntax, default_auto_escape: Arc::new(|_| AutoEscape::None) };
+        let compiled = CompiledTemplate::new("chat_template", source, &config)?;
+        Ok(Self {
+            instructions: metered(&compiled.instructions, source),
+            blocks: compiled.blocks.iter().map(|(name, block)| (*name, metered(block, source))).collect(),
+        })
+    }
+
+    /// Renders in `env` within limits.
+    pub(crate) fn render(
+        &self,
+        mut env: Environment<'static>,
+        context: Value,
+        limits: Limits,
+    ) -> Result<String, Error> {
+        let Limits { fuel, max_bytes, made_bytes } = limits;
+        env.set_fuel(Some(fuel));
+        let made = Arc::new(Allowance(AtomicUsize::new(made_bytes)));
+        let allowance = Arc::clone(&made);
+        env.add_filter(CHARGE, move |value: &Value| {
+            allowance.charge(value, 0)?;
+            Ok::<_, Error>(value.clone())
+        });
+        let allowance = Arc::clone(&made);
+        env.add_filter(SPEND, move |bytes: usize| allowance.spend(bytes));
+        env.set_formatter(move |out, _, value| {
+            check(value)?;
+            let text = to_python_str(value)?;
+            made.spend(text.len())?;
+            out.write_str(&text).map_err(Error::from)
+        });
+
+        let mut text = String::new();
+        let out = &mut make_string_output(&mut text);
+        eval(&env, &self.instructions, context, &self.blocks, out, AutoEscape::None)?;
+        if text.len() > max_bytes {
+            let what = format!("the prompt is longer than {max_bytes} bytes");
+            return Err(Error::new(ErrorKind::InvalidOperation, what));
+        }
+        Ok(text)
+    }
 }
 
 /// The same instructions, with charges between them.

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use crate::control::{ControlTokens, THINK_CLOSE, THINK_OPEN, unguard};
 use crate::error::{Result, TextError};
 use crate::jinja::{self, Raised};
-use crate::meter::{self, Limits};
+use crate::meter::{Limits, Program};
 use crate::python::{JsonStyle, to_json};
 use crate::tools_block::ToolsBlock;
 
@@ -89,11 +89,11 @@ enum Arguments {
     Object,
 }
 
-/// A compiled chat template.
+/// A chat template, compiled over its source.
 #[derive(Debug)]
-pub struct ChatTemplate {
+pub struct ChatTemplate<'s> {
     env: Environment<'static>,
-    source: String,
+    program: Program<'s>,
     control: ControlTokens,
     bos: Option<String>,
     eos: Option<String>,
@@ -115,16 +115,16 @@ const PROBE_LIMITS: Limits = Limits { fuel: 200_000, max_bytes: 1 << 20, made_by
 const MADE_PER_GIVEN: usize = 16;
 const MADE_BYTES: usize = 64 << 20;
 
-impl ChatTemplate {
+impl<'s> ChatTemplate<'s> {
     /// Compiles a template. `bos` and `eos` are what it sees as `bos_token` and `eos_token`; `control` is the
     /// [tokenizer's](crate::Tokenizer::control_tokens).
-    pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>, control: ControlTokens) -> Result<Self> {
+    pub fn new(source: &'s str, bos: Option<&str>, eos: Option<&str>, control: ControlTokens) -> Result<Self> {
         let env = jinja::environment(control.clone());
-        env.template_from_str(source).map_err(|e| template_error(&e))?;
+        let program = Program::compile(source, jinja::syntax()).map_err(|e| template_error(&e))?;
         let [bos, eos] = [bos, eos].map(|token| token.map(str::to_owned));
         let mut template = Self {
             env,
-            source: source.to_owned(),
+            program,
             control,
             bos,
             eos,
@@ -262,8 +262,7 @@ impl ChatTemplate {
             }
         }
         let context = minijinja::Value::from(Serde(&context));
-        meter::render(self.env.clone(), jinja::syntax(), &self.source, context, limits)
-            .map_err(|e| template_error(&e))
+        self.program.render(self.env.clone(), context, limits).map_err(|e| template_error(&e))
     }
 
     /// A message as the template gets it: guarded, with arguments in the form that the template needs.

@@ -12,11 +12,11 @@ fn golden(name: &str) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
-fn template(name: &str) -> ChatTemplate {
+fn template(name: &str) -> ChatTemplate<'static> {
     let path = format!("{}/testdata/templates/{name}.jinja", env!("CARGO_MANIFEST_DIR"));
     let source = std::fs::read_to_string(path).unwrap();
     let [bos, eos] = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"];
-    ChatTemplate::new(&source, Some(bos), Some(eos), ControlTokens::default()).unwrap()
+    ChatTemplate::new(source.leak(), Some(bos), Some(eos), ControlTokens::default()).unwrap()
 }
 
 const TEMPLATES: [&str; 5] = [

@@ -93,7 +93,7 @@ fn fill_in_the_middle() {
 
 const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}{{ '<｜User｜>' + m.content }}{% endfor %}<｜Assistant｜><think>\n";
 
-fn template(control: &ControlTokens) -> ChatTemplate {
+fn template(control: &ControlTokens) -> ChatTemplate<'static> {
     ChatTemplate::new(TEMPLATE, Some("<｜begin▁of▁sentence｜>"), None, control.clone()).unwrap()
 }
 
@@ -149,7 +149,7 @@ fn escapes_and_keys_smuggle_nothing() {
 fn threads_can_share_them() {
     fn shared<T: Send + Sync>() {}
     shared::<Tokenizer>();
-    shared::<ChatTemplate>();
+    shared::<ChatTemplate<'_>>();
 }
 
 #[test]

@@ -93,7 +93,7 @@ pub(crate) fn render(app: &App, request: &ChatRequest, names: Names) -> Result<R
 /// The conversation as the model would read it if it fitted.
 pub(crate) fn render_any_length(
     app: &App,
-    template: &ChatTemplate,
+    template: &ChatTemplate<'_>,
     request: &ChatRequest,
 ) -> Result<RenderedPrompt, TextError> {
     let tools = &request.tools.offered;

@@ -30,9 +30,10 @@ pub(crate) fn tokenizer() -> Arc<Tokenizer> {
 }
 
 pub(crate) fn model() -> ServedModel {
+    static TEMPLATE: OnceLock<String> = OnceLock::new();
     let tokenizer = tokenizer();
     let template = ChatTemplate::new(
-        tokenizer.chat_template().unwrap(),
+        TEMPLATE.get_or_init(|| tokenizer.chat_template().unwrap().to_owned()),
         tokenizer.bos_text(),
         tokenizer.eos_text(),
         tokenizer.control_tokens().clone(),
