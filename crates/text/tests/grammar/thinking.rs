@@ -52,7 +52,8 @@ fn the_budget_closes_the_reasoning() {
             let mut constraint = world.constraint(&rules);
             let word = world.tokens("a")[0];
             for _ in 0..budget {
-                assert_eq!(world.mask(&mut constraint), None);
+                assert!(world.may(&mut constraint, word) && world.may(&mut constraint, close));
+                assert!(!world.may_end(&mut constraint), "a reply that must be something does not end here");
                 constraint.accept(word).unwrap();
             }
             let mask = world.mask(&mut constraint).expect("the tag alone");
