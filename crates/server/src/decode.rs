@@ -160,6 +160,8 @@ pub(crate) struct DecodeRules {
     pub(crate) logprobs: bool,
     /// The reasoning is generated and counted, and not shown.
     pub(crate) hide_reasoning: bool,
+    /// Tokens that mark calls are no text.
+    pub(crate) hide_calls: bool,
     /// Nothing was to be generated; the engine draws one token all the same.
     pub(crate) discard: bool,
 }
@@ -232,8 +234,6 @@ impl Decoder {
     }
 
     /// Takes the next token; `true` when a stop string is now complete. Tokens after that must not come.
-    ///
-    /// Stop strings act from the first token on: `min_tokens` holds back stop tokens only, which the engine does.
     pub(crate) fn push(&mut self, token: TokenId, logprobs: Option<TokenLogprobs>) -> bool {
         if self.rules.discard {
             return false;
@@ -241,7 +241,7 @@ impl Decoder {
         self.completion_tokens += 1;
         if let Some(logprobs) = logprobs {
             self.sum_logprobs += f64::from(logprobs.logprob);
-            if self.rules.logprobs {
+            if self.rules.logprobs && !(self.rules.hide_reasoning && self.parser.in_reasoning()) {
                 let mut entry = self.entry(token, &logprobs, self.text_chars);
                 if self.parser.in_reasoning() || !self.is_text(token) {
                     entry.place = Place::Elsewhere;
@@ -302,8 +302,11 @@ impl Decoder {
     /// A token that ends the reply is not part of its text, unless stops shall be seen.
     fn is_text(&self, token: TokenId) -> bool {
         let ends = self.rules.eos.contains(&token) || self.rules.stop_token_ids.contains(&token);
-        let hidden =
-            self.rules.control == ControlText::Hide && self.tokenizer.class(token) == TokenClass::Hidden;
+        let hidden = match self.tokenizer.class(token) {
+            TokenClass::Hidden => self.rules.control == ControlText::Hide,
+            TokenClass::Tool => self.rules.hide_calls,
+            TokenClass::Text | TokenClass::Think => false,
+        };
         !hidden && (!ends || self.rules.parser.include_stop)
     }
 

@@ -14,8 +14,7 @@ use crate::types::value::Field;
 pub(crate) struct NotYet {
     /// The field.
     pub(crate) name: &'static str,
-    /// Further values that ask for nothing, as JSON; `*` accepts any value because it has no effect without
-    /// the features below.
+    /// Further values that ask for nothing, as JSON.
     pub(crate) neutral: &'static [&'static str],
     /// Completes "not supported yet; ...".
     pub(crate) way_out: &'static str,
@@ -118,9 +117,10 @@ impl Fields {
         for entry in tables.iter().copied().flatten() {
             let Some(value) = self.map.remove(entry.name) else { continue };
             let neutral = value.is_null()
-                || entry.neutral.iter().any(|text| {
-                    *text == "*" || serde_json::from_str::<Value>(text).is_ok_and(|neutral| neutral == value)
-                });
+                || entry
+                    .neutral
+                    .iter()
+                    .any(|text| serde_json::from_str::<Value>(text).is_ok_and(|neutral| neutral == value));
             if !neutral {
                 return Err(ApiError::not_supported(entry.name, entry.way_out));
             }
@@ -198,7 +198,7 @@ mod tests {
             let mut names = std::collections::BTreeSet::new();
             for entry in NOT_YET.iter().chain(endpoint) {
                 assert!(names.insert(entry.name), "{} twice", entry.name);
-                for text in entry.neutral.iter().filter(|t| **t != "*") {
+                for text in entry.neutral {
                     serde_json::from_str::<Value>(text).unwrap_or_else(|e| panic!("{}: {e}", entry.name));
                 }
             }

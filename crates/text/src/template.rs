@@ -118,7 +118,12 @@ const MADE_BYTES: usize = 64 << 20;
 impl<'s> ChatTemplate<'s> {
     /// Compiles a template. `bos` and `eos` are what it sees as `bos_token` and `eos_token`; `control` is the
     /// [tokenizer's](crate::Tokenizer::control_tokens).
-    pub fn new(source: &'s str, bos: Option<&str>, eos: Option<&str>, control: ControlTokens) -> Result<Self> {
+    pub fn new(
+        source: &'s str,
+        bos: Option<&str>,
+        eos: Option<&str>,
+        control: ControlTokens,
+    ) -> Result<Self> {
         let env = jinja::environment(control.clone());
         let program = Program::compile(source, jinja::syntax()).map_err(|e| template_error(&e))?;
         let [bos, eos] = [bos, eos].map(|token| token.map(str::to_owned));

@@ -230,11 +230,18 @@ impl ToolCalls {
         }
     }
 
-    /// The reply is over. A call that it leaves open is a call, one whose head it leaves open is content.
+    /// The reply is over. A call that it leaves open is a call; of one whose head it leaves open nothing is known, and its
+    /// markup is not shown, unless it was spelled out.
     pub(crate) fn finish(&mut self, deltas: &mut Vec<Delta>) {
         match &mut self.state {
             State::Outside => {}
-            State::Begun | State::Head(_) | State::FencedHead(_) => self.not_a_call(deltas),
+            State::Begun | State::Head(_) | State::FencedHead(_) if self.parser.spelled => {
+                self.not_a_call(deltas);
+            }
+            State::Begun | State::Head(_) | State::FencedHead(_) => {
+                self.state = State::Outside;
+                self.raw.clear();
+            }
             State::Arguments(arguments) => {
                 let text = arguments.finish(true);
                 emit(deltas, Delta::ToolArguments { index: self.num_calls - 1, text });

@@ -17,6 +17,7 @@ use crate::fields::Fields;
 use crate::render::ChatRender;
 use crate::types::chat::{ChatMessage, ChatRequest, Role};
 use crate::types::common::Common;
+use crate::types::tools::ToolChoice;
 
 const NAMES: Names = Names { prompt: "messages", logprobs: "top_logprobs" };
 
@@ -62,6 +63,8 @@ pub(crate) fn chat_run(app: &App, request: &ChatRequest, names: Names) -> Result
         prompt_logprobs: common.prompt_logprobs,
         parser,
         hide_reasoning: request.thinking.hidden,
+        // No call was asked for, so markup of one is no text for a reader.
+        hide_calls: request.tools.choice == ToolChoice::None,
         rules,
         prompts: vec![Tokenized { tokens, echo }],
     };

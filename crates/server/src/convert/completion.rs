@@ -43,6 +43,7 @@ pub(crate) fn completion(app: &Arc<App>, id: &str, body: &[u8]) -> Result<Job, A
         prompt_logprobs: common.prompt_logprobs.or(request.logprobs.filter(|_| request.echo)),
         parser,
         hide_reasoning: false,
+        hide_calls: false,
         rules: rules::for_completion(app, &prompts),
         prompts,
     };
@@ -64,6 +65,7 @@ fn tokenize(app: &App, request: &CompletionRequest, prompt: Prompt) -> Result<To
             (tokenizer.encode_fim(&text, suffix, max_prompt_tokens(app))?, String::new())
         }
         (Prompt::Tokens(ids), _) => {
+            check_size(app, &request.common, 0, ids.len())?;
             let tokens: Vec<TokenId> = ids.into_iter().map(TokenId).collect();
             let echo =
                 if request.echo { tokenizer.decode(&tokens, ControlText::Hide) } else { String::new() };

@@ -70,6 +70,8 @@ struct Parts {
     prompt_logprobs: Option<u32>,
     parser: ParserConfig,
     hide_reasoning: bool,
+    /// Markup of calls does not show.
+    hide_calls: bool,
     rules: ReplyRules,
     prompts: Vec<Tokenized>,
 }
@@ -119,6 +121,10 @@ fn truncate(app: &App, common: &Common, tokens: &mut Vec<TokenId>) {
 
 fn check_num_choices(app: &App, common: &Common, prompts: usize) -> Result<(), ApiError> {
     let max = app.config.max_choices;
+    if prompts > max {
+        let problem = format!("{prompts} prompts are over this server's limit of {max} choices");
+        return Err(ApiError::bad_field("prompt", problem));
+    }
     let (name, per_prompt) =
         if common.best_of > common.n { ("best_of", common.best_of) } else { ("n", common.n) };
     if prompts.saturating_mul(per_prompt) > max {
@@ -140,7 +146,8 @@ fn check_logprobs(app: &App, param: &'static str, asked: Option<u32>) -> Result<
 }
 
 fn run(app: &App, common: &Common, parts: Parts) -> Result<Run, ApiError> {
-    let Parts { names, logprobs, prompt_logprobs, parser, hide_reasoning, rules, prompts } = parts;
+    let Parts { names, logprobs, prompt_logprobs, parser, hide_reasoning, hide_calls, rules, prompts } =
+        parts;
     check_num_choices(app, common, prompts.len())?;
     let shows_prompt = prompt_logprobs.is_some() || prompts.iter().any(|prompt| !prompt.echo.is_empty());
     if common.max_tokens == Some(0) && !shows_prompt {
@@ -159,6 +166,7 @@ fn run(app: &App, common: &Common, parts: Parts) -> Result<Run, ApiError> {
         token_ids_as_names: common.return_tokens_as_token_ids,
         logprobs: logprobs.is_some(),
         hide_reasoning,
+        hide_calls: hide_calls && common.skip_special_tokens,
         discard: common.max_tokens == Some(0),
     };
     let keep_best = (common.best_of > common.n).then_some(common.n);

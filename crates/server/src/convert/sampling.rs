@@ -86,7 +86,9 @@ fn logit_bias(app: &App, bias: Option<&Map<String, Value>>) -> Result<Vec<(Token
     let mut biases = Vec::new();
     for (key, value) in bias.into_iter().flatten() {
         let param = || format!("logit_bias.{key}");
-        let id: u32 = key.parse().map_err(|_| ApiError::bad_field(param(), "keys must be token ids"))?;
+        // One spelling each, so that no token stands there twice.
+        let id: Option<u32> = key.parse().ok().filter(|id: &u32| id.to_string() == *key);
+        let id = id.ok_or_else(|| ApiError::bad_field(param(), "keys must be token ids"))?;
         let value = value.as_f64().ok_or_else(|| ApiError::bad_field(param(), "values must be numbers"))?;
         let token = in_vocab(app, "logit_bias", &[id])?[0];
         biases.push((token, value as f32));
@@ -97,7 +99,12 @@ fn logit_bias(app: &App, bias: Option<&Map<String, Value>>) -> Result<Vec<(Token
 pub(super) fn in_vocab(app: &App, param: &'static str, ids: &[u32]) -> Result<Vec<TokenId>, ApiError> {
     let vocab_size = app.engine.info().vocab_size;
     match ids.iter().find(|id| **id as usize >= vocab_size) {
-        None => Ok(ids.iter().copied().map(TokenId).collect()),
+        None => {
+            let mut ids: Vec<TokenId> = ids.iter().copied().map(TokenId).collect();
+            ids.sort_unstable();
+            ids.dedup();
+            Ok(ids)
+        }
         Some(&id) => {
             let error = SubmitError::UnknownToken { token: TokenId(id), vocab_size };
             Err(ApiError::bad_field(param, error))

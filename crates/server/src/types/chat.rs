@@ -73,7 +73,10 @@ impl Field for Role {
             "user" => Ok(Self::User),
             "assistant" => Ok(Self::Assistant),
             "tool" => Ok(Self::Tool),
-            other => Err(format!("is {other:?}; it must be system, developer, user, assistant or tool")),
+            other => {
+                let other: String = other.chars().take(MAX_SHOWN_CHARS).collect();
+                Err(format!("is {other:?}; it must be system, developer, user, assistant or tool"))
+            }
         }
     }
 }
@@ -83,8 +86,9 @@ impl ChatRequest {
     pub(crate) fn parse(mut fields: Fields) -> Result<Self, ApiError> {
         fields.refuse(&[NOT_YET, NOT_YET_CHAT])?;
         let common = Common::take(&mut fields, &["max_completion_tokens", "max_tokens"])?;
-        let messages = fields
-            .require::<Vec<Map<String, Value>>>("messages")?
+        let messages = fields.require::<Vec<Map<String, Value>>>("messages")?;
+        check_num_messages(&messages)?;
+        let messages = messages
             .into_iter()
             .enumerate()
             .map(|(i, message)| read_message(i, message))
@@ -94,6 +98,7 @@ impl ChatRequest {
         }
         let mut template_kwargs: Map<String, Value> =
             fields.take("chat_template_kwargs")?.unwrap_or_default();
+        check_kwargs(&template_kwargs)?;
         let thinking = Thinking::take(&mut fields, &mut template_kwargs)?;
         let prefixed = messages.iter().position(|message| message.prefix);
         if let Some(index) = prefixed.filter(|index| index + 1 < messages.len()) {
@@ -136,6 +141,57 @@ impl ChatRequest {
     }
 }
 
+/// Most messages and calls of one conversation together; far beyond what a context holds.
+const MAX_MESSAGES: usize = 16_384;
+/// Most values in `chat_template_kwargs`, and most bytes of its texts.
+const MAX_KWARGS: (usize, usize) = (4096, 65_536);
+/// A client's word is repeated to it up to here.
+const MAX_SHOWN_CHARS: usize = 64;
+
+/// Before they are read one by one.
+fn check_num_messages(messages: &[Map<String, Value>]) -> Result<(), ApiError> {
+    let calls = messages.iter().filter_map(|message| message.get("tool_calls")?.as_array());
+    let num = messages.len() + calls.map(Vec::len).sum::<usize>();
+    if num > MAX_MESSAGES {
+        let problem = format!("{num} messages and calls; at most {MAX_MESSAGES} are allowed");
+        return Err(ApiError::bad_field("messages", problem));
+    }
+    Ok(())
+}
+
+fn check_kwargs(kwargs: &Map<String, Value>) -> Result<(), ApiError> {
+    let (mut values, mut bytes) = (0, 0);
+    let mut waiting: Vec<&Value> = Vec::new();
+    let mut add = |key: &str, value: &Value| {
+        values += 1;
+        bytes += key.len() + value.as_str().map_or(0, str::len);
+        values <= MAX_KWARGS.0 && bytes <= MAX_KWARGS.1
+    };
+    let mut fits = kwargs.iter().all(|(key, value)| {
+        waiting.push(value);
+        add(key, value)
+    });
+    while let Some(value) = waiting.pop().filter(|_| fits) {
+        fits = match value {
+            Value::Array(items) => items.iter().all(|item| {
+                waiting.push(item);
+                add("", item)
+            }),
+            Value::Object(map) => map.iter().all(|(key, value)| {
+                waiting.push(value);
+                add(key, value)
+            }),
+            _ => true,
+        };
+    }
+    if fits {
+        return Ok(());
+    }
+    let (values, bytes) = MAX_KWARGS;
+    let problem = format!("too large: at most {values} values and {bytes} bytes of text are allowed");
+    Err(ApiError::bad_field("chat_template_kwargs", problem))
+}
+
 fn read_message(index: usize, mut message: Map<String, Value>) -> Result<ChatMessage, ApiError> {
     let at = |field: &str| format!("messages[{index}].{field}");
     let mut take = |field: &str| message.remove(field).filter(|value| !value.is_null());
@@ -156,12 +212,13 @@ fn read_message(index: usize, mut message: Map<String, Value>) -> Result<ChatMes
             reasoning = Some(typed::<String>(at(field), text)?);
         }
     }
-    let tool_calls: Vec<Value> = take("tool_calls").map_or(Ok(Vec::new()), |v| typed(at("tool_calls"), v))?;
+    let mut tool_calls: Vec<Value> =
+        take("tool_calls").map_or(Ok(Vec::new()), |v| typed(at("tool_calls"), v))?;
     if !tool_calls.is_empty() && role != Role::Assistant {
         return Err(ApiError::bad_field(at("tool_calls"), "only an assistant's message calls tools"));
     }
-    for (j, call) in tool_calls.iter().enumerate() {
-        check_tool_call(&at(&format!("tool_calls[{j}].function")), call)?;
+    for (j, call) in tool_calls.iter_mut().enumerate() {
+        check_tool_call(&at(&format!("tool_calls[{j}]")), call)?;
     }
     let content = match take("content") {
         Some(content) => read_content(&at("content"), content)?,
@@ -174,7 +231,16 @@ fn read_message(index: usize, mut message: Map<String, Value>) -> Result<ChatMes
 }
 
 /// Templates read both and fail in their own words where one is missing.
-fn check_tool_call(at: &str, call: &Value) -> Result<(), ApiError> {
+fn check_tool_call(at: &str, call: &mut Value) -> Result<(), ApiError> {
+    if let Some(fields) = call.as_object_mut() {
+        let kind = fields.entry("type").or_insert(Value::Null);
+        if kind.is_null() {
+            *kind = "function".into();
+        } else if kind != "function" {
+            return Err(ApiError::bad_field(format!("{at}.type"), "must be \"function\""));
+        }
+    }
+    let at = format!("{at}.function");
     let function = &call["function"];
     if function["name"].as_str().is_none_or(str::is_empty) {
         return Err(ApiError::bad_field(format!("{at}.name"), "must be the called function's name"));
@@ -197,6 +263,7 @@ fn read_content(at: &str, content: Value) -> Result<String, ApiError> {
         let at = format!("{at}[{i}]");
         let kind = part.get("type").and_then(Value::as_str).unwrap_or_default();
         if kind != "text" {
+            let kind: String = kind.chars().take(MAX_SHOWN_CHARS).collect();
             let problem = format!("parts of type \"{kind}\" cannot be read; this model reads text");
             return Err(ApiError::bad_field(at, problem));
         }

@@ -8,6 +8,12 @@ use crate::fields::{Fields, typed};
 use crate::types::format::{AskedFormat, take_format};
 use crate::types::value::{Field, must_be};
 
+/// Longest string of `stop`: each choice keeps what it needs to find it.
+const MAX_STOP_BYTES: usize = 1024;
+/// Most ids of `stop_token_ids`.
+const MAX_STOP_TOKENS: usize = 1024;
+/// Most ids of `logit_bias`.
+const MAX_BIASES: usize = 16_384;
 /// Most strings of one request's `stop`.
 pub(crate) const MAX_STOP_STRINGS: usize = 16;
 /// Most strings of `bad_words`.
@@ -152,18 +158,26 @@ impl Common {
         if stop.iter().any(String::is_empty) {
             return Err(ApiError::bad_field("stop", "an empty string would stop at once"));
         }
-        // What they would change is nothing that this server has.
-        for ignored in [
-            "user",
-            "metadata",
-            "store",
-            "service_tier",
-            "safety_identifier",
-            "prompt_cache_key",
-            "verbosity",
-        ] {
-            fields.take::<Value>(ignored)?;
+        if let Some(len) = stop.iter().map(String::len).find(|len| *len > MAX_STOP_BYTES) {
+            let problem = format!("a string of {len} bytes; at most {MAX_STOP_BYTES} are allowed");
+            return Err(ApiError::bad_field("stop", problem));
         }
+        let stop_token_ids = fields.take::<Vec<u32>>("stop_token_ids")?.unwrap_or_default();
+        if stop_token_ids.len() > MAX_STOP_TOKENS {
+            let problem = format!("{} ids; at most {MAX_STOP_TOKENS} are allowed", stop_token_ids.len());
+            return Err(ApiError::bad_field("stop_token_ids", problem));
+        }
+        let logit_bias = fields.take::<Map<String, Value>>("logit_bias")?;
+        if let Some(len) = logit_bias.as_ref().map(Map::len).filter(|len| *len > MAX_BIASES) {
+            let problem = format!("{len} ids; at most {MAX_BIASES} are allowed");
+            return Err(ApiError::bad_field("logit_bias", problem));
+        }
+        // What they would change is nothing that this server has.
+        for text in ["user", "service_tier", "safety_identifier", "prompt_cache_key", "verbosity"] {
+            fields.take::<String>(text)?;
+        }
+        fields.take::<Map<String, Value>>("metadata")?;
+        fields.take::<bool>("store")?;
         let cache_salt = fields.take::<String>("cache_salt")?.filter(|salt| !salt.is_empty());
         if let Some(len) = cache_salt.as_ref().map(String::len).filter(|len| *len > MAX_CACHE_SALT_BYTES) {
             let problem = format!("has {len} bytes; at most {MAX_CACHE_SALT_BYTES} are allowed");
@@ -181,7 +195,7 @@ impl Common {
             repetition_penalty: fields.take("repetition_penalty")?,
             presence_penalty: fields.take("presence_penalty")?,
             frequency_penalty: fields.take("frequency_penalty")?,
-            logit_bias: fields.take("logit_bias")?,
+            logit_bias,
             seed: fields.take::<Seed>("seed")?.map(|seed| seed.0),
             n,
             best_of,
@@ -192,7 +206,7 @@ impl Common {
             prompt_logprobs,
             stop,
             include_stop_str_in_output: fields.take("include_stop_str_in_output")?.unwrap_or(false),
-            stop_token_ids: fields.take("stop_token_ids")?.unwrap_or_default(),
+            stop_token_ids,
             min_tokens: fields.take("min_tokens")?.unwrap_or(0),
             ignore_eos: fields.take("ignore_eos")?.unwrap_or(false),
             skip_special_tokens: fields.take("skip_special_tokens")?.unwrap_or(true),

@@ -1,5 +1,6 @@
 //! Token filters that hold for the whole reply: the only tokens allowed, and words that must not come.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use r1_core::TokenId;
@@ -10,12 +11,20 @@ use crate::tokenizer::Tokenizer;
 
 /// Most bad words of a request, as token sequences.
 const MAX_BAD_WORDS: usize = 4096;
+/// Most bytes of a request's bad words together: they are tokenized twice.
+const MAX_BAD_WORDS_BYTES: usize = 64 << 10;
 /// Longest bad word, in tokens.
 const MAX_BAD_WORD_TOKENS: usize = 128;
 
 /// Token sequences of words, each without and with a space before it, for
 /// [`ReplyRules::bad_words`](super::ReplyRules::bad_words). Control tokens in a word are read as text.
 pub fn bad_word_tokens(tokenizer: &Tokenizer, words: &[String]) -> Result<Vec<Vec<TokenId>>, GrammarError> {
+    let num_bytes: usize = words.iter().map(String::len).sum();
+    if num_bytes > MAX_BAD_WORDS_BYTES {
+        let problem = format!("{num_bytes} bytes; at most {MAX_BAD_WORDS_BYTES} are allowed");
+        return Err(GrammarError::new("bad_words", problem));
+    }
+    let mut seen: HashSet<Vec<TokenId>> = HashSet::new();
     let mut sequences: Vec<Vec<TokenId>> = Vec::with_capacity(2 * words.len());
     for (i, word) in words.iter().enumerate() {
         let field = || format!("bad_words[{i}]");
@@ -31,7 +40,7 @@ pub fn bad_word_tokens(tokenizer: &Tokenizer, words: &[String]) -> Result<Vec<Ve
         for text in [bare.to_owned(), format!(" {bare}")] {
             let tokens = tokenizer.encode_literal(&text);
             let tokens = tokens.map_err(|e| GrammarError::new(field(), e.to_string()))?;
-            if !sequences.contains(&tokens) {
+            if seen.insert(tokens.clone()) {
                 sequences.push(tokens);
             }
         }
