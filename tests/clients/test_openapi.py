@@ -15,12 +15,12 @@ SEED = 20250120
 # Examples of well-formed requests and of broken ones.
 POST = {
     "/v1/chat/completions": (120, 120),
-    "/v1/completions": (130, 140),
+    "/v1/completions": (180, 200),
     "/v1/responses": (180, 160),
-    "/v1/messages": (180, 160),
-    "/v1/messages/count_tokens": (160, 100),
-    "/tokenize": (200, 140),
-    "/detokenize": (120, 100),
+    "/v1/messages": (150, 150),
+    "/v1/messages/count_tokens": (60, 40),
+    "/tokenize": (200, 160),
+    "/detokenize": (150, 140),
 }
 GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 # What a stream ends with.

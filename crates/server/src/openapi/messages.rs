@@ -42,20 +42,15 @@ pub(crate) const ENDPOINTS: &[Endpoint] = &[
 ];
 
 const TEXT_BLOCKS: Type = List(&Ref("TextBlock"));
-const BLOCKS: Type = List(&Either(&[
-    Ref("TextBlock"),
-    Ref("ThinkingBlock"),
-    Ref("RedactedThinkingBlock"),
-    Ref("ToolUseBlock"),
-    Ref("ToolResultBlock"),
-]));
+const MESSAGE: Type =
+    Either(&[Ref("MessagesUserMessage"), Ref("MessagesAssistantMessage"), Ref("MessagesSystemMessage")]);
 const OUTPUT_FORMAT: Type = Of(&[must("type", OneOf(&["json_schema"]), ""), must("schema", SCHEMA, "")]);
 
 const PROMPT: &[Field] = &[
     must(
         "messages",
-        Items(&Ref("MessagesMessage"), 1, None),
-        "The conversation. A last message of the assistant is continued.",
+        Items(&MESSAGE, 1, None),
+        "The conversation. Neighbours of one role are joined; a last message of the assistant is continued.",
     ),
     may("system", Either(&[Text, TEXT_BLOCKS]), "What stands before it."),
     may("tools", Items(&Ref("MessagesTool"), 0, Some(128)), "Functions that the model may call."),
@@ -130,12 +125,37 @@ pub(crate) const OBJECTS: &[Object] = &[
         fields: &[&[must("input_tokens", COUNT, "")]],
     },
     Object {
-        name: "MessagesMessage",
-        doc: "One message. Neighbours of one role are joined.",
+        name: "MessagesUserMessage",
+        doc: "What the user says, or what calls brought.",
         fields: &[&[
-            must("role", OneOf(&["user", "assistant", "system"]), ""),
-            must("content", Either(&[Text, BLOCKS]), "Text, or blocks that this role may have."),
+            must("role", OneOf(&["user"]), ""),
+            must("content", Either(&[Text, List(&Either(&[Ref("TextBlock"), Ref("ToolResultBlock")]))]), ""),
         ]],
+    },
+    Object {
+        name: "MessagesAssistantMessage",
+        doc: "What the assistant said.",
+        fields: &[&[
+            must("role", OneOf(&["assistant"]), ""),
+            must(
+                "content",
+                Either(&[
+                    Text,
+                    List(&Either(&[
+                        Ref("TextBlock"),
+                        Ref("ThinkingBlock"),
+                        Ref("RedactedThinkingBlock"),
+                        Ref("ToolUseBlock"),
+                    ])),
+                ]),
+                "",
+            ),
+        ]],
+    },
+    Object {
+        name: "MessagesSystemMessage",
+        doc: "Directions in the middle of a conversation.",
+        fields: &[&[must("role", OneOf(&["system"]), ""), must("content", Either(&[Text, TEXT_BLOCKS]), "")]],
     },
     Object {
         name: "TextBlock",
@@ -264,7 +284,7 @@ pub(crate) const OBJECTS: &[Object] = &[
                         ]),
                         "",
                     ),
-                    must("message", Text, "It begins with the field that is wrong."),
+                    must("message", Text, "What is wrong with a field begins with its name."),
                 ]),
                 "",
             ),
