@@ -19,6 +19,8 @@ use crate::source::Source;
 use crate::text::ReasoningParser;
 use crate::traces;
 
+/// For what still runs when the server has ended.
+const RUNTIME_PATIENCE: Duration = Duration::from_secs(2);
 /// Tokens of a reply that may wait for a client that does not read: beyond what sockets hold, minutes at a large model's pace.
 const MAX_UNREAD_TOKENS: usize = 4096;
 
@@ -78,8 +80,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         // ends with the process: it has nothing to save.
         let _ = thread.join();
     }
-    // What still runs there ends its spans first.
-    drop(runtime);
+    // What still runs there ends its spans first, if it ends soon: a request that is read for long holds nothing to save.
+    runtime.shutdown_timeout(RUNTIME_PATIENCE);
     drop(traces);
     served
 }

@@ -130,9 +130,9 @@ fn ending(end: &End) -> Ending {
         Reason::Length => ("length", None, None),
         Reason::Abort => ("abort", None, None),
     };
-    // A reply that was cut off in a call is still cut off.
-    let finish_reason =
-        if finish_reason == "stop" && end.called_tools { "tool_calls" } else { finish_reason };
+    // A reply that was cut off in a call, by its length or by a stop string, is still cut off.
+    let ended_itself = matches!(end.reason, Reason::Eos(_) | Reason::StopToken(_));
+    let finish_reason = if ended_itself && end.called_tools { "tool_calls" } else { finish_reason };
     Ending { finish_reason, stop_reason, matched_stop }
 }
 

@@ -105,15 +105,31 @@ impl Constraint {
     }
 
     /// The phase after `token`, which came in any text.
-    fn in_text(&self, token: TokenId) -> Phase {
-        match &self.grammar {
-            Some(grammar) => match grammar.begins {
-                Begins::Behind(begin) if begin == token => Phase::Answer(grammar.session()),
-                Begins::Behind(_) => Phase::Until,
-                Begins::AtOnce => Phase::Free,
-            },
-            None => Phase::Free,
+    fn in_text(&self, token: TokenId) -> Result<Phase, ConstraintError> {
+        if let Some(phase) = self.call(token)? {
+            return Ok(phase);
         }
+        Ok(match self.grammar.as_ref().map(|grammar| grammar.begins) {
+            Some(Begins::Behind(_)) => Phase::Until,
+            Some(Begins::AtOnce) | None => Phase::Free,
+        })
+    }
+
+    /// The grammar of a call that `token` begins, where the model may call when it likes. Calls may begin without the
+    /// markup around all of them, and inside the reasoning, which they end: the output parser reads them so.
+    fn call(&self, token: TokenId) -> Result<Option<Phase>, ConstraintError> {
+        let Some(grammar) = &self.grammar else { return Ok(None) };
+        let Begins::Behind(begin) = grammar.begins else { return Ok(None) };
+        if token == begin {
+            return Ok(Some(Phase::Answer(grammar.session())));
+        }
+        let single = self.vocabulary.tool_tokens.as_ref().is_ok_and(|tokens| tokens.call_begin == token);
+        if !single {
+            return Ok(None);
+        }
+        let mut session = grammar.session();
+        session.accept(&self.vocabulary, token)?;
+        Ok(Some(Phase::Answer(session)))
     }
 
     /// Goes on thinking with `bytes`.
@@ -152,7 +168,7 @@ impl Constraint {
             // The grammar had given up at the white space before.
             return Err(refused("only `<think>` may follow"));
         }
-        Ok(self.in_text(token))
+        self.in_text(token)
     }
 
     /// Sets the bits of what may follow the reply's beginning.
@@ -200,6 +216,11 @@ impl Constraint {
         for &eos in self.vocabulary.eos() {
             clear(mask, eos);
         }
+        // Nor does it skip to a call: the reasoning is closed first.
+        if let Ok(tokens) = &self.vocabulary.tool_tokens {
+            clear(mask, tokens.calls_begin);
+            clear(mask, tokens.call_begin);
+        }
         let begun = (1..tag.len()).rev().find(|&n| thought.tail.ends_with(&tag[..n]));
         let Some(begun) = begun else { return Some(()) };
         for id in 0..self.vocabulary.len() as u32 {
@@ -231,7 +252,7 @@ impl TokenConstraint for Constraint {
         // Sessions are moved, not copied: on an error the constraint is over and stays free.
         self.phase = match std::mem::replace(&mut self.phase, Phase::Free) {
             Phase::Free => Phase::Free,
-            Phase::Until => self.in_text(token),
+            Phase::Until => self.in_text(token)?,
             Phase::Answer(mut session) => {
                 session.accept(&vocabulary, token)?;
                 Phase::Answer(session)
@@ -256,7 +277,10 @@ impl TokenConstraint for Constraint {
                     thought.forced += 1;
                 }
                 thought.tokens = thought.tokens.saturating_add(1);
-                self.think(thought, vocabulary.bytes(token))?
+                match self.call(token)? {
+                    Some(call) => call,
+                    None => self.think(thought, vocabulary.bytes(token))?,
+                }
             }
         };
         Ok(())
