@@ -83,7 +83,7 @@ impl Reply {
                 submitted,
                 last_token: None,
                 ended: None,
-                phase: tracing::info_span!(parent: &log.span, "queue", choice = index),
+                phase: tracing::debug_span!(parent: &log.span, "queue", choice = index),
                 index,
                 echo,
                 scored,
@@ -201,7 +201,8 @@ struct Choice {
     submitted: Instant,
     last_token: Option<Instant>,
     ended: Option<Ended>,
-    /// What it is doing: in the queue, in its prefill, or decoding. Lives as long as that lasts.
+    /// What it is doing: in the queue, in its prefill, or decoding. Lives as long as that lasts. Phases are for traces, which
+    /// take spans of every level; at the log's own level each would be written down for lines that nobody logs in it.
     phase: Span,
     index: usize,
     /// Text that stands before what is generated; taken once it was shown.
@@ -244,7 +245,7 @@ impl Choice {
                 let (parent, choice) = (&self.log.span, self.index);
                 let prompt_tokens = self.prompt_tokens;
                 self.phase =
-                    tracing::info_span!(parent: parent, "prefill", choice, prompt_tokens, cached_tokens);
+                    tracing::debug_span!(parent: parent, "prefill", choice, prompt_tokens, cached_tokens);
                 Vec::new()
             }
             Event::PromptLogprobs(logprobs) => {
@@ -279,7 +280,7 @@ impl Choice {
         match self.last_token.replace(now) {
             None => {
                 self.app.metrics.first_token(now - self.log.received);
-                self.phase = tracing::info_span!(parent: &self.log.span, "decode", choice = self.index);
+                self.phase = tracing::debug_span!(parent: &self.log.span, "decode", choice = self.index);
             }
             Some(last) => self.app.metrics.next_token(now - last),
         }

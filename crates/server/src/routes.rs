@@ -206,7 +206,7 @@ async fn answer(
     let converting = {
         let (app, log) = (app.clone(), log.clone());
         tokio::task::spawn_blocking(move || {
-            tracing::info_span!(parent: &log.span, "tokenize").in_scope(|| convert(&app, &log.id, &body))
+            tracing::debug_span!(parent: &log.span, "tokenize").in_scope(|| convert(&app, &log.id, &body))
         })
     };
     let job =

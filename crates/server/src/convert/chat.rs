@@ -28,7 +28,7 @@ pub(crate) fn chat(app: &Arc<App>, id: &str, body: &[u8]) -> Result<Job, ApiErro
     let header = header(&request.common, format!("chatcmpl-{id}"), model.clone(), 1, request.logprobs);
     let stream = request.common.stream;
     let run = chat_run(app, &request, NAMES)?;
-    Ok(Job { run, render: Box::new(ChatRender { header }), model, stream })
+    Ok(Job { run, render: Box::new(ChatRender::new(header)), model, stream })
 }
 
 /// What the engine is to do for a conversation; `names` are the endpoint's for fields that complaints name.

@@ -59,7 +59,7 @@ pub(crate) async fn count_tokens(
     let body = routes::read_body(&app.config, request).await?;
     let _active = app.drain.enter().ok_or_else(ApiError::draining)?;
     let counting = tokio::task::spawn_blocking(move || {
-        tracing::info_span!(parent: &log.span, "tokenize").in_scope(|| count(&app, &body))
+        tracing::debug_span!(parent: &log.span, "tokenize").in_scope(|| count(&app, &body))
     });
     let counted = counting.await.map_err(|e| ApiError::internal(format!("counting tokens failed: {e}")))?;
     Ok(Json(json!({ "input_tokens": counted? })).into_response())

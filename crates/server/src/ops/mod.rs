@@ -84,7 +84,7 @@ async fn off_thread<T: Serialize + 'static>(
     let body = routes::read_body(&app.config, request).await?;
     let _active = app.drain.enter().ok_or_else(ApiError::draining)?;
     let working = tokio::task::spawn_blocking(move || {
-        let reply = tracing::info_span!(parent: &log.span, "tokenize").in_scope(|| work(&app, &body))?;
+        let reply = tracing::debug_span!(parent: &log.span, "tokenize").in_scope(|| work(&app, &body))?;
         serde_json::to_vec(&reply).map_err(|e| ApiError::internal(format!("the reply is no JSON: {e}")))
     });
     let reply =

@@ -1,5 +1,7 @@
 //! `/v1/chat/completions`' replies. Must not know the engine or the tokenizer.
 
+use std::cell::OnceCell;
+
 use axum::Json;
 use axum::response::{IntoResponse, Response};
 
@@ -15,10 +17,16 @@ use crate::types::common::ChunkUsage;
 
 /// Writes a chat reply.
 pub(crate) struct ChatRender {
-    pub(crate) header: Header,
+    header: Header,
+    /// A chunk's JSON before and behind its choice, the same in all of a stream.
+    around: OnceCell<(String, String)>,
 }
 
 impl ChatRender {
+    pub(crate) fn new(header: Header) -> Self {
+        Self { header, around: OnceCell::new() }
+    }
+
     fn chunk(&self, choices: Vec<ChunkChoice>) -> ChatChunk<'_> {
         ChatChunk {
             id: &self.header.id,
@@ -31,8 +39,14 @@ impl ChatRender {
         }
     }
 
-    fn event(&self, choice: ChunkChoice, out: &mut Frames) {
-        out.data(&self.chunk(vec![choice]));
+    fn event(&self, choice: &ChunkChoice, out: &mut Frames) {
+        let (before, behind) = self.around.get_or_init(|| {
+            let json = serde_json::to_string(&self.chunk(Vec::new())).expect("replies serialize");
+            // Quotes inside of strings are escaped, so no string holds this.
+            let (before, behind) = json.split_once(r#""choices":[]"#).expect("chunks have choices");
+            (format!("{before}\"choices\":["), format!("]{behind}"))
+        });
+        out.data_between(before, choice, behind);
     }
 
     /// Kinds of text never share a chunk: clients look at one of them and skip the others.
@@ -40,11 +54,11 @@ impl ChatRender {
         let mut logprobs = Some(delta.logprobs).filter(|entries| !entries.is_empty()).map(chat_logprobs);
         for part in delta.parts {
             let choice = ChunkChoice { logprobs: logprobs.take(), ..chunk_choice(index, chunk_delta(part)) };
-            self.event(choice, out);
+            self.event(&choice, out);
         }
         if logprobs.is_some() {
             let content = ChunkDelta { content: Some(String::new()), ..ChunkDelta::default() };
-            self.event(ChunkChoice { logprobs, ..chunk_choice(index, content) }, out);
+            self.event(&ChunkChoice { logprobs, ..chunk_choice(index, content) }, out);
         }
     }
 }
@@ -55,7 +69,7 @@ impl Render for ChatRender {
         for index in 0..self.header.num_choices {
             let delta =
                 ChunkDelta { role: Some("assistant"), content: Some(String::new()), ..ChunkDelta::default() };
-            self.event(chunk_choice(index, delta), out);
+            self.event(&chunk_choice(index, delta), out);
         }
     }
 
@@ -68,7 +82,7 @@ impl Render for ChatRender {
                 choice.finish_reason = Some(finish_reason);
                 choice.stop_reason = stop_reason;
                 choice.matched_stop = matched_stop;
-                self.event(choice, out);
+                self.event(&choice, out);
             }
         }
     }

@@ -51,9 +51,19 @@ impl Frames {
     /// # Panics
     /// Never: reply types hold strings, numbers, lists and maps with string keys only.
     pub(crate) fn data(&mut self, value: &impl Serialize) {
+        self.data_between("", value, "");
+    }
+
+    /// An event of JSON that stands between JSON written before.
+    ///
+    /// # Panics
+    /// As [`data`](Self::data).
+    pub(crate) fn data_between(&mut self, before: &str, value: &impl Serialize, behind: &str) {
         // JSON has no raw line breaks, so its text is one line.
         self.bytes.extend_from_slice(b"data: ");
+        self.bytes.extend_from_slice(before.as_bytes());
         serde_json::to_writer(&mut self.bytes, value).expect("replies serialize");
+        self.bytes.extend_from_slice(behind.as_bytes());
         self.bytes.extend_from_slice(b"\n\n");
     }
 
