@@ -3,7 +3,7 @@
 
 use std::future::pending;
 use std::io;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use axum::response::{IntoResponse, Response};
 use futures_util::{FutureExt as _, stream};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::{SendTimeoutError, TrySendError};
-use tokio::time::{Instant, Sleep, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 use tracing::Instrument;
 
 use crate::error::ApiError;
@@ -51,58 +51,24 @@ pub(crate) fn stream(reply: Reply, render: Box<dyn Render>, limits: StreamLimits
     let (sender, receiver) = mpsc::channel(WAITING_WRITES);
     // On a task of its own the reply ends in time even if nobody reads it.
     tokio::spawn(send_events(reply, render, sender, limits).instrument(log.span.clone()));
-    let silence = Silence::new(limits.ping_interval);
-    let frames = stream::unfold((receiver, log, silence), |(mut receiver, log, mut silence)| async move {
+    let ping_interval = limits.ping_interval;
+    let frames = stream::unfold((receiver, log), move |(mut receiver, log)| async move {
         if log.stream_ended.load(Ordering::Relaxed) {
             return None;
         }
-        let bytes = tokio::select! {
-            biased;
-            sent = receiver.recv() => match sent {
-                Some(Sent { bytes, last }) => {
-                    log.stream_ended.store(last, Ordering::Relaxed);
-                    Ok(bytes)
-                }
-                // The connection breaks, so that nobody takes what was sent for the whole reply.
-                None => Err(io::Error::other("the reply was broken off")),
-            },
-            () = silence.is_long() => Ok(PING.to_vec()),
+        let bytes = match timeout(ping_interval, receiver.recv()).await {
+            Ok(Some(Sent { bytes, last })) => {
+                log.stream_ended.store(last, Ordering::Relaxed);
+                Ok(bytes)
+            }
+            // The connection breaks, so that nobody takes what was sent for the whole reply.
+            Ok(None) => Err(io::Error::other("the reply was broken off")),
+            Err(_) => Ok(PING.to_vec()),
         };
-        silence.begin();
-        Some((bytes, (receiver, log, silence)))
+        Some((bytes, (receiver, log)))
     });
     let headers = [(header::CONTENT_TYPE, EVENT_STREAM), (header::CACHE_CONTROL, NO_CACHE), NO_BUFFERING];
     (headers, Body::from_stream(frames)).into_response()
-}
-
-/// How long nothing was sent. Its timer is set once per interval, not for every event.
-struct Silence {
-    since: Instant,
-    interval: Duration,
-    alarm: Pin<Box<Sleep>>,
-}
-
-impl Silence {
-    fn new(interval: Duration) -> Self {
-        Self { since: Instant::now(), interval, alarm: Box::pin(sleep(interval)) }
-    }
-
-    /// Something is sent.
-    fn begin(&mut self) {
-        self.since = Instant::now();
-    }
-
-    /// Waits until it has lasted for the interval.
-    async fn is_long(&mut self) {
-        loop {
-            self.alarm.as_mut().await;
-            let long_at = self.since + self.interval;
-            if Instant::now() >= long_at {
-                return;
-            }
-            self.alarm.as_mut().reset(long_at);
-        }
-    }
 }
 
 /// Events that are written together.
