@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::item::{self, Item, ItemStatus, Said, Sent};
 use super::store::{Owner, Segment, Store};
 use super::{Ids, not_found};
-use crate::error::ApiError;
+use crate::error::{ApiError, shown};
 use crate::fields::{Fields, NOT_YET, NOT_YET_CHAT, NotYet, typed};
 use crate::types::chat::ChatRequest;
 use crate::types::value::must_be;
@@ -184,7 +184,8 @@ fn previous_segment(known: &Known<'_>, id: &str) -> Result<Arc<Segment>, ApiErro
     if let Some(stored) = known.store.get(known.owner, id) {
         return Ok(stored.segment.clone());
     }
-    let mut error = not_found("previous_response_id", format!("Previous response with id {id:?} not found."));
+    let message = format!("Previous response with id {:?} not found.", shown(id));
+    let mut error = not_found("previous_response_id", message);
     if known.store.is_off() {
         error.message.push_str(" This server stores no responses (--max-stored-responses 0).");
     }
@@ -212,6 +213,7 @@ fn resolve(known: &Known<'_>, sent: Vec<Sent>, ids: &mut Ids) -> Result<Vec<Item
             }
             Sent::Reference(id) => {
                 let (segment, at) = found.get(&id).ok_or_else(|| {
+                    let id = shown(&id);
                     let mut error =
                         ApiError::bad_request(format!("input[{i}].id: Item with id {id:?} not found."));
                     error.param = Some(format!("input[{i}].id"));
@@ -242,7 +244,7 @@ fn check_call_outputs<'a>(before: impl Iterator<Item = &'a Item>, items: &'a [It
                 called.insert(call_id.as_str());
             }
             (Said::CallOutput { call_id, .. }, Some(i)) if !called.contains(call_id.as_str()) => {
-                let problem = format!("no function_call with call_id {call_id:?} stands before it");
+                let problem = format!("no function_call with call_id {:?} stands before it", shown(call_id));
                 return Err(ApiError::bad_field(format!("input[{i}].call_id"), problem));
             }
             _ => {}
@@ -410,6 +412,7 @@ fn read_tools(fields: &mut Fields, chat: &mut Map<String, Value>) -> Result<Valu
 }
 
 fn hosted_tool(at: String, kind: &str) -> ApiError {
+    let kind = shown(kind);
     let way_out = format!("{kind:?} would run on the server, which runs none; offer a function of your own");
     ApiError::not_supported(at, &way_out)
 }
@@ -418,6 +421,7 @@ fn read_logprobs(fields: &mut Fields, chat: &mut Map<String, Value>) -> Result<u
     let include = fields.take::<Vec<String>>("include")?.unwrap_or_default();
     for (i, asked) in include.iter().enumerate() {
         if !INCLUDABLE.contains(&asked.as_str()) {
+            let asked = shown(asked);
             let way_out =
                 format!("{asked:?} belongs to what is not here; {} are there", INCLUDABLE.join(" and "));
             return Err(ApiError::not_supported(format!("include[{i}]"), &way_out));
