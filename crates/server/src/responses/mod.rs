@@ -142,7 +142,12 @@ async fn list_inputs(
 /// Reads the body of a request.
 fn convert(app: &Arc<App>, owner: Owner, body: &[u8]) -> Result<Job, ApiError> {
     let mut ids = Ids::new()?;
-    let known = Known { store: &app.responses, owner, max_bytes: app.config.max_body_bytes };
+    let known = Known {
+        store: &app.responses,
+        owner,
+        max_bytes: app.config.max_body_bytes,
+        max_items: app.engine.info().max_model_len,
+    };
     let Asked { chat, items, parent, store, mut echo } = Asked::read(Fields::parse(body)?, &known, &mut ids)?;
     let model = app.reply_name(chat.common.model.as_deref())?;
     let (stream, logprobs) = (chat.common.stream, chat.logprobs);
