@@ -64,7 +64,7 @@ mod tests {
         let (started, mut starts) = tokio::sync::mpsc::unbounded_channel();
         let mut running = Vec::new();
         for i in 0..2 {
-            let (counting, started) = (counting.clone(), started.clone());
+            let (shared, started) = (counting.clone(), started.clone());
             let (go_on, wait) = mpsc::channel::<()>();
             let task = tokio::spawn(async move {
                 let work = move || {
@@ -72,7 +72,7 @@ mod tests {
                     wait.recv().unwrap();
                     Ok(i)
                 };
-                counting.run(work).await
+                shared.run(work).await
             });
             running.push((task, go_on));
             // The first works; the second has taken its place.
