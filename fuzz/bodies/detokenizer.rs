@@ -40,7 +40,7 @@ pub(crate) fn run(data: &[u8]) {
     };
     run_without_tools(&config, &whole, &pieces, *seed);
     let names = ["get_weather", "get_time", "a"].map(str::to_owned).to_vec();
-    let tools = |spelled| Some(ToolParser { syntax: None, names: names.clone(), spelled });
+    let tools = |spelled| Some(ToolParser { syntax: None, names: names.clone(), spelled, hide_cut: false });
     let by_tokens = ParserConfig { tools: tools(false), ..config.clone() };
     assert_eq!(parse(&by_tokens, &pieces), parse(&by_tokens, &recut(&pieces, *seed)));
     let spelled = ParserConfig { tools: tools(true), ..config };

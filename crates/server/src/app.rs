@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use crate::access::random_u64;
 use crate::config::{ServedModel, ServerConfig};
+use crate::counting::Counting;
 use crate::drain::Drain;
 use crate::error::ApiError;
 use crate::health;
@@ -20,6 +21,8 @@ pub(crate) struct App {
     pub(crate) engine: Handle,
     pub(crate) metrics: Metrics,
     pub(crate) drain: Drain,
+    /// Bounds what counts tokens without a reply.
+    pub(crate) counting: Counting,
     /// Responses that can be read again and continued.
     pub(crate) responses: Store,
     /// Seeds given out to requests that bring none.
@@ -36,6 +39,7 @@ impl App {
         Self {
             metrics: Metrics::new(name),
             drain: Drain::new(),
+            counting: Counting::new(),
             responses: Store::new(config.max_stored_responses),
             num_seeds: AtomicU64::new(0),
             started_unix_s: unix_s(),

@@ -5,6 +5,7 @@ use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
 
 use crate::access;
 use crate::config::{Cors, ServerConfig};
+use crate::messages;
 
 /// What answers preflights and marks replies; `None` where no page may call.
 pub(crate) fn layer(config: &ServerConfig) -> Option<CorsLayer> {
@@ -33,6 +34,6 @@ pub(crate) fn layer(config: &ServerConfig) -> Option<CorsLayer> {
             .allow_credentials(credentials)
             .allow_methods(methods)
             .allow_headers(headers)
-            .expose_headers([access::REQUEST_ID, header::RETRY_AFTER]),
+            .expose_headers([access::REQUEST_ID, messages::ANTHROPIC_REQUEST_ID, header::RETRY_AFTER]),
     )
 }

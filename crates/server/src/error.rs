@@ -9,6 +9,18 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use r1_engine::{EngineError, SubmitError};
 use serde::Serialize;
+use tokio::task::JoinError;
+
+/// Most characters of a client's value that an error repeats.
+const MAX_SHOWN_CHARS: usize = 64;
+
+/// A client's value as errors repeat it: a long one is cut off.
+pub(crate) fn shown(value: &str) -> Cow<'_, str> {
+    match value.char_indices().nth(MAX_SHOWN_CHARS) {
+        None => value.into(),
+        Some((end, _)) => format!("{}…", &value[..end]).into(),
+    }
+}
 
 /// A failed request, as OpenAI's clients expect it: `{"error":{"message","type","param","code"}}`.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -100,7 +112,7 @@ impl ApiError {
     }
 
     pub(crate) fn unknown_model(model: &str, served: &[String]) -> Self {
-        let message = format!("the model `{model}` is not served here; {} is", served.join(", "));
+        let message = format!("the model `{}` is not served here; {} is", shown(model), served.join(", "));
         let mut error =
             Self::new(StatusCode::NOT_FOUND, "invalid_request_error", Some("model_not_found"), message);
         error.param = Some("model".into());
@@ -167,6 +179,21 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "server_error", Some("internal_error"), message.into())
     }
 
+    /// 500 for work on a request that did not come to its end. What a panic says may hold text of the request, so neither
+    /// the client nor the log is told.
+    pub(crate) fn unread(error: &JoinError) -> Self {
+        tracing::error!(is_panic = error.is_panic(), "reading a request failed");
+        Self::internal("reading the request failed")
+    }
+
+    /// 429 for one more request where as many as may already wait.
+    pub(crate) fn too_many_waiting(message: impl Into<String>) -> Self {
+        let status = StatusCode::TOO_MANY_REQUESTS;
+        let mut error = Self::new(status, "rate_limit_error", Some("queue_full"), message.into());
+        error.retry_after = Some(Duration::from_secs(1));
+        error
+    }
+
     /// The body as text.
     pub(crate) fn to_json(&self) -> String {
         serde_json::to_string(&self.body()).expect("strings serialize")
@@ -214,12 +241,7 @@ impl From<SubmitError> for ApiError {
             SubmitError::NotRunning(_) => {
                 Self::unavailable("engine_failed", message, Duration::from_secs(30))
             }
-            SubmitError::QueueFull { .. } => {
-                let status = StatusCode::TOO_MANY_REQUESTS;
-                let mut error = Self::new(status, "rate_limit_error", Some("queue_full"), message);
-                error.retry_after = Some(Duration::from_secs(1));
-                error
-            }
+            SubmitError::QueueFull { .. } => Self::too_many_waiting(message),
             SubmitError::TooManyChoices { .. } => {
                 let mut error = Self::bad_request(message);
                 error.param = Some("n".into());
@@ -256,5 +278,25 @@ impl IntoResponse for ApiError {
         // For APIs that tell it in other words.
         response.extensions_mut().insert(self);
         response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_values_are_cut_between_characters() {
+        let whole = "é".repeat(64);
+        assert_eq!(shown(&whole), whole);
+        assert_eq!(shown(&(whole.clone() + "more")), whole + "…");
+        assert_eq!(shown(""), "");
+    }
+
+    #[tokio::test]
+    async fn what_a_panic_says_is_not_told() {
+        let failed = tokio::spawn(async { panic!("the prompt was: secret") }).await.unwrap_err();
+        let error = ApiError::unread(&failed);
+        assert_eq!((error.status.as_u16(), &*error.message), (500, "reading the request failed"));
     }
 }

@@ -12,6 +12,7 @@ mod config;
 mod connection;
 mod convert;
 mod cors;
+mod counting;
 mod decode;
 mod drain;
 mod error;

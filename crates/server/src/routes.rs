@@ -209,8 +209,7 @@ async fn answer(
             tracing::debug_span!(parent: &log.span, "tokenize").in_scope(|| convert(&app, &log.id, &body))
         })
     };
-    let job =
-        converting.await.map_err(|e| ApiError::internal(format!("reading the request failed: {e}")))??;
+    let job = converting.await.map_err(|error| ApiError::unread(&error))??;
     let convert::Job { run, render, model, stream } = job;
     log.span.record("model", &model);
     log.model.get_or_init(|| model);

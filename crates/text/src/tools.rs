@@ -34,6 +34,9 @@ pub struct ToolParser {
     /// Whether markup that is spelled out counts, not only that which came as [`TokenClass::Tool`] tokens: for tokenizers
     /// that lack the tokens.
     pub spelled: bool,
+    /// Whether markup is left out that came as tokens and whose call the end of the reply cuts off in its head: readers are
+    /// shown no control tokens.
+    pub hide_cut: bool,
 }
 
 impl ToolParser {
@@ -41,7 +44,7 @@ impl ToolParser {
     pub fn new(tokenizer: &Tokenizer, syntax: Option<ToolSyntax>, names: Vec<String>) -> Self {
         let token = tokenizer.token_to_id(Markup::CallBegin.text());
         let spelled = token.is_none_or(|token| tokenizer.class(token) != TokenClass::Tool);
-        Self { syntax, names, spelled }
+        Self { syntax, names, spelled, hide_cut: false }
     }
 
     fn allows(&self, syntax: ToolSyntax) -> bool {
@@ -230,18 +233,17 @@ impl ToolCalls {
         }
     }
 
-    /// The reply is over. A call that it leaves open is a call; of one whose head it leaves open nothing is known, and its
-    /// markup is not shown, unless it was spelled out.
+    /// The reply is over. A call that it leaves open is a call, one whose head it leaves open is content, if it is shown.
     pub(crate) fn finish(&mut self, deltas: &mut Vec<Delta>) {
         match &mut self.state {
             State::Outside => {}
-            State::Begun | State::Head(_) | State::FencedHead(_) if self.parser.spelled => {
-                self.not_a_call(deltas);
-            }
-            State::Begun | State::Head(_) | State::FencedHead(_) => {
+            State::Begun | State::Head(_) | State::FencedHead(_)
+                if self.parser.hide_cut && !self.parser.spelled =>
+            {
                 self.state = State::Outside;
                 self.raw.clear();
             }
+            State::Begun | State::Head(_) | State::FencedHead(_) => self.not_a_call(deltas),
             State::Arguments(arguments) => {
                 let text = arguments.finish(true);
                 emit(deltas, Delta::ToolArguments { index: self.num_calls - 1, text });

@@ -70,7 +70,7 @@ fn tools(syntax: Option<ToolSyntax>) -> ParserConfig {
     let names = ["get_weather", "get_time", "get"].map(str::to_owned).to_vec();
     ParserConfig {
         separate_reasoning: true,
-        tools: Some(ToolParser { syntax, names, spelled: false }),
+        tools: Some(ToolParser { syntax, names, spelled: false, hide_cut: false }),
         ..ParserConfig::default()
     }
 }
@@ -158,7 +158,7 @@ fn only_the_syntax_that_was_asked_for() {
 #[test]
 fn a_function_may_be_named_function() {
     let names = vec!["function".to_owned(), "f".to_owned()];
-    let tools = ToolParser { syntax: None, names, spelled: false };
+    let tools = ToolParser { syntax: None, names, spelled: false, hide_cut: false };
     let config = ParserConfig { tools: Some(tools), ..any() };
     check(&config, &plain("function", "{}"), &Reply::default().call("function", "{}"));
     check(&config, &fenced("function", "{}"), &Reply::default().call("function", "{}"));

@@ -55,7 +55,7 @@ pub(crate) fn chat_run(app: &App, request: &ChatRequest, names: Names) -> Result
         stop: common.stop.clone(),
         include_stop: common.include_stop_str_in_output,
         min_tokens: common.min_tokens as usize,
-        tools: rules::tool_parser(app, &request.tools),
+        tools: rules::tool_parser(app, common, &request.tools),
     };
     let parts = Parts {
         names,

@@ -80,12 +80,13 @@ fn call_rules(app: &App, tools: &Tools) -> Result<Option<CallRules>, ApiError> {
 }
 
 /// How calls are found in the reply.
-pub(super) fn tool_parser(app: &App, tools: &Tools) -> Option<ToolParser> {
+pub(super) fn tool_parser(app: &App, common: &Common, tools: &Tools) -> Option<ToolParser> {
     if tools.choice == ToolChoice::None {
         return None;
     }
     let names = tools.offered.iter().map(|tool| tool.name.clone()).collect();
-    Some(ToolParser::new(&app.model.tokenizer, app.model.tool_syntax, names))
+    let parser = ToolParser::new(&app.model.tokenizer, app.model.tool_syntax, names);
+    Some(ToolParser { hide_cut: common.skip_special_tokens, ..parser })
 }
 
 /// Compiles the rules, with what both endpoints add to them; `None` where nothing is asked for.

@@ -6,7 +6,7 @@ use std::collections::{HashMap, HashSet};
 
 use serde_json::{Map, Value, json};
 
-use crate::error::ApiError;
+use crate::error::{ApiError, shown};
 use crate::fields::typed;
 
 /// A conversation as the chat endpoint has it.
@@ -127,7 +127,8 @@ fn all_answered(calls: &[Call]) -> Result<(), ApiError> {
     match calls.first() {
         None => Ok(()),
         Some(Call { at, id, .. }) => {
-            let problem = format!("the next message, a user's, must hold a `tool_result` for {id:?}");
+            let problem =
+                format!("the next message, a user's, must hold a `tool_result` for {:?}", shown(id));
             Err(ApiError::bad_field(at.clone(), problem))
         }
     }
@@ -138,11 +139,12 @@ fn answer(calls: Vec<Call>, results: Vec<Outcome>, chat: &mut Vec<Value>) -> Res
     let mut by_id: HashMap<String, String> = HashMap::with_capacity(results.len());
     let mut known = HashSet::with_capacity(calls.len());
     if let Some(Call { at, id, .. }) = calls.iter().find(|call| !known.insert(call.id.as_str())) {
-        return Err(ApiError::bad_field(format!("{at}.id"), format_args!("{id:?} is another call's id")));
+        let problem = format!("{:?} is another call's id", shown(id));
+        return Err(ApiError::bad_field(format!("{at}.id"), problem));
     }
     for Outcome { at, call_id, content } in results {
         let refuse = |id: &str, problem: &str| {
-            Err(ApiError::bad_field(format!("{at}.tool_use_id"), format_args!("{id:?}: {problem}")))
+            Err(ApiError::bad_field(format!("{at}.tool_use_id"), format_args!("{:?}: {problem}", shown(id))))
         };
         if !known.contains(call_id.as_str()) {
             return refuse(&call_id, "the message before holds no `tool_use` with this `id`");
@@ -270,8 +272,6 @@ fn string(at: &str, block: &mut Map<String, Value>, field: &str) -> Result<Strin
 }
 
 fn unreadable(at: String, kind: &str) -> ApiError {
-    /// A longer one is not worth repeating.
-    const MAX_SHOWN: usize = 64;
-    let shown = &kind[..kind.floor_char_boundary(MAX_SHOWN)];
-    ApiError::bad_field(at, format_args!("blocks of type {shown:?} cannot be read; this model reads text"))
+    let kind = shown(kind);
+    ApiError::bad_field(at, format_args!("blocks of type {kind:?} cannot be read; this model reads text"))
 }

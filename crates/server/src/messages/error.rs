@@ -15,7 +15,7 @@ use crate::access::REQUEST_ID;
 use crate::error::ApiError;
 
 /// Anthropic's name for `x-request-id`.
-const ANTHROPIC_REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
+pub(crate) const ANTHROPIC_REQUEST_ID: HeaderName = HeaderName::from_static("request-id");
 
 /// `{"type":"error","error":{"type","message"},"request_id"}`.
 #[derive(Serialize)]

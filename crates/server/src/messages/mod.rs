@@ -29,7 +29,7 @@ use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use serde_json::json;
 
-pub(crate) use error::{AnthropicPaths, reword};
+pub(crate) use error::{ANTHROPIC_REQUEST_ID, AnthropicPaths, reword};
 
 use crate::access::RequestLog;
 use crate::app::App;
@@ -58,11 +58,11 @@ pub(crate) async fn count_tokens(
 ) -> Result<Response, ApiError> {
     let body = routes::read_body(&app.config, request).await?;
     let _active = app.drain.enter().ok_or_else(ApiError::draining)?;
-    let counting = tokio::task::spawn_blocking(move || {
-        tracing::debug_span!(parent: &log.span, "tokenize").in_scope(|| count(&app, &body))
-    });
-    let counted = counting.await.map_err(|e| ApiError::internal(format!("counting tokens failed: {e}")))?;
-    Ok(Json(json!({ "input_tokens": counted? })).into_response())
+    let shared = app.clone();
+    let counting = app
+        .counting
+        .run(move || tracing::debug_span!(parent: &log.span, "tokenize").in_scope(|| count(&shared, &body)));
+    Ok(Json(json!({ "input_tokens": counting.await? })).into_response())
 }
 
 fn count(app: &App, body: &[u8]) -> Result<usize, ApiError> {

@@ -4,7 +4,7 @@
 use serde_json::{Map, Value, json};
 
 use super::conversation;
-use crate::error::ApiError;
+use crate::error::{ApiError, shown};
 use crate::fields::{Fields, NotYet, typed};
 use crate::types::chat::ChatRequest;
 
@@ -141,7 +141,8 @@ fn read_tool(index: usize, tool: Value) -> Result<Value, ApiError> {
         let kind: String = typed(format!("{at}.type"), kind)?;
         if kind != "custom" {
             let way_out = format!(
-                "{kind:?} is a tool of Anthropic's; give its `name`, `description` and `input_schema` and run it yourself"
+                "{:?} is a tool of Anthropic's; give its `name`, `description` and `input_schema` and run it yourself",
+                shown(&kind)
             );
             return Err(ApiError::not_supported(at, &way_out));
         }

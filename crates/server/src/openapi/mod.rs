@@ -9,7 +9,7 @@ mod responses;
 mod schema;
 mod shared;
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use axum::Router;
 use axum::body::Bytes;
@@ -18,6 +18,7 @@ use axum::routing::get;
 use serde_json::{Map, Value, json};
 
 use crate::app::App;
+use crate::page::sha256_base64;
 use schema::{Field, Object};
 
 /// Who may call an endpoint.
@@ -71,7 +72,7 @@ struct Endpoint {
 }
 
 /// How a request that is read can fail.
-const READING: &[u16] = &[400, 404, 408, 413, 503];
+const READING: &[u16] = &[400, 404, 408, 413, 429, 503];
 /// How a request that generates can fail.
 const GENERATING: &[u16] = &[400, 404, 408, 413, 429, 500, 503];
 
@@ -99,7 +100,7 @@ fn explain(status: u16) -> &'static str {
         404 => "There is no such model, or nothing with the id that the request names.",
         408 => "The request took too long.",
         413 => "The body is over --max-body-bytes.",
-        429 => "The queue is full; `Retry-After` says when to come back.",
+        429 => "Too many requests wait; `Retry-After` says when to come back.",
         431 => "The headers are over 32 KiB.",
         500 => "The server's fault.",
         _ => "The model is loading, or the server drains; `Retry-After` says when to come back.",
@@ -234,10 +235,20 @@ pub(crate) fn document(app: &App) -> Bytes {
 
 /// The page: no asset from elsewhere, no call to elsewhere.
 const PAGE: &str = include_str!("docs.html");
-const PAGE_POLICY: HeaderValue = HeaderValue::from_static(
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; \
-     form-action 'none'; frame-ancestors 'none'",
-);
+/// Lets nothing run but the page's own script and style.
+static PAGE_POLICY: LazyLock<HeaderValue> = LazyLock::new(|| {
+    let hash = |tag: &str| {
+        let text =
+            PAGE.split_once(&format!("<{tag}>")).and_then(|(_, rest)| rest.split_once(&format!("</{tag}>")));
+        sha256_base64(text.expect("the page has its script and its style").0.as_bytes())
+    };
+    let (script, style) = (hash("script"), hash("style"));
+    let policy = format!(
+        "default-src 'none'; script-src 'sha256-{script}'; style-src 'sha256-{style}'; img-src data:; \
+         connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    );
+    HeaderValue::try_from(policy).expect("the policy is ASCII")
+});
 const NO_SNIFF: (HeaderName, HeaderValue) =
     (header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
 
@@ -249,7 +260,8 @@ pub(crate) fn routes(document: &Bytes, at: &str) -> Router<Arc<App>> {
         async move { ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], document) }
     };
     let html = (header::CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8"));
-    let get_page = || async { ([html, (header::CONTENT_SECURITY_POLICY, PAGE_POLICY), NO_SNIFF], PAGE) };
+    let get_page =
+        || async { ([html, (header::CONTENT_SECURITY_POLICY, PAGE_POLICY.clone()), NO_SNIFF], PAGE) };
     Router::new()
         .without_v07_checks()
         .route(&format!("{at}/openapi.json"), get(get_document))

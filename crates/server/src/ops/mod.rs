@@ -83,11 +83,11 @@ async fn off_thread<T: Serialize + 'static>(
 ) -> Result<Response, ApiError> {
     let body = routes::read_body(&app.config, request).await?;
     let _active = app.drain.enter().ok_or_else(ApiError::draining)?;
-    let working = tokio::task::spawn_blocking(move || {
-        let reply = tracing::debug_span!(parent: &log.span, "tokenize").in_scope(|| work(&app, &body))?;
+    let shared = app.clone();
+    let working = app.counting.run(move || {
+        let reply = tracing::debug_span!(parent: &log.span, "tokenize").in_scope(|| work(&shared, &body))?;
         serde_json::to_vec(&reply).map_err(|e| ApiError::internal(format!("the reply is no JSON: {e}")))
     });
-    let reply =
-        working.await.map_err(|e| ApiError::internal(format!("reading the request failed: {e}")))??;
+    let reply = working.await?;
     Ok(([(header::CONTENT_TYPE, "application/json")], reply).into_response())
 }

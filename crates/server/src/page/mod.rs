@@ -84,7 +84,7 @@ fn policy() -> String {
 }
 
 /// SHA-256 by way of the TLS library, which is here anyway.
-fn sha256_base64(data: &[u8]) -> String {
+pub(crate) fn sha256_base64(data: &[u8]) -> String {
     let suite = TLS13_AES_128_GCM_SHA256.tls13().expect("a suite of TLS 1.3");
     base64(suite.common.hash_provider.hash(data).as_ref())
 }

@@ -5,7 +5,7 @@ use r1_core::TokenId;
 use serde_json::{Map, Value, json};
 
 use crate::decode::{Shown, TokenEntry};
-use crate::error::ApiError;
+use crate::error::{ApiError, shown};
 use crate::fields::typed;
 
 /// Longest id of an item that a client may give.
@@ -299,7 +299,7 @@ fn read_item(at: &str, item: Value) -> Result<Sent, ApiError> {
             let way_out =
                 "items are message, function_call, function_call_output, reasoning and item_reference";
             let mut error = ApiError::not_supported(format!("{at}.type"), way_out);
-            error.message = format!("{at}.type: items of type {kind:?} cannot be read; {way_out}");
+            error.message = format!("{at}.type: items of type {:?} cannot be read; {way_out}", shown(&kind));
             return Err(error);
         }
     };
@@ -354,7 +354,8 @@ impl ItemFields<'_> {
             "developer" => Speaker::Developer,
             "assistant" => Speaker::Assistant,
             other => {
-                let problem = format!("is {other:?}; it must be user, system, developer or assistant");
+                let problem =
+                    format!("is {:?}; it must be user, system, developer or assistant", shown(other));
                 return Err(ApiError::bad_field(at, problem));
             }
         };
@@ -405,7 +406,7 @@ fn read_part(at: &str, part: Value) -> Result<String, ApiError> {
         "input_text" | "output_text" | "text" | "reasoning_text" => "text",
         "refusal" => "refusal",
         _ => {
-            let problem = format!("parts of type {kind:?} cannot be read; {TEXT_ONLY}");
+            let problem = format!("parts of type {:?} cannot be read; {TEXT_ONLY}", shown(kind));
             return Err(ApiError::bad_field(at.to_owned(), problem));
         }
     };

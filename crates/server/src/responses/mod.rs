@@ -26,7 +26,7 @@ use self::store::{Owner, Stored};
 use crate::access::RequestLog;
 use crate::app::{App, unix_s};
 use crate::convert::{Job, Names, chat_run};
-use crate::error::ApiError;
+use crate::error::{ApiError, shown};
 use crate::fields::Fields;
 use crate::routes::generate;
 
@@ -100,7 +100,8 @@ async fn list_inputs(
         match name.as_ref() {
             "limit" => {
                 let read = value.parse().ok().filter(|limit| (1..=MAX_LISTED).contains(limit));
-                let problem = format!("is {value:?}; it must be a whole number from 1 to {MAX_LISTED}");
+                let problem =
+                    format!("is {:?}; it must be a whole number from 1 to {MAX_LISTED}", shown(&value));
                 limit = read.ok_or_else(|| ApiError::bad_field("limit", problem))?;
             }
             "order" => {
@@ -124,7 +125,8 @@ async fn list_inputs(
     }
     if let Some(after) = after {
         let at = items.iter().position(|item| item.id == after);
-        let at = at.ok_or_else(|| ApiError::bad_field("after", format!("no item has the id {after:?}")))?;
+        let at = at
+            .ok_or_else(|| ApiError::bad_field("after", format!("no item has the id {:?}", shown(&after))))?;
         items.drain(..=at);
     }
     let has_more = items.len() > limit;
@@ -140,7 +142,12 @@ async fn list_inputs(
 /// Reads the body of a request.
 fn convert(app: &Arc<App>, owner: Owner, body: &[u8]) -> Result<Job, ApiError> {
     let mut ids = Ids::new()?;
-    let known = Known { store: &app.responses, owner, max_bytes: app.config.max_body_bytes };
+    let known = Known {
+        store: &app.responses,
+        owner,
+        max_bytes: app.config.max_body_bytes,
+        max_items: app.engine.info().max_model_len,
+    };
     let Asked { chat, items, parent, store, mut echo } = Asked::read(Fields::parse(body)?, &known, &mut ids)?;
     let model = app.reply_name(chat.common.model.as_deref())?;
     let (stream, logprobs) = (chat.common.stream, chat.logprobs);
@@ -198,7 +205,7 @@ fn stored(app: &App, headers: &HeaderMap, id: &str) -> Result<Arc<Stored>, ApiEr
 }
 
 fn unknown_response(id: &str) -> ApiError {
-    not_found("id", format!("Response with id {id:?} not found."))
+    not_found("id", format!("Response with id {:?} not found.", shown(id)))
 }
 
 /// 404 for what a field names.

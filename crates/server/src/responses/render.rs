@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use axum::response::Response;
 use serde::Serialize;
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value, json};
 
 use super::Ids;
@@ -269,7 +270,15 @@ impl ResponseRender {
     }
 
     fn end(&mut self, end: End, out: Option<&mut Frames>) {
-        let cut_off = matches!(end.reason, Reason::Length | Reason::Abort);
+        let cut_off = match &end.reason {
+            Reason::Length | Reason::Abort => true,
+            // Texts end well there, a call only where it is whole.
+            Reason::StopString(_) | Reason::StopToken(_) => match self.last_open() {
+                Some(Said::Call { arguments, .. }) => serde_json::from_str::<IgnoredAny>(arguments).is_err(),
+                _ => false,
+            },
+            Reason::Eos(_) => false,
+        };
         self.close(if cut_off { ItemStatus::Incomplete } else { ItemStatus::Completed }, out);
         self.ended = Some(end.reason);
     }
@@ -314,8 +323,9 @@ impl ResponseRender {
         response
     }
 
-    /// Keeps a response that has ended well for those who come back to it.
-    fn keep(&mut self, status: Status<'_>, response: &Value) {
+    /// Keeps a response that has ended well for those who come back to it; one that has grown too large says that it is
+    /// not kept.
+    fn keep(&mut self, status: Status<'_>, response: &mut Value) {
         if !matches!(status, Status::Completed | Status::Incomplete) {
             return;
         }
@@ -324,7 +334,9 @@ impl ResponseRender {
         let mut items = inputs;
         items.extend(self.outputs.drain(..).map(|output| output.item));
         let id = self.head.id.clone();
-        app.responses.insert(owner, id, response.to_string(), parent, items, num_inputs);
+        if !app.responses.insert(owner, id, response.to_string(), parent, items, num_inputs) {
+            response["store"] = false.into();
+        }
     }
 }
 
@@ -345,9 +357,9 @@ impl Render for ResponseRender {
 
     fn closing(&mut self, counts: Counts, out: &mut Frames) {
         let (status, kind) = self.status();
-        let response = self.response(status, Some(counts));
+        let mut response = self.response(status, Some(counts));
         // Before the client can know of it.
-        self.keep(status, &response);
+        self.keep(status, &mut response);
         emit(Some(out), &mut self.sequence, kind, json!({ "response": response }));
     }
 
@@ -366,8 +378,8 @@ impl Render for ResponseRender {
             self.end(end, None);
         }
         let (status, _) = self.status();
-        let response = self.response(status, Some(counts));
-        self.keep(status, &response);
+        let mut response = self.response(status, Some(counts));
+        self.keep(status, &mut response);
         super::json_response(response.to_string())
     }
 }

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::item::{self, Item, ItemStatus, Said, Sent};
 use super::store::{Owner, Segment, Store};
 use super::{Ids, not_found};
-use crate::error::ApiError;
+use crate::error::{ApiError, shown};
 use crate::fields::{Fields, NOT_YET, NOT_YET_CHAT, NotYet, typed};
 use crate::types::chat::ChatRequest;
 use crate::types::value::must_be;
@@ -113,8 +113,10 @@ pub(crate) struct Asked {
 pub(crate) struct Known<'a> {
     pub(crate) store: &'a Store,
     pub(crate) owner: Owner,
-    /// Most bytes of items that a request may refer to, as if it had sent them.
+    /// Most bytes of items that a request may refer to or continue, as if it had sent them.
     pub(crate) max_bytes: usize,
+    /// Most items of a conversation: the model's context, of which each takes a token at least.
+    pub(crate) max_items: usize,
 }
 
 impl Asked {
@@ -130,6 +132,7 @@ impl Asked {
         };
         let instructions = fields.take::<String>("instructions")?;
         let sent = item::read_input(fields.require("input")?)?;
+        check_num_items(known, parent.as_deref(), sent.len())?;
         let chain = parent.as_ref().map_or_else(Vec::new, Segment::chain);
         let items = resolve(known, sent, ids)?;
         let before = || chain.iter().flat_map(|segment| segment.items());
@@ -156,7 +159,9 @@ impl Asked {
         fields.take::<String>("service_tier")?;
         // There is one.
         echo.insert("service_tier".into(), "default".into());
-        let store = read_store(&mut fields, known)?;
+        let conversation_bytes = parent.as_ref().map_or(0, |parent| parent.chain_bytes())
+            + items.iter().map(Item::bytes).sum::<usize>();
+        let store = read_store(&mut fields, known, conversation_bytes)?;
         echo.insert("store".into(), store.into());
         echo.insert("text".into(), read_text(&mut fields, &mut chat)?);
         echo.insert("tool_choice".into(), read_tool_choice(&mut fields, &mut chat)?);
@@ -182,14 +187,35 @@ impl Asked {
 
 fn previous_segment(known: &Known<'_>, id: &str) -> Result<Arc<Segment>, ApiError> {
     if let Some(stored) = known.store.get(known.owner, id) {
+        let bytes = stored.segment.chain_bytes();
+        if bytes > known.max_bytes {
+            let problem = format!(
+                "its conversation takes {bytes} bytes, more than the {} that a request may have (--max-body-bytes); \
+                 begin a new one with the items that are still needed",
+                known.max_bytes
+            );
+            return Err(ApiError::bad_field("previous_response_id", problem));
+        }
         return Ok(stored.segment.clone());
     }
-    let mut error = not_found("previous_response_id", format!("Previous response with id {id:?} not found."));
+    let message = format!("Previous response with id {:?} not found.", shown(id));
+    let mut error = not_found("previous_response_id", message);
     if known.store.is_off() {
         error.message.push_str(" This server stores no responses (--max-stored-responses 0).");
     }
     error.code = Some("previous_response_not_found");
     Err(error)
+}
+
+fn check_num_items(known: &Known<'_>, parent: Option<&Segment>, num_sent: usize) -> Result<(), ApiError> {
+    let num_before = parent.map_or(0, Segment::num_chain_items);
+    if num_before + num_sent <= known.max_items {
+        return Ok(());
+    }
+    let before = if num_before == 0 { String::new() } else { format!(" behind {num_before} earlier ones") };
+    let problem =
+        format!("{num_sent} items{before} cannot fit the model's context of {} tokens", known.max_items);
+    Err(ApiError::bad_field("input", problem))
 }
 
 /// Gives items their ids, and references their items.
@@ -212,6 +238,7 @@ fn resolve(known: &Known<'_>, sent: Vec<Sent>, ids: &mut Ids) -> Result<Vec<Item
             }
             Sent::Reference(id) => {
                 let (segment, at) = found.get(&id).ok_or_else(|| {
+                    let id = shown(&id);
                     let mut error =
                         ApiError::bad_request(format!("input[{i}].id: Item with id {id:?} not found."));
                     error.param = Some(format!("input[{i}].id"));
@@ -242,7 +269,7 @@ fn check_call_outputs<'a>(before: impl Iterator<Item = &'a Item>, items: &'a [It
                 called.insert(call_id.as_str());
             }
             (Said::CallOutput { call_id, .. }, Some(i)) if !called.contains(call_id.as_str()) => {
-                let problem = format!("no function_call with call_id {call_id:?} stands before it");
+                let problem = format!("no function_call with call_id {:?} stands before it", shown(call_id));
                 return Err(ApiError::bad_field(format!("input[{i}].call_id"), problem));
             }
             _ => {}
@@ -293,13 +320,21 @@ fn read_reasoning(fields: &mut Fields, chat: &mut Map<String, Value>) -> Result<
     Ok(json!({ "effort": effort, "summary": summary }))
 }
 
-fn read_store(fields: &mut Fields, known: &Known<'_>) -> Result<bool, ApiError> {
+fn read_store(fields: &mut Fields, known: &Known<'_>, conversation_bytes: usize) -> Result<bool, ApiError> {
     let asked = fields.take::<bool>("store")?;
     if asked == Some(true) && known.store.is_off() {
         let problem = "this server stores no responses (--max-stored-responses 0); leave it out";
         return Err(ApiError::bad_field("store", problem));
     }
-    Ok(asked.unwrap_or(true) && !known.store.is_off())
+    let (max_bytes, off) = (known.store.max_conversation_bytes(), known.store.is_off());
+    if asked == Some(true) && conversation_bytes > max_bytes {
+        let problem = format!(
+            "the conversation takes {conversation_bytes} bytes, more than the {max_bytes} that are stored of one; send \
+             `store: false`"
+        );
+        return Err(ApiError::bad_field("store", problem));
+    }
+    Ok(asked.unwrap_or(true) && !off && conversation_bytes <= max_bytes)
 }
 
 /// The form of the answer. Its verbosity is the model's own.
@@ -410,6 +445,7 @@ fn read_tools(fields: &mut Fields, chat: &mut Map<String, Value>) -> Result<Valu
 }
 
 fn hosted_tool(at: String, kind: &str) -> ApiError {
+    let kind = shown(kind);
     let way_out = format!("{kind:?} would run on the server, which runs none; offer a function of your own");
     ApiError::not_supported(at, &way_out)
 }
@@ -418,6 +454,7 @@ fn read_logprobs(fields: &mut Fields, chat: &mut Map<String, Value>) -> Result<u
     let include = fields.take::<Vec<String>>("include")?.unwrap_or_default();
     for (i, asked) in include.iter().enumerate() {
         if !INCLUDABLE.contains(&asked.as_str()) {
+            let asked = shown(asked);
             let way_out =
                 format!("{asked:?} belongs to what is not here; {} are there", INCLUDABLE.join(" and "));
             return Err(ApiError::not_supported(format!("include[{i}]"), &way_out));

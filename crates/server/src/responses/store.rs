@@ -1,5 +1,6 @@
-//! Responses that can be read again and continued: bounded in number and in bytes, the least recently used go first. A
-//! conversation's responses share what they have in common. Must not know requests or the engine.
+//! Responses that can be read again and continued: bounded in number and in bytes. Where room is needed, the owner who takes
+//! the most gives up what was used least recently, so nobody is pushed out by somebody else's plenty. A conversation's
+//! responses share what they have in common. Must not know requests or the engine.
 //!
 //! A response belongs to the API key that asked for it; with another key it does not exist.
 
@@ -11,6 +12,9 @@ use super::item::Item;
 
 /// What all stored responses may take together.
 const MAX_BYTES: usize = 256 << 20;
+/// One conversation may take one part in so many: what a live conversation shares is not freed by forgetting its older
+/// responses, so a few must not fill all the room.
+const CONVERSATION_SHARE: usize = 8;
 /// What an entry takes beside its texts.
 const ENTRY_BYTES: usize = 512;
 
@@ -24,6 +28,9 @@ pub(crate) struct Segment {
     /// The request's, then the reply's.
     items: Vec<Item>,
     num_inputs: usize,
+    /// What it and those before it take.
+    chain_bytes: usize,
+    num_chain_items: usize,
     _counted: Counted,
 }
 
@@ -42,6 +49,7 @@ pub(crate) struct Stored {
 struct Counted {
     bytes: usize,
     total: Arc<AtomicUsize>,
+    owners: Arc<AtomicUsize>,
 }
 
 /// The stored responses.
@@ -56,21 +64,30 @@ pub(crate) struct Store {
 #[derive(Debug, Default)]
 struct Kept {
     by_id: HashMap<String, (u64, Arc<Stored>)>,
-    /// Ids by when they were last used.
-    by_use: BTreeMap<u64, String>,
+    by_owner: HashMap<Owner, Owned>,
     uses: u64,
 }
 
+/// What one owner takes.
+#[derive(Debug, Default)]
+struct Owned {
+    /// Ids by when they were last used.
+    by_use: BTreeMap<u64, String>,
+    bytes: Arc<AtomicUsize>,
+}
+
 impl Counted {
-    fn new(bytes: usize, total: &Arc<AtomicUsize>) -> Self {
+    fn new(bytes: usize, total: &Arc<AtomicUsize>, owners: &Arc<AtomicUsize>) -> Self {
         total.fetch_add(bytes, Ordering::Relaxed);
-        Self { bytes, total: total.clone() }
+        owners.fetch_add(bytes, Ordering::Relaxed);
+        Self { bytes, total: total.clone(), owners: owners.clone() }
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
         self.total.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.owners.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -87,6 +104,16 @@ impl Segment {
 
     pub(crate) fn items(&self) -> &[Item] {
         &self.items
+    }
+
+    /// Memory that the conversation up to here takes, about.
+    pub(crate) fn chain_bytes(&self) -> usize {
+        self.chain_bytes
+    }
+
+    /// Items of the conversation up to here.
+    pub(crate) fn num_chain_items(&self) -> usize {
+        self.num_chain_items
     }
 
     /// The request's own items.
@@ -119,8 +146,13 @@ impl Store {
         self.max_responses == 0
     }
 
-    /// Keeps a response: its items, those of the request first, behind those of `parent`. One that is larger than all the
-    /// room is not kept.
+    /// Most bytes of a conversation that is kept.
+    pub(crate) fn max_conversation_bytes(&self) -> usize {
+        self.max_bytes / CONVERSATION_SHARE
+    }
+
+    /// Keeps a response: its items, those of the request first, behind those of `parent`. Whether it is kept: one whose
+    /// conversation is too large is not.
     pub(crate) fn insert(
         &self,
         owner: Owner,
@@ -129,26 +161,56 @@ impl Store {
         parent: Option<Arc<Segment>>,
         items: Vec<Item>,
         num_inputs: usize,
-    ) {
+    ) -> bool {
         let segment_bytes = size_of::<Segment>() + items.iter().map(Item::bytes).sum::<usize>();
         let stored_bytes = ENTRY_BYTES + json.len();
-        if self.is_off() || segment_bytes + stored_bytes > self.max_bytes {
-            tracing::debug!(id, bytes = segment_bytes + stored_bytes, "a response is not stored");
-            return;
+        let (parents_bytes, num_parents_items) =
+            parent.as_ref().map_or((0, 0), |parent| (parent.chain_bytes, parent.num_chain_items));
+        let chain_bytes = parents_bytes + segment_bytes;
+        if self.is_off() || chain_bytes + stored_bytes > self.max_conversation_bytes() {
+            tracing::debug!(id, bytes = chain_bytes + stored_bytes, "a response is not stored");
+            return false;
         }
-        let counted = |bytes| Counted::new(bytes, &self.total_bytes);
-        let segment = Arc::new(Segment { parent, items, num_inputs, _counted: counted(segment_bytes) });
-        let stored = Arc::new(Stored { owner, json, segment, _counted: counted(stored_bytes) });
-        let mut kept = self.kept();
-        let at = kept.next_use();
-        kept.by_use.insert(at, id.clone());
-        kept.by_id.insert(id, (at, stored));
-        while kept.by_id.len() > self.max_responses
-            || self.total_bytes.load(Ordering::Relaxed) > self.max_bytes
         {
-            let Some((_, oldest)) = kept.by_use.pop_first() else { break };
-            kept.by_id.remove(&oldest);
+            let mut kept = self.kept();
+            let at = kept.next_use();
+            let Kept { by_id, by_owner, .. } = &mut *kept;
+            let owned = by_owner.entry(owner).or_default();
+            let counted = |bytes| Counted::new(bytes, &self.total_bytes, &owned.bytes);
+            let num_chain_items = num_parents_items + items.len();
+            let segment = Segment {
+                parent,
+                items,
+                num_inputs,
+                chain_bytes,
+                num_chain_items,
+                _counted: counted(segment_bytes),
+            };
+            let stored = Stored { owner, json, segment: Arc::new(segment), _counted: counted(stored_bytes) };
+            owned.by_use.insert(at, id.clone());
+            by_id.insert(id, (at, Arc::new(stored)));
         }
+        // A long conversation takes its time to drop, which nobody else shall wait for: each is dropped unlocked.
+        while let Some(evicted) = self.evict() {
+            drop(evicted);
+        }
+        true
+    }
+
+    /// Takes out what is to go next, while there is too much.
+    fn evict(&self) -> Option<Arc<Stored>> {
+        let mut kept = self.kept();
+        let Kept { by_id, by_owner, .. } = &mut *kept;
+        let most = if by_id.len() > self.max_responses {
+            by_owner.values_mut().max_by_key(|owned| owned.by_use.len())?
+        } else if self.total_bytes.load(Ordering::Relaxed) > self.max_bytes {
+            by_owner.values_mut().max_by_key(|owned| owned.bytes.load(Ordering::Relaxed))?
+        } else {
+            return None;
+        };
+        // Who has nothing left holds the rest in running requests; to take it from others would be no help.
+        let (_, oldest) = most.by_use.pop_first()?;
+        by_id.remove(&oldest).map(|(_, stored)| stored)
     }
 
     /// The response of this id, which is thereby used.
@@ -158,19 +220,24 @@ impl Store {
         let (last_use, stored) = kept.by_id.get_mut(id).filter(|(_, stored)| stored.owner == owner)?;
         let last_use = std::mem::replace(last_use, at);
         let stored = stored.clone();
-        let id = kept.by_use.remove(&last_use).expect("every response has its last use");
-        kept.by_use.insert(at, id);
+        let by_use = &mut kept.by_owner.get_mut(&owner).expect("who has a response is known").by_use;
+        let id = by_use.remove(&last_use).expect("every response has its last use");
+        by_use.insert(at, id);
         Some(stored)
     }
 
     /// Forgets a response; whether there was one. Those that continue it keep what they stand on.
     pub(crate) fn remove(&self, owner: Owner, id: &str) -> bool {
-        let mut kept = self.kept();
-        if kept.by_id.get(id).is_none_or(|(_, stored)| stored.owner != owner) {
-            return false;
-        }
-        let (last_use, _) = kept.by_id.remove(id).expect("it was there");
-        kept.by_use.remove(&last_use);
+        let removed = {
+            let mut kept = self.kept();
+            if kept.by_id.get(id).is_none_or(|(_, stored)| stored.owner != owner) {
+                return false;
+            }
+            let (last_use, stored) = kept.by_id.remove(id).expect("it was there");
+            kept.by_owner.get_mut(&owner).expect("who has a response is known").by_use.remove(&last_use);
+            stored
+        };
+        drop(removed);
         true
     }
 
@@ -247,7 +314,7 @@ mod tests {
             assert!(store.total_bytes.load(Ordering::Relaxed) <= 100_000);
         }
         assert!(store.get(None, "r0").is_none());
-        assert!(put(&store, "large", None, 100_000).is_none(), "it is larger than all the room");
+        assert!(put(&store, "large", None, 20_000).is_none(), "it is larger than its share");
         assert!(store.get(None, "r49").is_some(), "and nothing had to go for it");
         for i in 0..50 {
             store.remove(None, &format!("r{i}"));
@@ -257,7 +324,7 @@ mod tests {
 
     #[test]
     fn a_conversation_is_counted_once_and_outlives_its_beginning() {
-        let store = Store::bounded(2, 1 << 20);
+        let store = Store::bounded(2, 4 << 20);
         let mut last = put(&store, "r0", None, 1000).unwrap();
         for i in 1..100 {
             last = put(&store, &format!("r{i}"), Some(last.segment.clone()), 1000).unwrap();
@@ -274,8 +341,69 @@ mod tests {
     }
 
     #[test]
+    fn a_conversation_that_outgrows_its_share_pushes_nobody_out() {
+        let store = Store::bounded(1000, 100_000);
+        let insert = |owner, id: &str, parent, len| {
+            store.insert(owner, id.into(), String::new(), parent, vec![item(id, len)], 1)
+        };
+        assert!(insert(Some(1), "other", None, 100));
+        assert!(insert(Some(0), "r0", None, 1000));
+        let mut kept = vec!["r0".to_owned()];
+        for i in 1..100 {
+            let parent = store.get(Some(0), kept.last().unwrap()).unwrap().segment.clone();
+            let (id, before) = (format!("r{i}"), parent.chain_bytes());
+            if insert(Some(0), &id, Some(parent), 1000) {
+                let segment = store.get(Some(0), &id).unwrap().segment.clone();
+                assert!(segment.chain_bytes() > before + 1000 && segment.num_chain_items() == i + 1);
+                kept.push(id);
+            }
+        }
+        assert!((5..20).contains(&kept.len()), "{}", kept.len());
+        assert!(kept.iter().all(|id| store.get(Some(0), id).is_some()));
+        assert!(store.get(Some(1), "other").is_some());
+    }
+
+    #[test]
+    fn who_takes_the_most_gives_way() {
+        let store = Store::bounded(1000, 100_000);
+        let insert = |owner, id: &str, len| {
+            store.insert(Some(owner), id.into(), String::new(), None, vec![item(id, len)], 1)
+        };
+        assert!(insert(1, "quiet", 5000));
+        for i in 0..50 {
+            assert!(insert(0, &format!("loud{i}"), 10_000));
+        }
+        assert!(store.get(Some(1), "quiet").is_some());
+        assert!(store.get(Some(0), "loud0").is_none() && store.get(Some(0), "loud49").is_some());
+        let few = Store::bounded(3, 1 << 20);
+        for (owner, id) in [(1, "quiet"), (0, "a"), (0, "b"), (0, "c"), (0, "d")] {
+            few.insert(Some(owner), id.into(), String::new(), None, vec![item(id, 1)], 1);
+        }
+        assert!(few.get(Some(1), "quiet").is_some() && few.get(Some(0), "b").is_none());
+    }
+
+    #[test]
+    fn what_running_requests_hold_costs_others_nothing() {
+        let store = Store::bounded(1000, 100_000);
+        let insert = |owner, id: &str, len| {
+            store.insert(Some(owner), id.into(), String::new(), None, vec![item(id, len)], 1)
+        };
+        assert!(insert(1, "quiet", 1000));
+        let held: Vec<_> = (0..20)
+            .filter_map(|i| {
+                insert(0, &format!("r{i}"), 10_000);
+                store.get(Some(0), &format!("r{i}"))
+            })
+            .collect();
+        assert!(store.total_bytes.load(Ordering::Relaxed) > 90_000);
+        assert!(insert(1, "more", 1000));
+        assert!(store.get(Some(1), "quiet").is_some() && store.get(Some(1), "more").is_some());
+        drop(held);
+    }
+
+    #[test]
     fn a_long_conversation_is_dropped_without_recursion() {
-        let store = Store::new(1);
+        let store = Store::bounded(1, usize::MAX);
         let mut last = put(&store, "first", None, 0).unwrap();
         for i in 0..200_000 {
             last = put(&store, &i.to_string(), Some(last.segment.clone()), 0).unwrap();

@@ -307,6 +307,7 @@ async fn the_page_needs_nothing_from_elsewhere() {
     assert_eq!(page.headers[header::CONTENT_TYPE], "text/html; charset=utf-8");
     let policy = page.headers[header::CONTENT_SECURITY_POLICY].to_str().unwrap();
     assert!(policy.starts_with("default-src 'none'") && policy.contains("connect-src 'self'"), "{policy}");
+    assert!(!policy.contains("unsafe") && policy.matches("'sha256-").count() == 2, "{policy}");
     for outside in ["http://", "https://", "//cdn", "@import", "url("] {
         assert!(!page.text.contains(outside), "{outside}");
     }

@@ -9,7 +9,9 @@ use r1_server::ServerConfig;
 use r1_text::ControlText;
 use serde_json::{Value, json};
 
-use crate::support::{Answer, Asked, Engine, Script, get, post, request, send, tokenizer, with};
+use crate::support::{
+    Answer, Asked, Engine, MAX_MODEL_LEN, Script, get, post, request, send, tokenizer, with,
+};
 
 const CALLS: &str = "let me see</think>\n\nLooking.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n\
                      ```json\n{\"city\": \"Oslo\"}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n\
@@ -593,4 +595,69 @@ async fn a_client_that_leaves_frees_the_engine() {
     drop(response);
     let aborted = || engine.asked().first().is_some_and(|asked| engine.aborted() == [asked.id]);
     crate::support::eventually("the generation is aborted", aborted).await;
+}
+
+#[tokio::test]
+async fn a_conversation_that_is_too_large_is_not_continued() {
+    let engine = Engine::new(vec![Script::text("ok")]);
+    let router = engine.router(ServerConfig { max_body_bytes: 2000, ..ServerConfig::default() });
+    let mut previous = created(&router, &hi()).await["id"].clone();
+    let refused = loop {
+        let answer = respond(&router, &json!({"input": "more", "previous_response_id": previous})).await;
+        if answer.status != 200 {
+            break answer;
+        }
+        previous = answer.json()["id"].clone();
+        assert!(engine.asked().len() < 50, "the conversation grows without bound");
+    };
+    let error = refused.refused(400);
+    assert_eq!(error["param"], "previous_response_id");
+    assert!(error["message"].as_str().unwrap().contains("2000"), "{error}");
+}
+
+#[tokio::test]
+async fn more_items_than_the_context_has_tokens_are_refused() {
+    let router = Engine::saying("ok").router(ServerConfig::default());
+    let item = json!({"role": "user", "content": ""});
+    let items = |count: usize| Value::from(vec![item.clone(); count]);
+    let error = respond(&router, &json!({"input": items(MAX_MODEL_LEN + 1)})).await.refused(400);
+    assert_eq!(error["param"], "input");
+    assert!(error["message"].as_str().unwrap().contains("257 items cannot fit"), "{error}");
+    // The question and its answer count.
+    let first = created(&router, &hi()).await;
+    let body = json!({"input": items(MAX_MODEL_LEN - 1), "previous_response_id": first["id"]});
+    let error = respond(&router, &body).await.refused(400);
+    assert!(error["message"].as_str().unwrap().contains("255 items behind 2 earlier ones"), "{error}");
+}
+
+#[tokio::test]
+async fn a_call_that_a_stop_cuts_off_is_incomplete() {
+    for (stop, status) in [("Oslo", "incomplete"), ("\n```<｜tool▁call▁end｜>", "completed")] {
+        let router = Engine::saying(CALLS).router(ServerConfig::default());
+        let body = json!({"input": "weather?", "tools": weather(), "stop": [stop]});
+        let response = created(&router, &body).await;
+        let call = response["output"].as_array().unwrap().last().unwrap();
+        assert_eq!((&call["type"], &call["status"]), (&json!("function_call"), &json!(status)), "{response}");
+        assert_eq!(response["status"], "completed");
+    }
+}
+
+#[tokio::test]
+async fn long_values_are_not_repeated() {
+    let router = Engine::saying("ok").router(ServerConfig::default());
+    let long = "x".repeat(10_000);
+    for body in [
+        json!({"input": [{"role": long, "content": "hi"}]}),
+        json!({"input": [{"type": long}]}),
+        json!({"input": [{"role": "user", "content": [{"type": long}]}]}),
+        json!({"input": [{"type": "function_call_output", "call_id": long, "output": ""}]}),
+        json!({"input": "hi", "tools": [{"type": long}]}),
+        json!({"input": "hi", "include": [long]}),
+    ] {
+        let error = respond(&router, &body).await.refused(400);
+        let message = error["message"].as_str().unwrap();
+        assert!(message.len() < 300 && message.contains("xxx…"), "{message}");
+    }
+    let body = json!({"input": "hi", "previous_response_id": long});
+    assert!(respond(&router, &body).await.refused(404)["message"].as_str().unwrap().len() < 300);
 }
