@@ -133,7 +133,9 @@ impl Bench {
                 "ceiling, serde_json alone",
                 Box::new(|| {
                     bytes.clear();
-                    texts.iter().for_each(|text| chunk(&mut bytes, text));
+                    for text in &texts {
+                        chunk(&mut bytes, text);
+                    }
                     bytes.len()
                 }),
             );
@@ -145,7 +147,9 @@ impl Bench {
                 "ceiling, copying rendered frames",
                 Box::new(|| {
                     copied.clear();
-                    frames.iter().for_each(|frame| copied.extend_from_slice(frame));
+                    for frame in &frames {
+                        copied.extend_from_slice(frame);
+                    }
                     copied.len()
                 }),
             );
@@ -357,9 +361,9 @@ fn measured(run: impl FnOnce()) -> Cost {
     thread::sleep(Duration::from_millis(50));
     let after = cpu();
     Cost {
-        runtime: after.runtime - before.runtime,
-        blocking: after.blocking - before.blocking,
-        engine: after.engine - before.engine,
+        runtime: after.runtime.saturating_sub(before.runtime),
+        blocking: after.blocking.saturating_sub(before.blocking),
+        engine: after.engine.saturating_sub(before.engine),
         wall,
     }
 }
