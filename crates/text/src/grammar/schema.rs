@@ -482,7 +482,8 @@ impl Reader {
         let mut sizes: Sizes = vec![None; self.nodes.len()];
         let mut total: u64 = 0;
         for (i, node) in self.nodes.iter().enumerate() {
-            let is_merge = node.merges || node.pointer.contains("/allOf/");
+            let holds_all = node.parts.iter().any(|&part| self.step(i, part).starts_with("/allOf/"));
+            let is_merge = node.merges || holds_all || node.pointer.contains("/allOf/");
             if is_merge {
                 total = total.saturating_add(self.expanded(i, &mut sizes, &mut Vec::new())?);
                 if total > MAX_EXPANDED {
