@@ -16,8 +16,10 @@ use super::lark::{MAX_BYTES, MAX_REPEAT};
 const MAX_DEPTH: usize = 20;
 /// Most rules.
 const MAX_RULES: usize = 500;
-/// Largest Lark text made of a grammar: rules that do not recurse are written out where they are used.
-const MAX_LARK_BYTES: usize = 256 << 10;
+/// Largest terminal made of a grammar: rules that do not recurse are written out where they are used.
+const MAX_TERMINAL_BYTES: usize = 256 << 10;
+/// Most bytes written for a grammar, terminals that turn out to be there already included.
+const MAX_WRITTEN_BYTES: usize = 1 << 20;
 
 /// What a rule is made of.
 #[derive(Clone, Debug, PartialEq)]
@@ -460,6 +462,8 @@ struct Writer<'r> {
     nullable: Vec<bool>,
     out: String,
     terminals: HashMap<String, usize>,
+    /// Bytes written in all.
+    written: usize,
 }
 
 impl<'r> Writer<'r> {
@@ -474,7 +478,7 @@ impl<'r> Writer<'r> {
                 nullable[i] = nullable[i] || is_nullable(body(i), &nullable);
             }
         }
-        Self { rules, regular, nullable, out: String::new(), terminals: HashMap::new() }
+        Self { rules, regular, nullable, out: String::new(), terminals: HashMap::new(), written: 0 }
     }
 
     fn write(mut self, root: usize) -> Result<String, Fault> {
@@ -484,13 +488,20 @@ impl<'r> Writer<'r> {
                 continue;
             }
             let body = self.rules[i].body.as_ref().expect("every rule is defined");
-            let text = self.node(body)?;
+            let line = self.rules[i].line;
+            let text = self.node(body).map_err(|fault| at_line(line, fault.reason))?;
+            self.count(text.len()).map_err(|fault| at_line(line, fault.reason))?;
             let _ = writeln!(self.out, "r{i}: {text}");
-            if self.out.len() > MAX_LARK_BYTES {
-                return Err(at_line(self.rules[i].line, "the grammar is too large when written out"));
-            }
         }
         Ok(self.out)
+    }
+
+    fn count(&mut self, bytes: usize) -> Result<(), Fault> {
+        self.written += bytes;
+        if self.written > MAX_WRITTEN_BYTES {
+            return Err(Fault::new("the grammar is too large when written out"));
+        }
+        Ok(())
     }
 
     /// A node of a rule that recurses.
@@ -529,6 +540,7 @@ impl<'r> Writer<'r> {
     fn terminal(&mut self, node: &Node) -> Result<String, Fault> {
         let mut body = String::new();
         self.regular_text(node, &mut body)?;
+        self.count(body.len())?;
         if body.is_empty() || body == "\"\"" {
             return Ok("\"\"".into());
         }
@@ -543,7 +555,7 @@ impl<'r> Writer<'r> {
     }
 
     fn regular_text(&self, node: &Node, out: &mut String) -> Result<(), Fault> {
-        if out.len() > MAX_LARK_BYTES {
+        if out.len() > MAX_TERMINAL_BYTES {
             return Err(Fault::new("the grammar is too large when written out"));
         }
         match node {

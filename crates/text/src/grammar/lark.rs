@@ -10,6 +10,10 @@ pub(super) const MAX_BYTES: usize = 64 << 10;
 const MAX_RULES: usize = 1_000;
 /// Largest count of one repetition.
 pub(super) const MAX_REPEAT: u64 = 1_000;
+/// Deepest group in group.
+const MAX_DEPTH: usize = 60;
+/// Most `&` and `~` of a grammar: each can multiply the states of its terminal.
+const MAX_SET_OPERATORS: usize = 4;
 
 /// Refuses a grammar that is too large, or reaches beyond text.
 pub(super) fn check(text: &str) -> Result<(), Fault> {
@@ -27,9 +31,13 @@ pub(super) fn check(text: &str) -> Result<(), Fault> {
     let mut rules = 0;
     let mut at = 0;
     let mut line = 1;
+    let mut depth: usize = 0;
+    let mut set_operators = 0;
+    // Whether the definition being read has a set operator.
+    let mut is_set = false;
     while let Some(c) = text[at..].chars().next() {
         let rest = &text[at..];
-        let place = format!("line {line}");
+        let place = || format!("line {line}");
         let len = match c {
             '\n' => {
                 line += 1;
@@ -37,11 +45,11 @@ pub(super) fn check(text: &str) -> Result<(), Fault> {
             }
             '#' => line_len(rest),
             '/' if rest.starts_with("//") => line_len(rest),
-            '"' => delimited(rest, '"').ok_or_else(|| Fault::at(place.as_str(), "a string does not end"))?,
+            '"' => delimited(rest, '"').ok_or_else(|| Fault::at(place(), "a string does not end"))?,
             '/' => {
                 let len =
-                    delimited(rest, '/').ok_or_else(|| Fault::at(place.as_str(), "a regex does not end"))?;
-                regex::check(&rest[1..len - 1]).map_err(|f| Fault::at(place.as_str(), f.reason))?;
+                    delimited(rest, '/').ok_or_else(|| Fault::at(place(), "a regex does not end"))?;
+                regex::check(&rest[1..len - 1]).map_err(|f| Fault::at(place(), f.reason))?;
                 len
             }
             '%' => {
@@ -49,18 +57,19 @@ pub(super) fn check(text: &str) -> Result<(), Fault> {
                     rest[1..].split(|c: char| !c.is_ascii_alphanumeric() && c != '_').next().unwrap_or("");
                 if !["import", "ignore"].contains(&word) {
                     let reason = format!("`%{word}` is not supported in a request's grammar");
-                    return Err(Fault::at(place, reason));
+                    return Err(Fault::at(place(), reason));
                 }
                 1 + word.len()
             }
-            '@' => return Err(Fault::at(place, "`@` names another grammar; a request has only one")),
+            '@' => return Err(Fault::at(place(), "`@` names another grammar; a request has only one")),
             '<' => {
-                return Err(Fault::at(place, "`<…>` names a control token; a grammar describes text only"));
+                return Err(Fault::at(place(), "`<…>` names a control token; a grammar describes text only"));
             }
             ':' => {
                 rules += 1;
+                is_set = false;
                 if rules > MAX_RULES {
-                    return Err(Fault::at(place, format!("more than {MAX_RULES} rules")));
+                    return Err(Fault::at(place(), format!("more than {MAX_RULES} rules")));
                 }
                 1
             }
@@ -72,9 +81,32 @@ pub(super) fn check(text: &str) -> Result<(), Fault> {
                 let count: u64 = rest[..digits].parse().unwrap_or(u64::MAX);
                 if !is_name && matches!(before, Some('{' | ',' | '~' | '.')) && count > MAX_REPEAT {
                     let reason = format!("{count} repetitions; at most {MAX_REPEAT} are supported");
-                    return Err(Fault::at(place, reason));
+                    return Err(Fault::at(place(), reason));
                 }
                 digits
+            }
+            '(' | '[' => {
+                depth += 1;
+                if depth > MAX_DEPTH {
+                    return Err(Fault::at(place(), format!("groups nest deeper than {MAX_DEPTH}")));
+                }
+                1
+            }
+            ')' | ']' => {
+                depth = depth.saturating_sub(1);
+                1
+            }
+            // Lark's own repetition, `x ~ 3`, is not the complement.
+            '~' if rest[1..].trim_start().starts_with(|c: char| c.is_ascii_digit()) => 1,
+            '&' | '~' => {
+                set_operators += 1;
+                if std::mem::replace(&mut is_set, true) || set_operators > MAX_SET_OPERATORS {
+                    let reason = format!(
+                        "one `&` or `~` in a terminal and {MAX_SET_OPERATORS} in a grammar are supported: write the rest as a regex"
+                    );
+                    return Err(Fault::at(place(), reason));
+                }
+                1
             }
             c => c.len_utf8(),
         };

@@ -40,6 +40,15 @@ impl Level {
 
 /// Refuses an expression that would be too large.
 pub(super) fn check(regex: &str) -> Result<(), Fault> {
+    measure(regex).map(|_| ())
+}
+
+/// Characters, classes and groups of an expression with its repetitions written out; of one that is refused, the most.
+pub(super) fn size(regex: &str) -> u64 {
+    measure(regex).unwrap_or(MAX_EXPANDED)
+}
+
+fn measure(regex: &str) -> Result<u64, Fault> {
     if regex.len() > MAX_BYTES {
         return Err(Fault::new(format!(
             "the regex has {} bytes; at most {MAX_BYTES} are supported",
@@ -115,7 +124,7 @@ pub(super) fn check(regex: &str) -> Result<(), Fault> {
             format!("with its repetitions written out the regex is larger than {MAX_EXPANDED} characters");
         return Err(Fault::new(reason));
     }
-    Ok(())
+    Ok(size)
 }
 
 /// Characters of the escape that begins here: `\n`, `\p{Greek}`, `\x{1F600}`.

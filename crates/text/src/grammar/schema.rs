@@ -8,6 +8,9 @@ use serde_json::{Map, Value};
 
 use super::error::Fault;
 use super::regex;
+use merge::Load;
+
+mod merge;
 
 /// Largest schema, in bytes of keys, strings and values.
 const MAX_BYTES: usize = 256 << 10;
@@ -33,6 +36,14 @@ const MAX_ITEMS: u64 = 10_000;
 const MAX_LENGTH: u64 = 1_000_000;
 /// Most schemas after `allOf` and references with siblings are written out.
 const MAX_EXPANDED: u64 = 5_000;
+/// Largest `multipleOf`, its decimal point left out: an automaton has a state for each remainder.
+const MAX_DIVISOR: f64 = 2_000.0;
+/// Most decimals of `multipleOf`.
+const MAX_DECIMALS: u32 = 6;
+/// Where whole bounds leave 64 bits.
+const WHOLE_END: f64 = 9.2e18;
+/// Largest bound of a number that may have decimals.
+const MAX_BOUND: f64 = 1e15;
 
 /// Keywords that hold one schema.
 const ONE: [&str; 3] = ["items", "additionalItems", "additionalProperties"];
@@ -61,6 +72,28 @@ const UNSUPPORTED: [(&str, &str); 18] = [
     ("extends", "use `allOf`"),
     ("disallow", "describe what is allowed instead"),
 ];
+/// Keywords beside a reference that make its target be copied.
+const MERGED: [&str; 19] = [
+    "properties",
+    "patternProperties",
+    "required",
+    "type",
+    "enum",
+    "const",
+    "pattern",
+    "format",
+    "minLength",
+    "maxLength",
+    "minimum",
+    "maximum",
+    "exclusiveMinimum",
+    "exclusiveMaximum",
+    "multipleOf",
+    "minItems",
+    "maxItems",
+    "minProperties",
+    "maxProperties",
+];
 const FORMATS: [&str; 11] =
     ["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown"];
 const TYPES: [&str; 7] = ["null", "boolean", "number", "integer", "string", "array", "object"];
@@ -78,8 +111,13 @@ struct Node {
     parts: Vec<usize>,
     /// Whether the target of `reference` is copied in too.
     merges: bool,
+    /// What its own keywords add to a value's automaton.
+    load: Load,
     pointer: String,
 }
+
+/// Of each node, what [`Reader::factors`] found.
+type Sizes = Vec<Option<(u64, u64)>>;
 
 struct Reader {
     nodes: Vec<Node>,
@@ -97,6 +135,7 @@ pub(super) fn prepare(schema: &Value) -> Result<(Value, usize), Fault> {
     reader.references()?;
     reader.depth()?;
     reader.expansion()?;
+    merge::check(&reader)?;
     reader.ends()?;
     Ok((prepared, reader.nodes.len()))
 }
@@ -209,6 +248,9 @@ impl Reader {
             if named.len() > limit {
                 return Err(fault(at, format!("{} entries; at most {limit} are supported", named.len())));
             }
+            if key == "patternProperties" {
+                self.nodes[node].load.names = named.len() as u64;
+            }
             let mut out = Map::new();
             for (name, schema) in named {
                 self.count(at, name.len() + 1)?;
@@ -279,6 +321,7 @@ impl Reader {
                 let text = value.as_str().ok_or_else(|| fault(at, "`pattern` is a string"))?;
                 self.count(at, text.len())?;
                 pattern(text, at)?;
+                self.nodes[node].load.add_pattern(regex::size(text));
                 Ok(Some(value.clone()))
             }
             "format" => {
@@ -290,13 +333,16 @@ impl Reader {
                     );
                     return Err(fault(at, reason));
                 }
+                self.nodes[node].load.add_pattern(merge::FORMAT_SIZE);
                 Ok(Some(value.clone()))
             }
-            "minimum" | "maximum" | "multipleOf" => number(key, value, at).map(Some),
-            // Draft 4 had booleans here.
-            "exclusiveMinimum" | "exclusiveMaximum" if !value.is_boolean() => {
-                number(key, value, at).map(Some)
+            "multipleOf" => {
+                self.nodes[node].load.divisors = 1;
+                divisor(value, at).map(Some)
             }
+            "minimum" | "maximum" => bound(key, value, map, at),
+            // Draft 4 had booleans here.
+            "exclusiveMinimum" | "exclusiveMaximum" if !value.is_boolean() => bound(key, value, map, at),
             "exclusiveMinimum" | "exclusiveMaximum" => Ok(Some(value.clone())),
             // Annotations, and what nobody defined.
             _ => Ok(None),
@@ -335,8 +381,7 @@ impl Reader {
         let merges = map.keys().any(|key| {
             LIST.contains(&key.as_str())
                 || ONE.contains(&key.as_str())
-                || ["properties", "patternProperties", "required", "type", "enum", "const"]
-                    .contains(&key.as_str())
+                || MERGED.contains(&key.as_str())
         });
         let unescaped = percent_decoded(pointer).ok_or_else(|| fault(at, "`$ref` is not a JSON pointer"))?;
         self.nodes[node].reference = Some(unescaped);
@@ -434,10 +479,11 @@ impl Reader {
 
     /// Bounds what `allOf`, and references beside other keywords, copy.
     fn expansion(&self) -> Result<(), Fault> {
-        let mut sizes = vec![None; self.nodes.len()];
+        let mut sizes: Sizes = vec![None; self.nodes.len()];
         let mut total: u64 = 0;
         for (i, node) in self.nodes.iter().enumerate() {
-            let is_merge = node.merges || node.pointer.contains("/allOf/");
+            let holds_all = node.parts.iter().any(|&part| self.step(i, part).starts_with("/allOf/"));
+            let is_merge = node.merges || holds_all || node.pointer.contains("/allOf/");
             if is_merge {
                 total = total.saturating_add(self.expanded(i, &mut sizes, &mut Vec::new())?);
                 if total > MAX_EXPANDED {
@@ -451,33 +497,45 @@ impl Reader {
         Ok(())
     }
 
-    /// Schemas below a node when every reference on the way is copied in. A cycle ends where it closes.
-    fn expanded(
-        &self,
-        node: usize,
-        sizes: &mut Vec<Option<u64>>,
-        path: &mut Vec<usize>,
-    ) -> Result<u64, Fault> {
+    /// Schemas below a node when every reference on the way is copied in, and the alternatives of its groups multiplied
+    /// out. A cycle ends where it closes.
+    fn expanded(&self, node: usize, sizes: &mut Sizes, path: &mut Vec<usize>) -> Result<u64, Fault> {
+        self.factors(node, sizes, path).map(|(size, options)| size.saturating_mul(options))
+    }
+
+    /// The two factors of [`expanded`](Self::expanded): groups of alternatives under one `allOf` multiply too.
+    fn factors(&self, node: usize, sizes: &mut Sizes, path: &mut Vec<usize>) -> Result<(u64, u64), Fault> {
         if let Some(size) = sizes[node] {
             return Ok(size);
         }
         if path.contains(&node) {
-            return Ok(1);
+            return Ok((1, 1));
         }
         if path.len() > 4 * MAX_DEPTH {
             return Err(fault(&self.nodes[node].pointer, "references nest too deep"));
         }
         path.push(node);
-        let mut size: u64 = 1;
+        let (mut size, mut options): (u64, u64) = (1, 1);
         for part in self.nodes[node].parts.iter().copied().chain(self.target(node)) {
-            size = size.saturating_add(self.expanded(part, sizes, path)?);
+            let (inner, times) = self.factors(part, sizes, path)?;
+            if self.target(node) == Some(part) || self.step(node, part).starts_with("/allOf/") {
+                size = size.saturating_add(inner);
+                options = options.saturating_mul(times);
+            } else {
+                size = size.saturating_add(inner.saturating_mul(times));
+            }
         }
-        // Alternatives of several groups are multiplied out.
-        let groups = self.nodes[node].any.iter().map(|group| group.len() as u64);
-        size = size.saturating_mul(groups.fold(1, u64::saturating_mul).max(1));
+        for group in &self.nodes[node].any {
+            options = options.saturating_mul((group.len() as u64).max(1));
+        }
         path.pop();
-        sizes[node] = Some(size);
-        Ok(size)
+        sizes[node] = Some((size, options));
+        Ok((size, options))
+    }
+
+    /// How a node's part is reached from it: `/properties/a`.
+    fn step(&self, node: usize, part: usize) -> &str {
+        self.nodes[part].pointer.strip_prefix(self.nodes[node].pointer.as_str()).unwrap_or_default()
     }
 
     /// Some finite value must satisfy every schema that the reply cannot avoid.
@@ -524,8 +582,42 @@ fn bounded(key: &str, value: &Value, limit: u64, at: &str) -> Result<Value, Faul
     }
 }
 
-fn number(key: &str, value: &Value, at: &str) -> Result<Value, Fault> {
-    if value.is_number() { Ok(value.clone()) } else { Err(fault(at, format!("`{key}` is a number"))) }
+/// `multipleOf`, which is counted in the last decimal it has.
+fn divisor(value: &Value, at: &str) -> Result<Value, Fault> {
+    let Some(mut scaled) = value.as_f64().map(f64::abs) else {
+        return Err(fault(at, "`multipleOf` is a number"));
+    };
+    let mut decimals = 0;
+    while scaled.fract() != 0.0 && decimals <= MAX_DECIMALS {
+        scaled *= 10.0;
+        decimals += 1;
+    }
+    if scaled == 0.0 || scaled > MAX_DIVISOR || decimals > MAX_DECIMALS {
+        let reason = format!(
+            "`multipleOf` {value} is not supported: without its decimal point it is at most {MAX_DIVISOR} and not 0, \
+             with at most {MAX_DECIMALS} decimals; leave it out and check the reply"
+        );
+        return Err(fault(at, reason));
+    }
+    Ok(value.clone())
+}
+
+/// A bound of a number; `None` where every 64-bit number keeps it.
+fn bound(key: &str, value: &Value, map: &Map<String, Value>, at: &str) -> Result<Option<Value>, Fault> {
+    let Some(limit) = value.as_f64() else { return Err(fault(at, format!("`{key}` is a number"))) };
+    let outward = if key.ends_with("inimum") { -limit } else { limit };
+    if outward >= WHOLE_END {
+        return Ok(None);
+    }
+    let is_whole = map.get("type").is_some_and(|t| t == "integer");
+    let most = if is_whole { WHOLE_END } else { MAX_BOUND };
+    if limit.abs() >= most {
+        let reason = format!(
+            "`{key}` {value} is not supported: bounds lie between -1e15 and 1e15, of integers between -9.2e18 and 9.2e18"
+        );
+        return Err(fault(at, reason));
+    }
+    Ok(Some(value.clone()))
 }
 
 fn pattern(text: &str, at: &str) -> Result<(), Fault> {

@@ -11,10 +11,8 @@ use super::answer::{Answer, Begins};
 use super::error::{GrammarError, short};
 use super::vocabulary::Vocabulary;
 
-/// Stack of the compiling thread: schemas and rules are compiled by recursion, and the caller's stack is not known.
-const COMPILE_STACK_BYTES: usize = 64 << 20;
 /// Most parsers kept for the next requests of one grammar.
-const MAX_IDLE: usize = 16;
+const MAX_IDLE: usize = 4;
 
 /// A grammar, compiled once, shared by its requests.
 pub(super) struct Compiled {
@@ -26,10 +24,10 @@ pub(super) struct Compiled {
 }
 
 impl Compiled {
-    /// Compiles, and finds that the grammar allows a first token.
+    /// Compiles, by recursion, and finds that the grammar allows a first token.
     pub(super) fn new(factory: &ParserFactory, answer: Answer) -> Result<Arc<Self>, GrammarError> {
         let Answer { begins, grammar, field } = answer;
-        let refuse = |reason: &str| GrammarError::new(field, short(reason));
+        let refuse = |reason: &str| GrammarError::new(field, clean(reason));
         let compile = || {
             let mut matcher = Matcher::new(factory.create_parser(grammar));
             // The first mask of a copy: its lexer states would otherwise be the first request's work.
@@ -41,12 +39,7 @@ impl Compiled {
                 },
             }
         };
-        let pristine = std::thread::scope(|scope| {
-            let thread = std::thread::Builder::new().name("grammar".into()).stack_size(COMPILE_STACK_BYTES);
-            let thread =
-                thread.spawn_scoped(scope, compile).map_err(|e| refuse(&format!("no thread: {e}")))?;
-            thread.join().unwrap_or_else(|_| Err(refuse("the grammar could not be compiled")))
-        })?;
+        let pristine = compile()?;
         Ok(Arc::new(Self { begins, pristine, idle: Mutex::new(Vec::new()) }))
     }
 
@@ -65,7 +58,15 @@ fn first_mask(field: &str, message: &str) -> GrammarError {
     if message.contains("NoExtension") {
         return GrammarError::new(field, "no text satisfies the grammar");
     }
-    GrammarError::new(field, format!("the grammar is too complex: {}", short(message)))
+    GrammarError::new(field, format!("the grammar is too complex: {}", clean(message)))
+}
+
+/// What a client is told of the compiler's message; of a broken invariant of the compiler, only that.
+fn clean(message: &str) -> String {
+    if message.trim_start().starts_with("panic:") {
+        return "the grammar goes beyond what the compiler can hold; make its numbers smaller".into();
+    }
+    short(message)
 }
 
 /// What a request borrows of a grammar; goes back when its last constraint is dropped.

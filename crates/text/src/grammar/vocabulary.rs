@@ -160,6 +160,7 @@ fn limits() -> ParserLimits {
     ParserLimits {
         initial_lexer_fuel: 500_000,
         step_lexer_fuel: 300_000,
+        max_items_in_row: 20_000,
         step_max_items: 50_000,
         max_lexer_states: 50_000,
         max_grammar_size: 200_000,

@@ -11,6 +11,9 @@ use crate::walk::World;
 /// Generous: a test must not hang, benches say how fast it is.
 const BOUND: Duration = Duration::from_secs(2);
 
+/// As many properties as a schema may have.
+const MOST_PROPERTIES: usize = 500;
+
 fn nested(depth: usize) -> Value {
     let mut schema = json!({"type": "integer"});
     for _ in 0..depth {
@@ -38,6 +41,21 @@ fn doubling(keyword: &str) -> Value {
     }
     defs.insert("d40".into(), json!({"type": "object", "properties": {"a": {"type": "string"}}}));
     json!({"$ref": "#/$defs/d0", "$defs": defs})
+}
+
+/// A pattern whose automaton has about 2^`n` states.
+fn tail(n: usize) -> String {
+    format!("(a|b)*a(a|b){{{n}}}b")
+}
+
+fn met_patterns() -> Value {
+    let list: Vec<Value> = (0..20).map(|i| json!({"type": "string", "pattern": tail(i + 10)})).collect();
+    json!({"allOf": list})
+}
+
+fn three_of() -> Value {
+    let option = |name: &str| json!({"properties": {name: {"type": "string"}}, "required": [name]});
+    json!([option("a"), option("b"), option("c")])
 }
 
 fn patterns(n: usize) -> Value {
@@ -97,6 +115,37 @@ fn schema_bombs() {
         ("false", json!(false), None),
         ("unsatisfiable", json!({"allOf": [{"type": "string"}, {"type": "integer"}]}), None),
         ("empty range", json!({"type": "integer", "minimum": 5, "maximum": 4}), None),
+        ("a prime divisor", json!({"type": "integer", "multipleOf": 999_983}), Some("/multipleOf")),
+        ("a divisor", json!({"type": "integer", "multipleOf": 9973}), Some("/multipleOf")),
+        ("a small divisor", json!({"type": "number", "multipleOf": 1e-10}), Some("/multipleOf")),
+        ("a divisor of 0", json!({"type": "number", "multipleOf": 0}), Some("/multipleOf")),
+        (
+            "divisors meet",
+            json!({"allOf": [{"type": "integer", "multipleOf": 1999}, {"type": "integer", "multipleOf": 1997}]}),
+            Some("the top"),
+        ),
+        ("patterns meet", met_patterns(), Some("the top")),
+        (
+            "patterns meet in a property",
+            json!({"allOf": [{"properties": {"a": met_patterns()["allOf"][0]}}, {"properties": {"a": met_patterns()}}]}),
+            Some("the top"),
+        ),
+        (
+            "patterns meet beside references",
+            json!({
+                "$ref": "#/$defs/a", "pattern": tail(9),
+                "$defs": {"a": {"$ref": "#/$defs/b", "pattern": tail(10)}, "b": {"pattern": tail(11), "type": "string"}},
+            }),
+            Some("the top"),
+        ),
+        (
+            "patterns in alternatives in alternatives",
+            json!({"pattern": tail(9), "anyOf": [{"pattern": tail(10), "anyOf": [{"pattern": tail(11)}]}]}),
+            Some("the top"),
+        ),
+        ("groups under allOf", json!({"allOf": vec![json!({"anyOf": three_of()}); 6]}), None),
+        ("a bound beyond 64 bits", json!({"type": "integer", "minimum": 1e19}), Some("/minimum")),
+        ("a large bound", json!({"type": "number", "maximum": -1e300}), Some("/maximum")),
         ("lengths", json!({"type": "string", "minLength": 5, "maxLength": 4}), None),
     ] {
         let start = Instant::now();
@@ -104,6 +153,7 @@ fn schema_bombs() {
         assert!(start.elapsed() < BOUND, "{name}: {:?}", start.elapsed());
         assert_eq!(error.field, "format", "{name}");
         assert!(error.reason.len() > 10, "{name}: {error}");
+        println!("{name}: {:?}: {error}", start.elapsed());
         if let Some(place) = place {
             assert!(error.place.as_ref().is_some_and(|p| p.starts_with(place)), "{name}: {error}");
         }
@@ -179,6 +229,88 @@ fn large_but_bounded() {
         }
         println!("{name}: {:?}", start.elapsed());
         assert!(start.elapsed() < BOUND, "{name}: {:?}", start.elapsed());
+    }
+}
+
+/// A doubling rule that does not recurse, written out at every place of one that does.
+fn doubling_gbnf() -> String {
+    let mut text = String::from("root ::= \"x\"");
+    for i in 0..1000 {
+        text.push_str(&format!(" | \"{i}\" d0 root \"z\""));
+    }
+    for i in 0..14 {
+        text.push_str(&format!("\nd{i} ::= d{} d{}", i + 1, i + 1));
+    }
+    text.push_str("\nd14 ::= [ab]\n");
+    text
+}
+
+#[test]
+fn grammar_bombs() {
+    let world = World::v3_like();
+    let operands = |n: usize, operator: &str| -> String {
+        let list: Vec<String> = (0..n).map(|i| format!("/(a|b)*a(a|b){{{}}}.*/", i + 10)).collect();
+        format!("start: A\nA: {}\n", list.join(operator))
+    };
+    let complements: String = (0..5).map(|i| format!("T{i}: ~/a+b{i}/\n")).collect();
+    let lines = format!("start: A{}\n", " ".repeat(60_000));
+    for (name, grammar, place) in [
+        ("intersections", operands(50, " & "), Some("line 2")),
+        ("three operands", operands(3, " & "), Some("line 2")),
+        ("over lines", operands(3, "\n  & "), Some("line 4")),
+        ("complements", format!("start: T0 T1 T2 T3 T4\n{complements}"), Some("line 6")),
+        ("groups", format!("start: {}\"a\"{}\n", "(".repeat(5000), ")".repeat(5000)), Some("line 1")),
+        ("no terminal", lines, None),
+        ("doubling", doubling_gbnf(), Some("line 1")),
+    ] {
+        let start = Instant::now();
+        let error = world.refusal(Format::Grammar(grammar));
+        println!("{name}: {:?}: {error}", start.elapsed());
+        assert!(start.elapsed() < BOUND, "{name}: {:?}", start.elapsed());
+        assert!(!error.reason.contains("too long to prepare"), "{name}: {error}");
+        if place.is_some() {
+            assert_eq!(error.place.as_deref(), place, "{name}: {error}");
+        }
+    }
+    for grammar in ["start: A\nA: /[a-z]+/ & ~/end/\n", "start: A\nA: /[a-z]+/ & /.{3,5}/\n", "start: \"a\" ~ 3\n"] {
+        let rules = ReplyRules { format: Some(Format::Grammar(grammar.into())), ..ReplyRules::default() };
+        println!("{grammar}: {:?}", world.grammars.constraint(&rules).err());
+    }
+}
+
+/// Bounds that every 64-bit integer keeps, and others at that end.
+#[test]
+fn bounds_at_the_end_of_64_bits() {
+    let world = World::v3_like();
+    for schema in [
+        json!({"type": "integer", "minimum": i64::MIN, "maximum": i64::MAX}),
+        json!({"type": "integer", "exclusiveMinimum": i64::MIN, "exclusiveMaximum": i64::MAX}),
+        json!({"type": "integer", "minimum": 0, "maximum": u64::MAX}),
+        json!({"type": "integer", "minimum": -(1_i64 << 53), "maximum": 1_i64 << 53}),
+        json!({"type": "number", "minimum": -1e300, "maximum": 1e300}),
+        json!({"type": "number", "multipleOf": 0.01}),
+        json!({"type": "integer", "multipleOf": 1000}),
+    ] {
+        let constraint = world.of_format(Format::JsonSchema(schema.clone()));
+        assert!(world.accepts(&constraint, "7000"), "{schema}");
+    }
+}
+
+/// What compiles must not fail in the middle of a reply.
+#[test]
+fn optional_properties_hold_to_the_end() {
+    let world = World::v3_like();
+    for (n, value) in [(10, "1"), (MOST_PROPERTIES, "1")] {
+        let list: Map<String, Value> = (0..n).map(|i| (format!("p{i}"), json!({}))).collect();
+        let start = Instant::now();
+        let constraint = world.of_format(Format::JsonSchema(json!({"type": "object", "properties": list})));
+        println!("{n} properties: compiled in {:?}", start.elapsed());
+        for step in [1, n / 2, n - 1] {
+            let fields: Vec<String> = (0..n).step_by(step).map(|i| format!("\"p{i}\":{value}")).collect();
+            let text = format!("{{{},\"more\":[1]}}", fields.join(","));
+            assert!(world.accepts(&constraint, &text), "{n} properties: {text}");
+        }
+        println!("{n} properties: {:?}", start.elapsed());
     }
 }
 
