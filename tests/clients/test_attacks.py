@@ -156,3 +156,21 @@ def test_a_model_that_is_a_path_is_not_opened(server, http):
     """It is echoed nowhere but in the reply's name, and not even there."""
     reply = http.post(CHAT, json={"messages": HI, "model": "/etc/passwd", "max_tokens": 1}).json()
     assert reply["model"] == "tiny-r1"
+
+
+STUCK = [
+    {"guided_json": {"type": "integer", "multipleOf": 999_983}},
+    {"guided_json": {"type": "integer", "multipleOf": 99_999_989}},
+    {"guided_json": {"allOf": [{"type": "string", "pattern": "(a|b)*a(a|b){%d}b" % (i + 10)} for i in range(20)]}},
+    {"guided_grammar": "start: A\nA: " + " & ".join("/(a|b)*a(a|b){%d}.*/" % i for i in range(10, 60))},
+    {"ebnf": "\n".join(["root ::= " + "root b0 " * 4000 + '| "a"', *(f"b{i} ::= b{i + 1} b{i + 1}" for i in range(14)), 'b14 ::= "abcd"'])},
+]
+
+
+@pytest.mark.parametrize("form", STUCK, ids=lambda form: str(form)[:40])
+def test_a_form_that_would_take_for_ever_is_refused_and_stops_nobody(server, form):
+    status, reply, took = ask(server.port, CHAT, {"messages": HI, "max_tokens": 2} | form)
+    print(f"{1000 * took:8.1f} ms  {status}  {str(form)[:60]}")
+    assert status == 400 and json.loads(reply)["error"]["param"] and took < SOON_S
+    status, _, took = ask(server.port, CHAT, {"messages": HI, "max_tokens": 1})
+    assert status == 200 and took < SOON_S
