@@ -47,8 +47,7 @@ pub(super) fn check(text: &str) -> Result<(), Fault> {
             '/' if rest.starts_with("//") => line_len(rest),
             '"' => delimited(rest, '"').ok_or_else(|| Fault::at(place(), "a string does not end"))?,
             '/' => {
-                let len =
-                    delimited(rest, '/').ok_or_else(|| Fault::at(place(), "a regex does not end"))?;
+                let len = delimited(rest, '/').ok_or_else(|| Fault::at(place(), "a regex does not end"))?;
                 regex::check(&rest[1..len - 1]).map_err(|f| Fault::at(place(), f.reason))?;
                 len
             }

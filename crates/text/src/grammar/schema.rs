@@ -379,9 +379,7 @@ impl Reader {
             return Err(fault(at, reason));
         };
         let merges = map.keys().any(|key| {
-            LIST.contains(&key.as_str())
-                || ONE.contains(&key.as_str())
-                || MERGED.contains(&key.as_str())
+            LIST.contains(&key.as_str()) || ONE.contains(&key.as_str()) || MERGED.contains(&key.as_str())
         });
         let unescaped = percent_decoded(pointer).ok_or_else(|| fault(at, "`$ref` is not a JSON pointer"))?;
         self.nodes[node].reference = Some(unescaped);

@@ -272,7 +272,9 @@ fn grammar_bombs() {
             assert_eq!(error.place.as_deref(), place, "{name}: {error}");
         }
     }
-    for grammar in ["start: A\nA: /[a-z]+/ & ~/end/\n", "start: A\nA: /[a-z]+/ & /.{3,5}/\n", "start: \"a\" ~ 3\n"] {
+    for grammar in
+        ["start: A\nA: /[a-z]+/ & ~/end/\n", "start: A\nA: /[a-z]+/ & /.{3,5}/\n", "start: \"a\" ~ 3\n"]
+    {
         let rules = ReplyRules { format: Some(Format::Grammar(grammar.into())), ..ReplyRules::default() };
         println!("{grammar}: {:?}", world.grammars.constraint(&rules).err());
     }
