@@ -236,10 +236,11 @@ fn large_but_bounded() {
 fn doubling_gbnf() -> String {
     let mut text = String::from("root ::= \"x\"");
     for i in 0..1000 {
-        text.push_str(&format!(" | \"{i}\" d0 root \"z\""));
+        text += &[" | \"", &i.to_string(), "\" d0 root \"z\""].concat();
     }
     for i in 0..14 {
-        text.push_str(&format!("\nd{i} ::= d{} d{}", i + 1, i + 1));
+        let next = i + 1;
+        text += &["\nd", &i.to_string(), " ::= d", &next.to_string(), " d", &next.to_string()].concat();
     }
     text.push_str("\nd14 ::= [ab]\n");
     text
@@ -252,7 +253,7 @@ fn grammar_bombs() {
         let list: Vec<String> = (0..n).map(|i| format!("/(a|b)*a(a|b){{{}}}.*/", i + 10)).collect();
         format!("start: A\nA: {}\n", list.join(operator))
     };
-    let complements: String = (0..5).map(|i| format!("T{i}: ~/a+b{i}/\n")).collect();
+    let complements = (0..5).map(|i| format!("T{i}: ~/a+b{i}/\n")).collect::<Vec<String>>().concat();
     let lines = format!("start: A{}\n", " ".repeat(60_000));
     for (name, grammar, place) in [
         ("intersections", operands(50, " & "), Some("line 2")),
