@@ -5,6 +5,7 @@ mod emu;
 mod faulty;
 mod feed;
 mod golden;
+mod reply;
 pub mod server;
 mod tiny;
 
@@ -12,4 +13,5 @@ pub use emu::{emulated, gpu};
 pub use faulty::{Faulty, Fuse};
 pub use feed::{Feed, Feeder, Load, teacher_force, teacher_force_stages};
 pub use golden::{Gap, Golden, goldens_dir};
+pub use reply::{Reply, collect};
 pub use tiny::{Tiny, tiny_dir};

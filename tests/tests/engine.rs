@@ -7,8 +7,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use r1_core::{Allowed, ConstraintError, FinishReason, SamplingParams, TokenConstraint, TokenId};
-use r1_engine::{EngineError, Event, Handle, Request, Status, SubmitError, TokenLogprobs};
-use r1_tests::Tiny;
+use r1_engine::{EngineError, Event, Handle, Request, Status, SubmitError};
+use r1_tests::{Reply, Tiny, collect};
 
 const EOS: TokenId = TokenId(1);
 
@@ -23,23 +23,6 @@ fn prompt() -> Vec<TokenId> {
 
 fn request(params: SamplingParams) -> Request {
     Request::new(prompt(), params)
-}
-
-type Reply = (Vec<TokenId>, Vec<Option<TokenLogprobs>>, Result<FinishReason, EngineError>);
-
-fn collect(mut generation: r1_engine::Generation) -> Reply {
-    let (mut tokens, mut logprobs) = (Vec::new(), Vec::new());
-    loop {
-        match generation.next_blocking().expect("an end") {
-            Event::Scheduled { .. } | Event::PromptLogprobs(_) => {}
-            Event::Token { token, logprobs: of_token } => {
-                tokens.push(token);
-                logprobs.push(of_token);
-            }
-            Event::Finished(reason) => return (tokens, logprobs, Ok(reason)),
-            Event::Failed(error) => return (tokens, logprobs, Err(error)),
-        }
-    }
 }
 
 fn run(engine: &Handle, params: SamplingParams) -> Reply {
