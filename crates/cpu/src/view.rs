@@ -8,6 +8,7 @@ use r1_core::DType;
 
 use crate::Cpu;
 use crate::buffer::{ReadGuard, WriteGuard, WriteRefused};
+use crate::scratch::Floats;
 use crate::simd::{F8, Simd, slice};
 
 /// Panics unless the tensor lies inside its memory and is aligned: kernels rely on it.
@@ -319,6 +320,21 @@ pub(crate) struct MatMut<'a> {
 unsafe impl Send for MatMut<'_> {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for MatMut<'_> {}
+
+impl<'a> MatMut<'a> {
+    /// Dense rows of F32 or BF16 in working memory.
+    pub(crate) fn scratch(room: &'a mut Floats, dtype: DType, rows: usize, cols: usize) -> Self {
+        let floats = (rows * cols * dtype.size_bytes()).div_ceil(size_of::<f32>());
+        let ptr = room.get(floats).as_mut_ptr().cast();
+        Self { ptr, dtype, rows, cols, stride: cols, life: PhantomData }
+    }
+
+    /// The same rows for reading, once nobody writes them any more.
+    pub(crate) fn readable(self) -> Mat<'a> {
+        let Self { ptr, dtype, rows, cols, stride, life: _ } = self;
+        Mat { ptr, dtype, rows, cols, stride, life: PhantomData }
+    }
+}
 
 impl MatMut<'_> {
     fn place(&self, i: usize, col: usize, len: usize) -> *mut u8 {

@@ -3,6 +3,7 @@
 
 mod combine;
 mod dot;
+mod pair_dot;
 
 use r1_backend::Weight;
 use r1_core::DType;
@@ -81,6 +82,15 @@ impl<'a> WeightRows<'a> {
     /// F32 rows that were widened already.
     pub(crate) fn from_f32(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
         Self { data: Mat::from_f32(values, rows, cols, stride), scales: None }
+    }
+
+    /// Whether BF16 inputs can meet it in pairs.
+    pub(crate) fn has_pairs(&self) -> bool {
+        match self.data.dtype {
+            DType::BF16 => self.scales.is_none(),
+            DType::F8E4M3 => true,
+            DType::F32 | DType::F16 | DType::U32 => false,
+        }
     }
 }
 
