@@ -8,7 +8,6 @@ use r1_core::DType;
 
 use crate::Cpu;
 use crate::buffer::{ReadGuard, WriteGuard, WriteRefused};
-use crate::scratch::Floats;
 use crate::simd::{F8, Simd, slice};
 
 /// Panics unless the tensor lies inside its memory and is aligned: kernels rely on it.
@@ -165,6 +164,11 @@ impl<'a> Mat<'a> {
         Self { ptr: values.as_ptr().cast(), dtype: DType::F32, rows, cols, stride, life: PhantomData }
     }
 
+    /// No rows.
+    pub(crate) fn empty(dtype: DType, cols: usize) -> Self {
+        Self { ptr: std::ptr::dangling(), dtype, rows: 0, cols, stride: cols, life: PhantomData }
+    }
+
     /// Where row `i` begins.
     pub(crate) fn row(&self, i: usize) -> *const u8 {
         assert!(i < self.rows, "row {i} of {}", self.rows);
@@ -190,6 +194,13 @@ impl<'a> Mat<'a> {
         assert_eq!(self.dtype, DType::F32, "rows are not F32");
         // SAFETY: the row exists, is aligned, and nobody writes it during 'a.
         unsafe { std::slice::from_raw_parts(self.row(i).cast(), self.cols) }
+    }
+
+    /// Columns `range`.
+    pub(crate) fn columns(&self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.cols, "columns {range:?} of {}", self.cols);
+        let ptr = self.ptr.wrapping_add(range.start * self.dtype.size_bytes());
+        Self { ptr, cols: range.len(), ..*self }
     }
 
     /// Columns `col..col + dst.len()` of row `i`, widened.
@@ -323,10 +334,24 @@ unsafe impl Sync for MatMut<'_> {}
 
 impl<'a> MatMut<'a> {
     /// Dense rows of F32 or BF16 in working memory.
-    pub(crate) fn scratch(room: &'a mut Floats, dtype: DType, rows: usize, cols: usize) -> Self {
-        let floats = (rows * cols * dtype.size_bytes()).div_ceil(size_of::<f32>());
-        let ptr = room.get(floats).as_mut_ptr().cast();
-        Self { ptr, dtype, rows, cols, stride: cols, life: PhantomData }
+    pub(crate) fn scratch(room: &'a mut [f32], dtype: DType, rows: usize, cols: usize) -> Self {
+        assert!(
+            rows * cols * dtype.size_bytes() <= size_of_val(room),
+            "{rows} rows of {cols} past their room"
+        );
+        Self { ptr: room.as_mut_ptr().cast(), dtype, rows, cols, stride: cols, life: PhantomData }
+    }
+
+    /// Copies columns `col..col + src.cols` of row `i` from row `row` of `src`, which has the same element type.
+    ///
+    /// # Safety
+    /// No other task touches them at the same time.
+    #[inline(always)]
+    pub(crate) unsafe fn copy(&self, i: usize, col: usize, src: Mat<'_>, row: usize) {
+        assert_eq!(self.dtype, src.dtype, "copies between element types");
+        let (from, to) = (src.row(row), self.place(i, col, src.cols));
+        // SAFETY: both lie inside their memory; the caller has this place alone, so they are apart.
+        unsafe { std::ptr::copy_nonoverlapping(from, to, src.cols * src.dtype.size_bytes()) };
     }
 
     /// The same rows for reading, once nobody writes them any more.

@@ -65,7 +65,8 @@ impl TileSize {
     /// Floats of `tile` for `rows` weight rows and any number of tokens.
     pub(crate) fn floats(w: &WeightRows<'_>, rows: usize, tokens: usize) -> usize {
         // The last tile of a block of tokens may be narrower than its room.
-        let f32s = TILE_ROWS * widened_row(w) + rows * (tokens.min(TOKEN_BLOCK) + MAX_TILE_TOKENS) * MAX_LANES;
+        let f32s =
+            TILE_ROWS * widened_row(w) + rows * (tokens.min(TOKEN_BLOCK) + MAX_TILE_TOKENS) * MAX_LANES;
         f32s.max(pair_dot::scratch_floats(w, rows, tokens))
     }
 }

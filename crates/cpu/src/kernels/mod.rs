@@ -3,6 +3,7 @@
 
 mod combine;
 mod dot;
+mod pair_combine;
 mod pair_dot;
 
 use r1_backend::Weight;
@@ -13,6 +14,7 @@ use crate::view::{In, Mat};
 
 pub(crate) use combine::Combine;
 pub(crate) use dot::{MatMul, TileSize, XRows};
+pub(crate) use pair_combine::{InColumns, PairCombine};
 
 /// Runs `$body` with `$E` bound to the element type of `$dtype`.
 macro_rules! with_elem {

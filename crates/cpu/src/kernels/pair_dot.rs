@@ -30,7 +30,8 @@ const SPAN: usize = 1024;
 /// Floats of scratch for `rows` weight rows and any number of tokens.
 pub(super) fn scratch_floats(w: &WeightRows<'_>, rows: usize, tokens: usize) -> usize {
     let widened = if w.data.dtype == DType::BF16 { 0 } else { SCALED_ROWS * widened_row(w) / 2 };
-    let partial = if w.data.cols > span_of(w) { rows * (tokens.min(TOKEN_BLOCK) + TOKENS) * MAX_LANES } else { 0 };
+    let partial =
+        if w.data.cols > span_of(w) { rows * (tokens.min(TOKEN_BLOCK) + TOKENS) * MAX_LANES } else { 0 };
     widened + partial
 }
 

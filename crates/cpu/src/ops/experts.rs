@@ -105,7 +105,8 @@ pub(crate) fn experts(
         if pairs.active.is_empty() {
             continue;
         }
-        let hidden = MatMut::scratch(hidden_room, hidden_dtype, pairs.token.len(), width);
+        let room = hidden_room.get(pairs.token.len() * width);
+        let hidden = MatMut::scratch(room, hidden_dtype, pairs.token.len(), width);
         gate_up(cpu, pool, experts, pairs, x, hidden);
         down(cpu, pool, experts, pairs, hidden.readable(), tokens, weights, out);
     }
@@ -113,7 +114,9 @@ pub(crate) fn experts(
 
 fn all_have_pairs(experts: &Experts<Cpu>) -> bool {
     experts.local.iter().all(|expert| {
-        [&expert.gate, &expert.up, &expert.down].iter().all(|w| WeightIn::new(OP, "experts", w).rows().has_pairs())
+        [&expert.gate, &expert.up, &expert.down]
+            .iter()
+            .all(|w| WeightIn::new(OP, "experts", w).rows().has_pairs())
     })
 }
 

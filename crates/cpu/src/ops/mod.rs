@@ -16,6 +16,7 @@ pub(crate) mod route;
 pub(crate) mod rows;
 pub(crate) mod sample;
 mod softmax;
+mod tile;
 
 use std::ops::Range;
 

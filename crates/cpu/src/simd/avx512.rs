@@ -50,9 +50,7 @@ impl<const PAIRS: bool> Simd for Avx512<PAIRS> {
         fn go<K: Kernel>(kernel: K, s: Avx512<false>) {
             kernel.run(s);
         }
-        #[target_feature(
-            enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c"
-        )]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c")]
         #[inline(never)]
         fn go_pairs<K: Kernel>(kernel: K, s: Avx512<true>) {
             kernel.run(s);

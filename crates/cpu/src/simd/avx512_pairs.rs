@@ -3,9 +3,9 @@
 #[allow(clippy::wildcard_imports)] // every second line is an instruction
 use std::arch::x86_64::*;
 
+use super::Avx512;
 use super::avx512::has;
 use super::pairs::{ByteTable, PairKernel, Pairs};
-use super::Avx512;
 
 /// Upper and lower bytes of 128 numbers, each in two registers.
 #[derive(Clone, Copy)]
@@ -42,9 +42,7 @@ impl Pairs for Avx512<true> {
 
     #[inline(always)]
     fn call_pairs<K: PairKernel>(self, kernel: K) {
-        #[target_feature(
-            enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c"
-        )]
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c")]
         #[inline(never)]
         fn go<K: PairKernel>(kernel: K, s: Avx512<true>) {
             kernel.run(s);
@@ -79,18 +77,9 @@ impl Pairs for Avx512<true> {
     fn sum4(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
         has!({
             // Halves of a register, then quarters, of two and of all four at once.
-            let ab = _mm512_add_ps(
-                _mm512_shuffle_f32x4::<0x44>(a, b),
-                _mm512_shuffle_f32x4::<0xee>(a, b),
-            );
-            let cd = _mm512_add_ps(
-                _mm512_shuffle_f32x4::<0x44>(c, d),
-                _mm512_shuffle_f32x4::<0xee>(c, d),
-            );
-            let v = _mm512_add_ps(
-                _mm512_shuffle_f32x4::<0x88>(ab, cd),
-                _mm512_shuffle_f32x4::<0xdd>(ab, cd),
-            );
+            let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+            let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d));
+            let v = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd));
             let v = _mm512_add_ps(v, _mm512_permute_ps::<0x4e>(v));
             let v = _mm512_add_ps(v, _mm512_permute_ps::<0xb1>(v));
             let firsts = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);

@@ -88,8 +88,6 @@ impl ByteTable {
 pub(crate) trait Codes: Copy + 'static {
     /// Numbers per load.
     const STEP_VECTORS: usize;
-    /// Nothing to widen: the numbers can be used where they lie.
-    const IS_BF16: bool;
     /// What is looked up.
     const TABLE: ByteTable;
 
@@ -106,7 +104,6 @@ pub(crate) trait Codes: Copy + 'static {
 
 impl Codes for bf16 {
     const STEP_VECTORS: usize = 1;
-    const IS_BF16: bool = true;
     const TABLE: ByteTable = ByteTable { high: [0; 128], low: [0; 128] };
 
     #[inline(always)]
@@ -136,7 +133,6 @@ const fn e4m3_magnitudes() -> [f32; 128] {
 
 impl Codes for F8 {
     const STEP_VECTORS: usize = 2;
-    const IS_BF16: bool = false;
     const TABLE: ByteTable = ByteTable::new(e4m3_magnitudes());
 
     #[inline(always)]
