@@ -4,35 +4,43 @@
 //! by themselves, scaled, then added. Both inner loops add in this order, so here too an output's bits depend on neither the
 //! number of tokens nor the rows that a task was given.
 //!
-//! BF16 weights are multiplied where they lie. Codes are widened in registers for few tokens, and into L1 for many. Tiles keep
-//! spans of weight rows in L1, which the tokens of a block stream past from L2.
+//! Few tokens: rows of the weight go through registers in the order of memory, once, widened there. Many: spans of weight rows
+//! are kept in L1, widened if they are codes, and the tokens of a block stream past them from L2.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
+use half::bf16;
 use r1_core::DType;
 
 use super::{WeightRows, XRows};
 use crate::simd::{Codes, F8, MAX_LANES, PairKernel, Pairs};
 
+/// Up to so many tokens the weight streams through registers.
+const STREAMED_TOKENS: usize = 8;
 /// Weight rows of a register tile without scales: 24 sums for 8 weights and 3 inputs loaded.
 const ROWS: usize = 8;
 /// Weight rows of a register tile with scales, which needs twice the sums.
 const SCALED_ROWS: usize = 4;
 /// Tokens of a register tile.
 const TOKENS: usize = 3;
-/// Up to so many tokens codes are widened in registers for each of them.
-const STREAMED_TOKENS: usize = 2;
 /// Tokens that share one pass over the weight rows of a task; a multiple of `TOKENS`.
 const TOKEN_BLOCK: usize = 96;
-/// Columns of K per pass, where there is more than one tile of tokens: eight rows of it are half of a 32 KiB L1.
+/// Columns of K per pass: eight rows of it are half of a 32 KiB L1.
 const SPAN: usize = 1024;
+/// Numbers between rows in L1 beyond a span: rows a power of two apart would fall into the same few sets of the cache.
+const PADDING: usize = 32;
+/// Bytes between rows of which a cache of 32 KiB holds no eight.
+const SET_STRIDE: usize = 4096;
 
 /// Floats of scratch for `rows` weight rows and any number of tokens.
 pub(super) fn scratch_floats(w: &WeightRows<'_>, rows: usize, tokens: usize) -> usize {
-    let widened = if w.data.dtype == DType::BF16 { 0 } else { SCALED_ROWS * widened_row(w) / 2 };
+    if tokens <= STREAMED_TOKENS {
+        return 0;
+    }
     let partial =
         if w.data.cols > span_of(w) { rows * (tokens.min(TOKEN_BLOCK) + TOKENS) * MAX_LANES } else { 0 };
-    widened + partial
+    ROWS * near_row(w) / 2 + partial
 }
 
 /// Columns per pass, whole blocks of scales.
@@ -40,9 +48,9 @@ fn span_of(w: &WeightRows<'_>) -> usize {
     w.scales.map_or(SPAN, |scales| (SPAN / scales.block[1]).max(1) * scales.block[1])
 }
 
-/// Numbers between widened rows.
-fn widened_row(w: &WeightRows<'_>) -> usize {
-    span_of(w).min(w.data.cols).next_multiple_of(2 * MAX_LANES)
+/// Numbers between rows that were brought into L1.
+fn near_row(w: &WeightRows<'_>) -> usize {
+    span_of(w).min(w.data.cols).next_multiple_of(2 * MAX_LANES) + PADDING
 }
 
 /// `y[t * ldy + n - rows.start] = x[t] · w[n]` for the weight rows `rows`. Sizes were checked by [`MatMul`](super::MatMul).
@@ -60,9 +68,9 @@ impl PairKernel for PairMul<'_> {
     #[inline(always)]
     fn run<S: Pairs>(self, s: S) {
         match (self.w.data.dtype, self.w.scales.is_some()) {
-            (DType::BF16, false) => self.in_place(s),
-            (DType::F8E4M3, true) => self.codes::<S, F8, true>(s),
-            (DType::F8E4M3, false) => self.codes::<S, F8, false>(s),
+            (DType::BF16, false) => self.typed::<S, bf16, false>(s),
+            (DType::F8E4M3, true) => self.typed::<S, F8, true>(s),
+            (DType::F8E4M3, false) => self.typed::<S, F8, false>(s),
             (dtype, _) => panic!("weights {dtype} that pairs are not made for"),
         }
     }
@@ -86,11 +94,6 @@ impl PairMul<'_> {
         })
     }
 
-    #[inline(always)]
-    fn scales<const R: usize>(&self, n: usize, col: usize) -> [*const f32; R] {
-        std::array::from_fn(|r| self.w.scales.map_or(std::ptr::null(), |scales| scales.row_from(n + r, col)))
-    }
-
     /// The end of the pass that begins at column `k0`.
     fn pass_end(&self, k0: usize) -> usize {
         let span = span_of(&self.w);
@@ -106,70 +109,34 @@ impl PairMul<'_> {
     }
 
     #[inline(always)]
-    fn in_place<S: Pairs>(mut self, s: S) {
-        let (k, tokens) = (self.w.data.cols, self.x.len());
-        if k == 0 {
-            return self.zero();
-        }
-        let totals = std::mem::take(&mut self.tile);
-        // One tile of tokens reads everything once, so there is nothing to keep in L1.
-        let one_pass = tokens <= TOKENS;
-        let mut t0 = 0;
-        while t0 < tokens {
-            let block = t0..(t0 + TOKEN_BLOCK).min(tokens);
-            let mut k0 = 0;
-            while k0 < k {
-                let cols = k0..if one_pass { k } else { self.pass_end(k0) };
-                let mut n = self.rows.start;
-                while n + ROWS <= self.rows.end {
-                    self.place_rows::<S, ROWS>(s, n, &block, &cols, totals);
-                    n += ROWS;
-                }
-                while n < self.rows.end {
-                    self.place_rows::<S, 1>(s, n, &block, &cols, totals);
-                    n += 1;
-                }
-                k0 = cols.end;
-            }
-            t0 = block.end;
+    fn typed<S: Pairs, E: Codes, const SCALED: bool>(mut self, s: S) {
+        if self.w.data.cols == 0 {
+            self.zero();
+        } else if self.x.len() <= STREAMED_TOKENS {
+            self.streamed::<S, E, SCALED>(s);
+        } else {
+            self.blocked::<S, E, SCALED>(s);
         }
     }
 
     #[inline(always)]
-    fn place_rows<S: Pairs, const R: usize>(
-        &mut self,
-        s: S,
-        n: usize,
-        tokens: &Range<usize>,
-        cols: &Range<usize>,
-        totals: &mut [f32],
-    ) {
-        let w = std::array::from_fn(|r| self.w.data.row(n + r).cast::<u16>().wrapping_add(cols.start));
-        // What a few tokens make of a row takes less time than fetching the next, so that is asked for meanwhile.
-        let ahead = if tokens.len() <= TOKENS { R * self.w.data.stride } else { 0 };
-        self.token_tiles::<S, R, false>(s, n, tokens, cols, w, ahead, totals);
+    fn streamed<S: Pairs, E: Codes, const SCALED: bool>(self, s: S) {
+        macro_rules! stream {
+            ($($tokens:literal)*) => {
+                match self.x.len() {
+                    $($tokens => s.call_pairs(Stream::<E, $tokens, SCALED> { mul: self, codes: PhantomData }),)*
+                    tokens => unreachable!("{tokens} tokens do not stream"),
+                }
+            };
+        }
+        stream!(1 2 3 4 5 6 7 8);
     }
 
     #[inline(always)]
-    fn codes<S: Pairs, E: Codes, const SCALED: bool>(mut self, s: S) {
+    fn blocked<S: Pairs, E: Codes, const SCALED: bool>(mut self, s: S) {
         let (k, tokens) = (self.w.data.cols, self.x.len());
-        if k == 0 {
-            return self.zero();
-        }
-        if tokens <= STREAMED_TOKENS {
-            let mut n = self.rows.start;
-            while n + SCALED_ROWS <= self.rows.end {
-                self.stream_rows::<S, E, SCALED_ROWS, SCALED>(s, n);
-                n += SCALED_ROWS;
-            }
-            while n < self.rows.end {
-                self.stream_rows::<S, E, 1, SCALED>(s, n);
-                n += 1;
-            }
-            return;
-        }
         let tile = std::mem::take(&mut self.tile);
-        let (widened, totals) = tile.split_at_mut(SCALED_ROWS * widened_row(&self.w) / 2);
+        let (near, totals) = tile.split_at_mut(ROWS * near_row(&self.w) / 2);
         let mut t0 = 0;
         while t0 < tokens {
             let block = t0..(t0 + TOKEN_BLOCK).min(tokens);
@@ -177,12 +144,18 @@ impl PairMul<'_> {
             while k0 < k {
                 let cols = k0..self.pass_end(k0);
                 let mut n = self.rows.start;
+                if !SCALED {
+                    while n + ROWS <= self.rows.end {
+                        self.block::<S, E, ROWS, false>(s, n, &block, &cols, near, totals);
+                        n += ROWS;
+                    }
+                }
                 while n + SCALED_ROWS <= self.rows.end {
-                    self.widened_rows::<S, E, SCALED_ROWS, SCALED>(s, n, &block, &cols, widened, totals);
+                    self.block::<S, E, SCALED_ROWS, SCALED>(s, n, &block, &cols, near, totals);
                     n += SCALED_ROWS;
                 }
                 while n < self.rows.end {
-                    self.widened_rows::<S, E, 1, SCALED>(s, n, &block, &cols, widened, totals);
+                    self.block::<S, E, 1, SCALED>(s, n, &block, &cols, near, totals);
                     n += 1;
                 }
                 k0 = cols.end;
@@ -191,108 +164,62 @@ impl PairMul<'_> {
         }
     }
 
-    #[inline(always)]
-    fn stream_rows<S: Pairs, E: Codes, const R: usize, const SCALED: bool>(&mut self, s: S, n: usize) {
-        if self.x.len() == 1 {
-            self.stream_tile::<S, E, R, 1, SCALED>(s, n);
-        } else {
-            self.stream_tile::<S, E, R, 2, SCALED>(s, n);
-        }
-    }
-
-    #[inline(always)]
-    fn stream_tile<S: Pairs, E: Codes, const R: usize, const T: usize, const SCALED: bool>(
-        &mut self,
-        s: S,
-        n: usize,
-    ) {
-        let columns = self.columns(&(0..self.w.data.cols));
-        let w = std::array::from_fn(|r| self.w.data.row(n + r).cast::<E>());
-        let x = std::array::from_fn(|t| self.x.row::<u16>(t));
-        let scales = self.scales::<R>(n, 0);
-        let ahead = R * self.w.data.stride;
-        let y = self.outputs::<R, T>(n, 0);
-        s.call_pairs(Stream::<E, R, T, SCALED> { w, x, scales, columns, ahead, y, ldy: self.ldy });
-    }
-
-    /// Where the outputs of a tile go.
-    fn outputs<const R: usize, const T: usize>(&mut self, n: usize, t: usize) -> *mut f32 {
-        let first = t * self.ldy + n - self.rows.start;
-        assert!(first + (T - 1) * self.ldy + R <= self.y.len(), "outputs past their slice");
-        // SAFETY: checked above.
-        unsafe { self.y.as_mut_ptr().add(first) }
-    }
-
-    #[inline(always)]
-    fn widened_rows<S: Pairs, E: Codes, const R: usize, const SCALED: bool>(
-        &mut self,
-        s: S,
-        n: usize,
-        tokens: &Range<usize>,
-        cols: &Range<usize>,
-        widened: &mut [f32],
-        totals: &mut [f32],
-    ) {
-        let ld = widened.len() / SCALED_ROWS;
-        let mut w = [std::ptr::null::<u16>(); R];
-        for (r, w) in w.iter_mut().enumerate() {
-            // SAFETY: row `n + r` exists and has the columns.
-            let row = unsafe { self.w.data.row(n + r).cast::<E>().add(cols.start) };
-            let dst = &mut widened[r * ld..][..ld];
-            assert!(cols.len() <= 2 * dst.len(), "a widened row past its room");
-            *w = dst.as_ptr().cast();
-            s.call_pairs(Widen { src: row, len: cols.len(), dst: dst.as_mut_ptr().cast() });
-        }
-        self.token_tiles::<S, R, SCALED>(s, n, tokens, cols, w, 0, totals);
-    }
-
     /// All tokens of a block past `R` weight rows.
     #[inline(always)]
-    fn token_tiles<S: Pairs, const R: usize, const SCALED: bool>(
+    fn block<S: Pairs, E: Codes, const R: usize, const SCALED: bool>(
         &mut self,
         s: S,
         n: usize,
         tokens: &Range<usize>,
         cols: &Range<usize>,
-        w: [*const u16; R],
-        ahead: usize,
+        near: &mut [f32],
         totals: &mut [f32],
     ) {
-        // The partial sums of a tile lie together; where one pass sees all of K there are none.
-        let whole = cols.start == 0 && cols.end == self.w.data.cols;
-        let tiles = tokens.len().next_multiple_of(TOKENS);
-        let totals = if whole { totals } else { &mut totals[(n - self.rows.start) * tiles * S::LANES..] };
-        let tile_len = if whole { 0 } else { R * TOKENS * S::LANES };
-        let mut t = tokens.start;
-        while t < tokens.end {
-            let first = (t - tokens.start) / TOKENS * tile_len;
-            let total = &mut totals[first..first + tile_len];
-            match tokens.end - t {
-                1 => self.tile::<S, R, 1, SCALED>(s, n, t, cols, w, ahead, total),
-                2 => self.tile::<S, R, 2, SCALED>(s, n, t, cols, w, ahead, total),
-                _ => self.tile::<S, R, TOKENS, SCALED>(s, n, t, cols, w, ahead, total),
+        let ld = near_row(&self.w);
+        assert!(cols.len().next_multiple_of(S::PAIR_LANES) <= ld && R * ld <= 2 * near.len(), "rows past their room");
+        let near = near.as_mut_ptr().cast::<u16>();
+        let mut w = [std::ptr::null::<u16>(); R];
+        let in_place = E::STEP_VECTORS == 1 && !(self.w.data.stride * size_of::<E>()).is_multiple_of(SET_STRIDE);
+        for (r, w) in w.iter_mut().enumerate() {
+            let row = self.w.data.row(n + r).cast::<E>().wrapping_add(cols.start);
+            if in_place {
+                *w = row.cast();
+            } else {
+                let dst = near.wrapping_add(r * ld);
+                *w = dst;
+                s.call_pairs(Widen { src: row, len: cols.len(), dst });
             }
-            t += TOKENS;
         }
-    }
-
-    #[inline(always)]
-    fn tile<S: Pairs, const R: usize, const T: usize, const SCALED: bool>(
-        &mut self,
-        s: S,
-        n: usize,
-        t: usize,
-        cols: &Range<usize>,
-        w: [*const u16; R],
-        ahead: usize,
-        total: &mut [f32],
-    ) {
-        let x = std::array::from_fn(|i| self.x.row::<u16>(t + i).wrapping_add(cols.start));
-        let (scales, columns) = (self.scales::<R>(n, cols.start), self.columns(cols));
+        // What follows this group of rows is asked for while the tokens pass.
+        let next = self.w.data.row(n).wrapping_add(R * self.w.data.stride * size_of::<E>());
+        let next_len = if tokens.start == 0 { R * self.w.data.stride * size_of::<E>() } else { 0 };
+        // The partial sums of a group of rows lie together; where one pass sees all of K there are none.
         let (first, last) = (cols.start == 0, cols.end == self.w.data.cols);
-        assert!((first && last) || total.len() >= R * T * S::LANES, "no room for partial sums");
-        let (y, ldy, total) = (self.outputs::<R, T>(n, t), self.ldy, total.as_mut_ptr());
-        s.call_pairs(Tile::<R, T, SCALED> { w, x, scales, columns, ahead, first, last, total, y, ldy });
+        let room = tokens.len().next_multiple_of(TOKENS) * S::LANES;
+        let total = if first && last {
+            std::ptr::null_mut()
+        } else {
+            totals[(n - self.rows.start) * room..][..R * room].as_mut_ptr()
+        };
+        let out = tokens.start * self.ldy + n - self.rows.start;
+        assert!(out + (tokens.len() - 1) * self.ldy + R <= self.y.len(), "outputs past their slice");
+        s.call_pairs(Block::<R, SCALED> {
+            w,
+            x: self.x,
+            tokens: tokens.clone(),
+            col: cols.start,
+            scales: std::array::from_fn(|r| {
+                self.w.scales.map_or(std::ptr::null(), |scales| scales.row_from(n + r, cols.start))
+            }),
+            columns: self.columns(cols),
+            next,
+            next_len,
+            first,
+            last,
+            total,
+            y: self.y[out..].as_mut_ptr(),
+            ldy: self.ldy,
+        });
     }
 }
 
@@ -313,34 +240,37 @@ impl<E: Codes> PairKernel for Widen<E> {
         unsafe {
             while i + step <= self.len {
                 let v = E::load(s, table, self.src.add(i));
-                for (j, &v) in v.iter().enumerate().take(E::STEP_VECTORS) {
-                    s.store_pairs(self.dst.add(i + j * S::PAIR_LANES), v);
+                for j in 0..E::STEP_VECTORS {
+                    s.store_pairs(self.dst.add(i + j * S::PAIR_LANES), v[j]);
                 }
                 i += step;
             }
             if i < self.len {
                 let v = E::load_n(s, table, self.src.add(i), self.len - i);
-                for (j, &v) in v.iter().enumerate().take((self.len - i).div_ceil(S::PAIR_LANES)) {
-                    s.store_pairs(self.dst.add(i + j * S::PAIR_LANES), v);
+                for j in 0..(self.len - i).div_ceil(S::PAIR_LANES) {
+                    s.store_pairs(self.dst.add(i + j * S::PAIR_LANES), v[j]);
                 }
             }
         }
     }
 }
 
-/// `total[r][t] += Σ_k w[r][k] x[t][k]`, by lanes; with `SCALED`, each block's sum times its scale. After the last pass the lanes
-/// are summed and go to `y[t * ldy + r]`.
+/// `R` weight rows, BF16 and near, with a block of tokens: `total[t][r] += Σ_k w[r][k] x[t][k]`, by lanes; with `SCALED`, each
+/// block's sum times its scale. After the last pass the lanes are summed and go to `y[t * ldy + r]`.
 ///
-/// Called, not inlined: alone in its function it gets all registers. Whoever makes one promises that `columns.len` numbers
-/// can be read at every `w` and `x`, a scale per block at every `scales` if `SCALED`, that `R * T` vectors can be read and written
-/// at `total` unless the pass is first and last, and that the outputs can be written.
-struct Tile<const R: usize, const T: usize, const SCALED: bool> {
+/// Whoever makes one promises that `columns.len` numbers can be read at every `w` and from column `col` of every token, a scale
+/// per block at every `scales` if `SCALED`, that `R` vectors per token, tokens rounded up to whole tiles, can be read and
+/// written at `total` unless the pass is first and last, and that the outputs can be written.
+struct Block<'a, const R: usize, const SCALED: bool> {
     w: [*const u16; R],
-    x: [*const u16; T],
+    x: XRows<'a>,
+    tokens: Range<usize>,
+    col: usize,
     scales: [*const f32; R],
     columns: Columns,
-    /// How far on, in numbers, the rows lie that are asked for meanwhile; 0: nowhere.
-    ahead: usize,
+    /// Bytes that will be wanted next.
+    next: *const u8,
+    next_len: usize,
     first: bool,
     last: bool,
     total: *mut f32,
@@ -348,16 +278,45 @@ struct Tile<const R: usize, const T: usize, const SCALED: bool> {
     ldy: usize,
 }
 
-impl<const R: usize, const T: usize, const SCALED: bool> PairKernel for Tile<R, T, SCALED> {
+impl<const R: usize, const SCALED: bool> PairKernel for Block<'_, R, SCALED> {
     #[inline(always)]
     fn run<S: Pairs>(self, s: S) {
-        let Self { w, x, columns, .. } = self;
+        let tiles = self.tokens.len().div_ceil(TOKENS);
+        let ask = self.next_len.div_ceil(tiles).next_multiple_of(64);
+        let mut t = self.tokens.start;
+        let mut tile = 0;
+        while t < self.tokens.end {
+            let mut line = 0;
+            while line < ask {
+                s.prefetch(self.next.wrapping_add(tile * ask + line));
+                line += 64;
+            }
+            match self.tokens.end - t {
+                1 => self.tile::<S, 1>(s, t),
+                2 => self.tile::<S, 2>(s, t),
+                _ => self.tile::<S, TOKENS>(s, t),
+            }
+            t += TOKENS;
+            tile += 1;
+        }
+    }
+}
+
+impl<const R: usize, const SCALED: bool> Block<'_, R, SCALED> {
+    #[inline(always)]
+    fn tile<S: Pairs, const T: usize>(&self, s: S, t: usize) {
+        let mut x = [std::ptr::null::<u16>(); T];
+        for i in 0..T {
+            x[i] = self.x.row::<u16>(t + i).wrapping_add(self.col);
+        }
+        let (w, columns) = (self.w, self.columns);
+        let sums = self.total.wrapping_add((t - self.tokens.start) * R * S::LANES);
         let mut total = [[s.zero(); T]; R];
         if !self.first {
             for r in 0..R {
                 for t in 0..T {
-                    // SAFETY: `total` has `R * T` vectors.
-                    total[r][t] = unsafe { s.load(self.total.add((r * T + t) * S::LANES)) };
+                    // SAFETY: `total` has `R` vectors per token.
+                    total[r][t] = unsafe { s.load(sums.add((r * T + t) * S::LANES)) };
                 }
             }
         }
@@ -375,11 +334,6 @@ impl<const R: usize, const T: usize, const SCALED: bool> PairKernel for Tile<R, 
                         let wv = s.load_pairs(w[r].add(i));
                         for t in 0..T {
                             acc[r][t] = s.dot(acc[r][t], wv, xv[t]);
-                        }
-                    }
-                    if self.ahead > 0 {
-                        for w in w {
-                            s.prefetch(w.wrapping_add(i + self.ahead).cast());
                         }
                     }
                     i += S::PAIR_LANES;
@@ -408,14 +362,14 @@ impl<const R: usize, const T: usize, const SCALED: bool> PairKernel for Tile<R, 
             block += 1;
             end = (end + columns.block).min(columns.len);
         }
-        // SAFETY: `total` has `R * T` vectors, and the outputs can be written.
+        // SAFETY: `total` has `R` vectors per token, and the outputs can be written.
         unsafe {
             if self.last {
-                finish::<S, R, T>(s, &total, self.y, self.ldy);
+                finish::<S, R, T>(s, &total, self.y.add((t - self.tokens.start) * self.ldy), self.ldy);
             } else {
                 for r in 0..R {
                     for t in 0..T {
-                        s.store(self.total.add((r * T + t) * S::LANES), total[r][t]);
+                        s.store(sums.add((r * T + t) * S::LANES), total[r][t]);
                     }
                 }
             }
@@ -452,71 +406,82 @@ unsafe fn finish<S: Pairs, const R: usize, const T: usize>(
     }
 }
 
-/// As [`Tile`] over all of K, of codes that are widened in registers.
-struct Stream<E, const R: usize, const T: usize, const SCALED: bool> {
-    w: [*const E; R],
-    x: [*const u16; T],
-    scales: [*const f32; R],
-    columns: Columns,
-    /// How far on, in codes, the rows lie that are asked for meanwhile.
-    ahead: usize,
-    y: *mut f32,
-    ldy: usize,
+/// All rows of a product with `T` tokens, one after the other, widened in registers: what is bound by memory reads it in order.
+struct Stream<'a, E, const T: usize, const SCALED: bool> {
+    mul: PairMul<'a>,
+    codes: PhantomData<E>,
 }
 
-impl<E: Codes, const R: usize, const T: usize, const SCALED: bool> PairKernel for Stream<E, R, T, SCALED> {
+impl<E: Codes, const T: usize, const SCALED: bool> PairKernel for Stream<'_, E, T, SCALED> {
     #[inline(always)]
     fn run<S: Pairs>(self, s: S) {
-        let Self { w, x, columns, .. } = self;
+        let Self { mul, .. } = self;
+        let columns = mul.columns(&(0..mul.w.data.cols));
+        let mut x = [std::ptr::null::<u16>(); T];
+        for t in 0..T {
+            x[t] = mul.x.row::<u16>(t);
+        }
         let table = s.table(&E::TABLE);
-        let step = E::STEP_VECTORS * S::PAIR_LANES;
-        let mut total = [[s.zero(); T]; R];
-        let (mut i, mut end, mut block) = (0, columns.first, 0);
+        for n in mul.rows.clone() {
+            let w = mul.w.data.row(n).cast::<E>();
+            let scales = mul.w.scales.map_or(std::ptr::null(), |scales| scales.row_from(n, 0));
+            // SAFETY: the row and the tokens have the columns, and blocks their scales.
+            let total = unsafe { row::<S, E, T, SCALED>(s, table, w, x, scales, columns) };
+            for t in 0..T {
+                mul.y[t * mul.ldy + n - mul.rows.start] = s.sum(total[t]);
+            }
+        }
+    }
+}
+
+/// A weight row with `T` tokens, by lanes.
+///
+/// # Safety
+/// `columns.len` codes can be read at `w` and as many numbers at every `x`, and a scale per block at `scales` if `SCALED`.
+#[inline(always)]
+unsafe fn row<S: Pairs, E: Codes, const T: usize, const SCALED: bool>(
+    s: S,
+    table: S::Table,
+    w: *const E,
+    x: [*const u16; T],
+    scales: *const f32,
+    columns: Columns,
+) -> [S::V; T] {
+    let step = E::STEP_VECTORS * S::PAIR_LANES;
+    let mut total = [s.zero(); T];
+    let (mut i, mut end, mut block) = (0, columns.first, 0);
+    // SAFETY: the caller's contract throughout: `i + step <= end <= len`; the ragged end reads what is left of the block.
+    unsafe {
         while i < columns.len {
-            let mut acc = if SCALED { [[s.zero(); T]; R] } else { total };
-            // SAFETY: `i + step <= end <= len`; the ragged end reads what is left of the block.
-            unsafe {
-                while i + step <= end {
-                    for r in 0..R {
-                        let wv = E::load(s, table, w[r].add(i));
-                        s.prefetch(w[r].wrapping_add(i + self.ahead).cast());
-                        for j in 0..E::STEP_VECTORS {
-                            for t in 0..T {
-                                let xv = s.load_pairs(x[t].add(i + j * S::PAIR_LANES));
-                                acc[r][t] = s.dot(acc[r][t], wv[j], xv);
-                            }
-                        }
+            let mut acc = if SCALED { [s.zero(); T] } else { total };
+            while i + step <= end {
+                let wv = E::load(s, table, w.add(i));
+                for j in 0..E::STEP_VECTORS {
+                    for t in 0..T {
+                        acc[t] = s.dot(acc[t], wv[j], s.load_pairs(x[t].add(i + j * S::PAIR_LANES)));
                     }
-                    i += step;
                 }
-                if i < end {
-                    for r in 0..R {
-                        let wv = E::load_n(s, table, w[r].add(i), end - i);
-                        let mut from = i;
-                        for j in 0..E::STEP_VECTORS {
-                            let n = (end - from).min(S::PAIR_LANES);
-                            if n == 0 {
-                                break;
-                            }
-                            for t in 0..T {
-                                let x = x[t].add(from);
-                                let xv =
-                                    if n == S::PAIR_LANES { s.load_pairs(x) } else { s.load_pairs_n(x, n) };
-                                acc[r][t] = s.dot(acc[r][t], wv[j], xv);
-                            }
-                            from += n;
-                        }
+                i += step;
+            }
+            if i < end {
+                let wv = E::load_n(s, table, w.add(i), end - i);
+                for j in 0..E::STEP_VECTORS {
+                    let n = (end - i).min(S::PAIR_LANES);
+                    if n == 0 {
+                        break;
                     }
-                    i = end;
+                    for t in 0..T {
+                        let x = x[t].add(i);
+                        let xv = if n == S::PAIR_LANES { s.load_pairs(x) } else { s.load_pairs_n(x, n) };
+                        acc[t] = s.dot(acc[t], wv[j], xv);
+                    }
+                    i += n;
                 }
             }
             if SCALED {
-                for r in 0..R {
-                    // SAFETY: the block has a scale.
-                    let scale = s.splat(unsafe { *self.scales[r].add(block) });
-                    for t in 0..T {
-                        total[r][t] = s.fma(acc[r][t], scale, total[r][t]);
-                    }
+                let scale = s.splat(*scales.add(block));
+                for t in 0..T {
+                    total[t] = s.fma(acc[t], scale, total[t]);
                 }
             } else {
                 total = acc;
@@ -524,7 +489,6 @@ impl<E: Codes, const R: usize, const T: usize, const SCALED: bool> PairKernel fo
             block += 1;
             end = (end + columns.block).min(columns.len);
         }
-        // SAFETY: whoever makes one promises the outputs.
-        unsafe { finish::<S, R, T>(s, &total, self.y, self.ldy) };
     }
+    total
 }
