@@ -1,22 +1,44 @@
 //! dev only
-use std::path::Path;
-use std::sync::Arc;
 use r1_core::{DType, Rank};
 use r1_cpu::{Cpu, CpuOptions};
-use r1_engine::{EngineConfig, LocalRanks, OneBatchBench, OneBatch};
+use r1_engine::{EngineConfig, LocalRanks, OneBatch, OneBatchBench};
 use r1_model::{Fp8Compute, KvCacheFormat, MlaForm, ModelOptions, WeightFormat};
 use r1_weights::{Checkpoint, ModelConfig};
+use std::path::Path;
+use std::sync::Arc;
 fn main() {
     let a: Vec<String> = std::env::args().collect();
     let folder = Path::new(&a[1]);
     let checkpoint = Arc::new(Checkpoint::open(folder).unwrap());
     let config = ModelConfig::open(folder).unwrap();
     let options = ModelOptions {
-        activation_dtype: DType::BF16, kv_cache: KvCacheFormat::Activations, weights: WeightFormat::AsStored,
-        fp8: Fp8Compute::WeightOnly, mla_form: MlaForm::Auto, deterministic: false,
-        max_batched_tokens: 4096, max_logit_rows: 16, max_model_len: 2048, max_expanded_tokens: 4096, layers: None, rank: Rank(0), world_size: 1 };
-    let engine = EngineConfig { block_size: 64, max_num_seqs: 16, max_num_batched_tokens: 4096, max_model_len: 2048,
-        kv_memory_fraction: 0.2, num_blocks: Some(600), prefix_cache: false, depth: None, max_captured_seqs: 16, pad_decodes: false, log_every_steps: u64::MAX };
+        activation_dtype: DType::BF16,
+        kv_cache: KvCacheFormat::Activations,
+        weights: WeightFormat::AsStored,
+        fp8: Fp8Compute::WeightOnly,
+        mla_form: MlaForm::Auto,
+        deterministic: false,
+        max_batched_tokens: 4096,
+        max_logit_rows: 16,
+        max_model_len: 2048,
+        max_expanded_tokens: 4096,
+        layers: None,
+        rank: Rank(0),
+        world_size: 1,
+    };
+    let engine = EngineConfig {
+        block_size: 64,
+        max_num_seqs: 16,
+        max_num_batched_tokens: 4096,
+        max_model_len: 2048,
+        kv_memory_fraction: 0.2,
+        num_blocks: Some(600),
+        prefix_cache: false,
+        depth: None,
+        max_captured_seqs: 16,
+        pad_decodes: false,
+        log_every_steps: u64::MAX,
+    };
     let cpu = Cpu::new(CpuOptions::default()).unwrap();
     let ranks = LocalRanks::in_host_memory(vec![Arc::new(cpu)], checkpoint, config, options);
     let mut b = OneBatchBench::new(Arc::new(ranks), &engine, &mut |_| {}).unwrap();
@@ -24,8 +46,18 @@ fn main() {
         let v: Vec<usize> = spec.split('/').map(|x| x.parse().unwrap()).collect();
         let batch = OneBatch { batch_size: v[0], input_tokens: v[1], output_tokens: v[2] };
         let t = b.run(batch, |_| {}).unwrap();
-        let mut d = t.decode_steps.clone(); d.sort();
-        let m = d.get(d.len()/2).map_or(0.0, |x| x.as_secs_f64());
-        println!("b{} in{} : prefill {:.3} s = {:.1} tok/s; decode {:.2} ms (min {:.2}) = {:.1} tok/s", v[0], v[1], t.prefill.as_secs_f64(), (v[0]*v[1]) as f64 / t.prefill.as_secs_f64(), m*1e3, d.first().map_or(0.0, |x| x.as_secs_f64()*1e3), v[0] as f64 / m);
+        let mut d = t.decode_steps.clone();
+        d.sort();
+        let m = d.get(d.len() / 2).map_or(0.0, |x| x.as_secs_f64());
+        println!(
+            "b{} in{} : prefill {:.3} s = {:.1} tok/s; decode {:.2} ms (min {:.2}) = {:.1} tok/s",
+            v[0],
+            v[1],
+            t.prefill.as_secs_f64(),
+            (v[0] * v[1]) as f64 / t.prefill.as_secs_f64(),
+            m * 1e3,
+            d.first().map_or(0.0, |x| x.as_secs_f64() * 1e3),
+            v[0] as f64 / m
+        );
     }
 }

@@ -201,18 +201,24 @@ pub struct Experts<B: Backend> {
     pub total: usize,
     /// Where they lie, as the device's own `experts` wants to know it; see [`Backend::expert_table`].
     pub table: Option<Tensor<B>>,
+    /// Made by `new` alone, which checks that all have one shape.
+    checked: (),
 }
 
 impl<B: Backend> Experts<B> {
     /// Experts `first..first + local.len()` of `total`.
+    ///
+    /// # Panics
+    /// When they are not of one shape.
     pub fn new(
         backend: &B,
         local: Vec<MlpWeights<B>>,
         first: usize,
         total: usize,
     ) -> Result<Self, BackendError> {
+        crate::shape::local_experts(&local);
         let table = backend.expert_table(&local)?;
-        Ok(Self { local, first, total, table })
+        Ok(Self { local, first, total, table, checked: () })
     }
 }
 

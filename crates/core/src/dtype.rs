@@ -20,6 +20,7 @@ pub enum DType {
 
 impl DType {
     /// Size of one element in bytes.
+    #[inline]
     pub const fn size_bytes(self) -> usize {
         match self {
             Self::F32 | Self::U32 => 4,

@@ -5,6 +5,7 @@ mod combine;
 mod dot;
 mod pair_combine;
 mod pair_dot;
+mod pair_rows;
 
 use r1_backend::Weight;
 use r1_core::DType;
@@ -15,6 +16,7 @@ use crate::view::{In, Mat};
 pub(crate) use combine::Combine;
 pub(crate) use dot::{MatMul, TileSize, XRows};
 pub(crate) use pair_combine::{InColumns, PairCombine};
+pub(crate) use pair_rows::PairRows;
 
 /// Runs `$body` with `$E` bound to the element type of `$dtype`.
 macro_rules! with_elem {

@@ -176,10 +176,14 @@ impl PairMul<'_> {
         totals: &mut [f32],
     ) {
         let ld = near_row(&self.w);
-        assert!(cols.len().next_multiple_of(S::PAIR_LANES) <= ld && R * ld <= 2 * near.len(), "rows past their room");
+        assert!(
+            cols.len().next_multiple_of(S::PAIR_LANES) <= ld && R * ld <= 2 * near.len(),
+            "rows past their room"
+        );
         let near = near.as_mut_ptr().cast::<u16>();
         let mut w = [std::ptr::null::<u16>(); R];
-        let in_place = E::STEP_VECTORS == 1 && !(self.w.data.stride * size_of::<E>()).is_multiple_of(SET_STRIDE);
+        let in_place =
+            E::STEP_VECTORS == 1 && !(self.w.data.stride * size_of::<E>()).is_multiple_of(SET_STRIDE);
         for (r, w) in w.iter_mut().enumerate() {
             let row = self.w.data.row(n + r).cast::<E>().wrapping_add(cols.start);
             if in_place {
@@ -422,14 +426,34 @@ impl<E: Codes, const T: usize, const SCALED: bool> PairKernel for Stream<'_, E, 
             x[t] = mul.x.row::<u16>(t);
         }
         let table = s.table(&E::TABLE);
-        for n in mul.rows.clone() {
-            let w = mul.w.data.row(n).cast::<E>();
-            let scales = mul.w.scales.map_or(std::ptr::null(), |scales| scales.row_from(n, 0));
-            // SAFETY: the row and the tokens have the columns, and blocks their scales.
-            let total = unsafe { row::<S, E, T, SCALED>(s, table, w, x, scales, columns) };
-            for t in 0..T {
-                mul.y[t * mul.ldy + n - mul.rows.start] = s.sum(total[t]);
+        let mut scales = std::ptr::null();
+        // Rows of one block share their scales.
+        let mut block_end = mul.rows.start;
+        let mut n = mul.rows.start;
+        while n < mul.rows.end {
+            let count = (mul.rows.end - n).min(4);
+            let mut totals = [[s.zero(); T]; 4];
+            for r in 0..count {
+                if SCALED && n + r >= block_end {
+                    let of = mul.w.scales.expect("scaled weights have scales");
+                    scales = of.row_from(n + r, 0);
+                    block_end = of.block_end(0, n + r);
+                }
+                let w = mul.w.data.row(n + r).cast::<E>();
+                // SAFETY: the row and the tokens have the columns, and blocks their scales.
+                totals[r] = unsafe { row::<S, E, T, SCALED>(s, table, w, x, scales, columns) };
             }
+            for t in 0..T {
+                let y = &mut mul.y[t * mul.ldy + n - mul.rows.start..][..count];
+                if count == 4 {
+                    y.copy_from_slice(&s.sum4([totals[0][t], totals[1][t], totals[2][t], totals[3][t]]));
+                } else {
+                    for r in 0..count {
+                        y[r] = s.sum(totals[r][t]);
+                    }
+                }
+            }
+            n += count;
         }
     }
 }

@@ -34,7 +34,7 @@ use crate::view::{Mat, Shared};
 /// Elements that are worth a task of their own: handing one out costs about a microsecond.
 const TASK_ELEMENTS: usize = 8192;
 /// Tasks per thread, so that a slow thread does not hold up the others.
-const TASKS_PER_THREAD: usize = 4;
+const TASKS_PER_THREAD: usize = 8;
 
 /// # Panics
 /// When `x` has an FP8 form: this backend says in its capabilities that it makes none.

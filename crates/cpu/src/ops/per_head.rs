@@ -5,14 +5,14 @@ use std::ops::Range;
 use r1_backend::{HeadForm, HeadWeight, Tensor, shape};
 use r1_core::DType;
 
-use super::Chunks;
 use super::linear::{Linear, weight_chunks};
+use super::{Chunks, TASKS_PER_THREAD};
 use crate::Cpu;
-use crate::kernels::{Combine, TileSize, WeightIn, WeightRows, XRows};
+use crate::kernels::{Combine, InColumns, PairRows, TileSize, WeightIn, WeightRows, XRows};
 use crate::simd::{Kernel, Simd};
 use crate::view::{Cube, CubeMut, In, Mat, MatMut, Out};
 
-/// Columns per task of the row-sum form.
+/// Columns per task of the row-sum form are a multiple of it.
 const STRIP_COLS: usize = 128;
 
 pub(crate) fn per_head(cpu: &Cpu, x: &Tensor<Cpu>, w: &HeadWeight<Cpu>, out: &Tensor<Cpu>) {
@@ -79,15 +79,49 @@ fn dense<'a, S: Simd>(s: S, x: Mat<'a>, buf: &'a mut [f32]) -> Mat<'a> {
 /// `out[t, h, :] = Σ_r x[t, h, r] W_h[r, :]`.
 fn rows_in(cpu: &Cpu, x: Cube<'_>, weight: WeightRows<'_>, w: &HeadWeight<Cpu>, out: CubeMut<'_>) {
     let [tokens, heads, rows] = x.shape;
-    let strips = Chunks::new(weight.data.cols, STRIP_COLS);
+    // As few strips as keep every thread busy: a strip reads its part of every row.
+    let wanted = (cpu.threads * TASKS_PER_THREAD).div_ceil(heads.max(1));
+    let strip = weight.data.cols.div_ceil(wanted).next_multiple_of(STRIP_COLS);
+    let strips = Chunks::new(weight.data.cols, strip);
+    let suits = (0..strips.count()).all(|strip| PairRows::suits(&weight, strips.range(strip).start));
+    let pairs = cpu.isa.has_pairs() && x.dtype == DType::BF16 && suits;
     cpu.engine().pool.run(heads * strips.count(), &|task, scratch| {
         let (head, cols) = (task / strips.count(), strips.range(task % strips.count()));
         let first = head * w.rows_per_head + w.rows.start;
-        let sizes = [tokens * rows, tokens * cols.len(), Combine::tile_floats(rows)];
-        let bufs = scratch.floats.parts(sizes);
-        let rows = first..first + rows;
-        cpu.isa.run(HeadSum { w: weight, rows, cols, x: x.middle(head), out: out.middle(head), bufs });
+        let (w, rows_of_head, x, out) = (weight, first..first + rows, x.middle(head), out.middle(head));
+        if pairs {
+            let floats = tokens * PairRows::width(cols.len());
+            let bufs = scratch.floats.parts([floats, floats]);
+            cpu.isa.run(HeadPairs { w, rows: rows_of_head, cols, x, out, bufs });
+        } else {
+            let bufs = scratch.floats.parts([tokens * rows, tokens * cols.len(), Combine::tile_floats(rows)]);
+            cpu.isa.run(HeadSum { w, rows: rows_of_head, cols, x, out, bufs });
+        }
     });
+}
+
+struct HeadPairs<'a> {
+    w: WeightRows<'a>,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    x: Mat<'a>,
+    out: MatMut<'a>,
+    bufs: [&'a mut [f32]; 2],
+}
+
+impl Kernel for HeadPairs<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let [y, part] = self.bufs;
+        let (w, rows, cols, x) = (self.w, self.rows, self.cols.clone(), self.x);
+        let ld = PairRows::width(cols.len());
+        PairRows { w, rows, cols, x, y, part, ld }.run(s);
+        for (t, row) in y.chunks_mut(ld.max(1)).enumerate() {
+            s.pairs(InColumns { row });
+            // SAFETY: this head's columns belong to this task.
+            unsafe { self.out.write(s, t, self.cols.start, &row[..self.cols.len()]) };
+        }
+    }
 }
 
 struct HeadSum<'a> {

@@ -51,6 +51,11 @@ impl Pairs for Avx512<true> {
     }
 
     #[inline(always)]
+    fn zero_pairs(self) -> __m512bh {
+        has!(pairs(_mm512_setzero_si512()))
+    }
+
+    #[inline(always)]
     fn dot(self, acc: __m512, a: __m512bh, b: __m512bh) -> __m512 {
         has!(_mm512_dpbf16_ps(acc, a, b))
     }

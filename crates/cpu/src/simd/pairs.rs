@@ -27,6 +27,7 @@ pub(crate) trait Pairs: Simd {
     /// As [`Simd::call`], for kernels that need pairs.
     fn call_pairs<K: PairKernel>(self, kernel: K);
 
+    fn zero_pairs(self) -> Self::P;
     /// `acc[i] + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1]`.
     fn dot(self, acc: Self::V, a: Self::P, b: Self::P) -> Self::V;
     /// `a[0], b[0], a[1], b[1], …`: the vectors whose [`columns`](Self::columns) are in order.
