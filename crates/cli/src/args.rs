@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::http::HttpArgs;
 use crate::log::LogArgs;
+use crate::overrides::OverrideArgs;
 use crate::peers::PeerArgs;
 use crate::text::TextArgs;
 
@@ -71,6 +72,9 @@ pub(crate) struct ModelArgs {
     /// Where the weights come from.
     #[arg(long, value_enum, default_value_t = LoadFormat::Auto)]
     pub(crate) load_format: LoadFormat,
+
+    #[command(flatten)]
+    pub(crate) overrides: OverrideArgs,
 
     /// Where to compute. auto: NVIDIA's GPUs, else AMD's, else the CPU. emu: the GPU code on emulated GPUs, slow, for tests.
     #[arg(long, value_enum, default_value_t = Device::Auto)]
@@ -289,8 +293,12 @@ pub(crate) enum Quantization {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum LoadFormat {
+    /// The model's safetensors.
     Auto,
+    /// The model's safetensors.
     Safetensors,
+    /// Random weights of the shape of config.json, made in memory, to measure speed with: --model is then a folder that needs
+    /// nothing but a config.json, or such a file.
     Dummy,
 }
 

@@ -10,6 +10,7 @@ mod http;
 mod launch;
 mod log;
 mod noted;
+mod overrides;
 mod peers;
 mod serve;
 mod source;

@@ -11,6 +11,7 @@
 mod awq;
 mod checkpoint;
 mod config;
+mod dummy;
 mod error;
 mod f8;
 mod generation;
@@ -26,9 +27,10 @@ mod shapes;
 pub use awq::{HostInt4, repack_awq};
 pub use checkpoint::{Checkpoint, TensorInfo};
 pub use config::{
-    Architecture, ConfigError, Fp8BlockConfig, ModelConfig, MoeConfig, ParamCounts, Rope, ScaleFmt,
-    ScoringFunc, TopkMethod, Yarn,
+    Architecture, ConfigError, ConfigJson, Fp8BlockConfig, ModelConfig, MoeConfig, ParamCounts, Rope,
+    ScaleFmt, ScoringFunc, TopkMethod, Yarn,
 };
+pub use dummy::{DummyTensor, dummy_tensors};
 pub use error::WeightsError;
 pub use f8::f8e4m3_to_f32;
 pub use generation::GenerationDefaults;
