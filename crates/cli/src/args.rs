@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::bench::make_model::MakeModelArgs;
+use crate::bench::serving::ServingArgs;
 use crate::http::HttpArgs;
 use crate::log::LogArgs;
 use crate::overrides::OverrideArgs;
@@ -47,6 +49,12 @@ pub(crate) enum BenchCommand {
     /// Latency and throughput of one batch: a prefill, then decode steps.
     #[command(alias = "one_batch")]
     OneBatch(Box<OneBatchArgs>),
+    /// Throughput and latencies of a running server under load: any server of OpenAI's API.
+    #[command(after_long_help = crate::bench::serving::JSON_HELP)]
+    Serving(Box<ServingArgs>),
+    /// Write a random checkpoint of a shape, in the published layout.
+    #[command(alias = "make_model")]
+    MakeModel(Box<MakeModelArgs>),
 }
 
 /// Which model, on which device, how.

@@ -17,7 +17,7 @@ use crate::json::Entries;
 use crate::mapping::Mapping;
 
 const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 /// The largest index that is read; DeepSeek-V3's has 9 MB.
 const MAX_INDEX_BYTES: u64 = 256 << 20;
 

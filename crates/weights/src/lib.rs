@@ -23,6 +23,7 @@ mod linear;
 #[allow(unsafe_code)]
 mod mapping;
 mod shapes;
+mod writer;
 
 pub use awq::{HostInt4, repack_awq};
 pub use checkpoint::{Checkpoint, TensorInfo};
@@ -37,3 +38,4 @@ pub use generation::GenerationDefaults;
 pub use hub::{HubEnv, HubError, resolve_model};
 pub use linear::{HostLinear, Partition, widen_to_f32};
 pub use shapes::{ExpectedTensor, Presence, TensorKind, Verified, expected_tensors};
+pub use writer::{Written, write_dummy};

@@ -3,7 +3,10 @@
 use std::collections::HashMap;
 
 use r1_core::DType;
-use r1_weights::{Checkpoint, DummyTensor, ModelConfig, Partition, dummy_tensors, widen_to_f32};
+use r1_weights::{
+    Checkpoint, ConfigJson, DummyTensor, ModelConfig, Partition, WeightsError, dummy_tensors, widen_to_f32,
+    write_dummy,
+};
 use serde_json::{Value, json};
 
 use crate::support::{moonlight, toy, v2_lite, v3, with};
@@ -123,4 +126,53 @@ fn a_tensor_is_shared_while_it_is_held() {
     drop((first, second));
     assert_eq!(owner.strong_count(), 0);
     assert_eq!(dummy.tensor(name).unwrap().bytes(), expected);
+}
+
+/// What is written is read as what is made in memory, whatever the shards.
+#[test]
+fn files_hold_what_is_made_in_memory() {
+    let json = ConfigJson::parse(small().to_string().as_bytes()).unwrap();
+    let config = json.model().unwrap();
+    let expected: HashMap<String, Vec<u8>> =
+        dummy_tensors(&config, 3).map(|tensor| (tensor.name().to_owned(), bytes(&tensor))).collect();
+    for (shard_bytes, shards) in [(u64::MAX, 1..2), (300_000, 4..20), (1, expected.len()..expected.len() + 1)]
+    {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("new");
+        let mut seen = 0;
+        let written = write_dummy(&json, 3, &dir, shard_bytes, &mut |bytes| seen = bytes).unwrap();
+        assert!(shards.contains(&written.shards), "{written:?}");
+        assert_eq!(
+            (written.size_bytes, seen),
+            (config.published_size_bytes(), config.published_size_bytes())
+        );
+        assert_eq!(ConfigJson::open(&dir.join("config.json")).unwrap(), json);
+        let checkpoint = Checkpoint::open(&dir).unwrap();
+        assert_eq!(checkpoint.num_files(), written.shards);
+        assert_eq!(checkpoint.verify(&config).unwrap().unexpected, Vec::<String>::new());
+        assert_eq!(checkpoint.names().count(), expected.len());
+        for (name, bytes) in &expected {
+            let tensor = checkpoint.tensor(name).unwrap();
+            assert!(tensor.bytes() == bytes, "{name}");
+            assert!(tensor.bytes().as_ptr().addr().is_multiple_of(tensor.dtype().size_bytes()), "{name}");
+        }
+        // The format's own crate takes the files too.
+        for entry in std::fs::read_dir(&dir).unwrap().map(Result::unwrap) {
+            let path = entry.path();
+            if path.extension().is_some_and(|extension| extension == "safetensors") {
+                safetensors::SafeTensors::deserialize(&std::fs::read(path).unwrap()).unwrap();
+            }
+        }
+        let error = write_dummy(&json, 3, &dir, 1, &mut |_| {}).unwrap_err();
+        assert!(matches!(error, WeightsError::NotEmpty { .. }), "{error}");
+    }
+}
+
+#[test]
+fn nothing_is_written_for_a_shape_that_is_none() {
+    let json = ConfigJson::parse(br#"{"model_type": "deepseek_v3"}"#).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let error = write_dummy(&json, 0, &dir.path().join("new"), 1, &mut |_| {}).unwrap_err();
+    assert!(matches!(error, WeightsError::Config(_)), "{error}");
+    assert!(!dir.path().join("new").exists());
 }
