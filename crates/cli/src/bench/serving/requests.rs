@@ -9,9 +9,6 @@ use super::report::Reply;
 use super::workload::{self, Planned};
 use crate::client::Client;
 
-/// Words of the two prompts from which the number of tokens per word is known.
-const CALIBRATION_WORDS: [usize; 2] = [16, 144];
-
 /// What generates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Endpoint {
@@ -39,21 +36,20 @@ pub(super) struct Requests {
 }
 
 impl Requests {
-    /// Learns from the server's own counts what a word takes.
+    /// Learns from the server's own counts what a word takes: it counts all words once, then twice.
     pub(super) fn calibrate(&self) -> Result<Prompts> {
-        let count = |words: usize| -> Result<f64> {
-            let prompt = json!(workload::words(words, words as u64));
+        let count = |times: usize| -> Result<f64> {
+            let prompt = json!(workload::every_word(times));
             let reply = self.client.post(&self.path, &self.body(prompt, 1, false))?.json()?;
             let tokens = reply["usage"]["prompt_tokens"].as_f64();
             tokens.context("its reply does not say how many tokens a prompt has (`usage`)")
         };
-        let [few, many] = CALIBRATION_WORDS;
-        let (few_tokens, many_tokens) = (count(few)?, count(many)?);
-        let tokens_per_word = (many_tokens - few_tokens) / (many - few) as f64;
-        if tokens_per_word <= 0.0 {
-            bail!("{few} words have {few_tokens} tokens by its count, and {many} have {many_tokens}");
+        let (once, twice) = (count(1)?, count(2)?);
+        if twice <= once {
+            bail!("a prompt has {once} tokens by its count, and twice as many words {twice}");
         }
-        Ok(Prompts::Words { base_tokens: few_tokens - tokens_per_word * few as f64, tokens_per_word })
+        let tokens_per_word = (twice - once) / workload::WORDS.len() as f64;
+        Ok(Prompts::Words { base_tokens: once - (twice - once), tokens_per_word })
     }
 
     fn body(&self, prompt: Value, max_tokens: usize, stream: bool) -> Value {

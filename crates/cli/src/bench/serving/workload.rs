@@ -106,7 +106,7 @@ impl Workload {
 }
 
 /// Words that every tokenizer of English has in a token or two.
-const WORDS: [&str; 64] = [
+pub(super) const WORDS: [&str; 64] = [
     "time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school",
     "state", "family", "student", "group", "country", "problem", "hand", "part", "place", "case", "week",
     "company", "system", "program", "question", "work", "number", "night", "point", "home", "water", "room",
@@ -120,6 +120,11 @@ pub(super) fn words(count: usize, seed: u64) -> String {
     let mut random = Random::new(seed);
     let words: Vec<&str> = (0..count).map(|_| WORDS[random.between(0, WORDS.len() - 1)]).collect();
     words.join(" ")
+}
+
+/// A prompt of every word, that many times.
+pub(super) fn every_word(times: usize) -> String {
+    WORDS.repeat(times).join(" ")
 }
 
 /// A prompt of `count` token ids, from the middle of the vocabulary: control tokens stand at its ends.
