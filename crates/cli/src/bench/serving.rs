@@ -288,15 +288,12 @@ impl ServingArgs {
             return requests.calibrate().context("no prompts of a known length can be made for this server");
         }
         let stated = || requests.client.get("/get_model_info").ok()?["vocab_size"].as_u64();
-        let vocab_size = match self.vocab_size.or_else(|| stated().map(|size| size as usize)) {
-            Some(vocab_size) => vocab_size,
-            None => {
-                eprintln!(
-                    "note: the server does not state its vocabulary; token ids lie below {ANY_VOCABULARY} (--vocab-size)"
-                );
-                ANY_VOCABULARY
-            }
-        };
+        let vocab_size = self.vocab_size.or_else(|| stated().map(|size| size as usize)).unwrap_or_else(|| {
+            eprintln!(
+                "note: the server does not state its vocabulary; token ids lie below {ANY_VOCABULARY} (--vocab-size)"
+            );
+            ANY_VOCABULARY
+        });
         Ok(Prompts::Ids { vocab_size })
     }
 
