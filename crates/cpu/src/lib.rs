@@ -183,7 +183,11 @@ impl Backend for Cpu {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities {
-            activation_dtypes: vec![DType::F32, DType::BF16],
+            activation_dtypes: if self.isa.has_pairs() {
+                vec![DType::BF16, DType::F32]
+            } else {
+                vec![DType::F32, DType::BF16]
+            },
             weight_formats: vec![WeightFormat::Dense, WeightFormat::Fp8Block, WeightFormat::Int4Group],
             attention: vec![AttentionKind::Mla, AttentionKind::Gqa],
             cache_dtypes: vec![DType::F32, DType::BF16, DType::F8E4M3],
