@@ -206,13 +206,13 @@ impl Checkpoint {
     pub fn tensor(&self, name: &str) -> Result<HostTensor, WeightsError> {
         let dtype =
             self.dtype_among(name, &[DType::F32, DType::BF16, DType::F16, DType::F8E4M3, DType::U32])?;
-        Ok(self.slice(&self.tensors[name], dtype))
+        self.slice(&self.tensors[name], dtype)
     }
 
     /// A tensor in place, refused unless it has exactly `shape` and one of the dtypes `allowed`.
     pub fn take(&self, name: &str, shape: &[usize], allowed: &[DType]) -> Result<HostTensor, WeightsError> {
         let dtype = self.check(name, shape, allowed)?;
-        Ok(self.slice(&self.tensors[name], dtype))
+        self.slice(&self.tensors[name], dtype)
     }
 
     /// What [`Checkpoint::take`] checks, without taking.
@@ -246,12 +246,12 @@ impl Checkpoint {
         })
     }
 
-    fn slice(&self, stored: &Stored, dtype: DType) -> HostTensor {
+    fn slice(&self, stored: &Stored, dtype: DType) -> Result<HostTensor, WeightsError> {
         let (bytes, range) = match &stored.place {
             Place::File { source, range } => (self.sources[*source].bytes.clone(), range.clone()),
-            Place::Made(made) => made.bytes(),
+            Place::Made(made) => made.bytes()?,
         };
-        HostTensor::new(bytes, range, &stored.shape, dtype)
+        Ok(HostTensor::new(bytes, range, &stored.shape, dtype))
     }
 
     pub(crate) fn missing(&self, tensor: &str) -> WeightsError {

@@ -218,14 +218,14 @@ pub enum WeightsError {
         /// Ranks.
         world: usize,
     },
-    /// A shard that must be copied does not fit.
+    /// A shard that must be copied, or a tensor that must be made, does not fit.
     #[error(
-        "{tensor}: no room for {requested_bytes} bytes, a copy of this rank's columns; take a smaller model"
+        "{tensor}: no room for {requested_bytes} bytes, this rank's part of it in memory; take a smaller model"
     )]
     NoRoom {
         /// The tensor.
         tensor: String,
-        /// Size of the copy.
+        /// Its size.
         requested_bytes: usize,
     },
     /// A config.json that means no model.

@@ -12,6 +12,7 @@ use r1_core::DType;
 
 use crate::checkpoint::Checkpoint;
 use crate::config::ModelConfig;
+use crate::error::WeightsError;
 use crate::linear::{SCALE_SUFFIX, scale_shape};
 use crate::shapes::{ExpectedTensor, TensorKind, expected_tensors};
 use values::{Fp8Matrix, Normal, Stream};
@@ -139,15 +140,17 @@ impl Made {
     }
 
     /// The tensor's bytes, and where in them it lies.
-    pub(crate) fn bytes(&self) -> (Arc<dyn HostBytes>, Range<usize>) {
-        // What a maker that panicked left behind is no tensor, and made anew.
+    pub(crate) fn bytes(&self) -> Result<(Arc<dyn HostBytes>, Range<usize>), WeightsError> {
+        // A maker that panicked left nothing behind.
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let bytes = held.upgrade().unwrap_or_else(|| {
-            let bytes = Arc::new(Aligned::of(&self.tensor));
+        let bytes = if let Some(bytes) = held.upgrade() {
+            bytes
+        } else {
+            let bytes = Arc::new(Aligned::of(&self.tensor)?);
             *held = Arc::downgrade(&bytes);
             bytes
-        });
-        (bytes, 0..self.tensor.size_bytes())
+        };
+        Ok((bytes, 0..self.tensor.size_bytes()))
     }
 }
 
@@ -158,11 +161,16 @@ struct Aligned {
 }
 
 impl Aligned {
-    fn of(tensor: &DummyTensor) -> Self {
-        let mut bytes = vec![0; tensor.size_bytes() + ALIGN - 1];
+    fn of(tensor: &DummyTensor) -> Result<Self, WeightsError> {
+        let size = tensor.size_bytes() + ALIGN - 1;
+        let mut bytes = Vec::new();
+        bytes
+            .try_reserve_exact(size)
+            .map_err(|_| WeightsError::NoRoom { tensor: tensor.name().to_owned(), requested_bytes: size })?;
+        bytes.resize(size, 0);
         let start = bytes.as_ptr().align_offset(ALIGN);
         tensor.write_to(&mut bytes[start..start + tensor.size_bytes()]);
-        Self { bytes, start }
+        Ok(Self { bytes, start })
     }
 }
 

@@ -176,3 +176,17 @@ fn nothing_is_written_for_a_shape_that_is_none() {
     assert!(matches!(error, WeightsError::Config(_)), "{error}");
     assert!(!dir.path().join("new").exists());
 }
+
+/// A table of 2 TiB, by the largest sizes that a config.json may state, is an error and no abort.
+#[test]
+fn a_tensor_that_cannot_be_held_is_an_error() {
+    let sizes = json!({"vocab_size": 1 << 22, "hidden_size": 1 << 18});
+    let dummy = Checkpoint::dummy(&config(&with(small(), sizes)), 0);
+    // Some systems promise any memory and give it when it is written; only what they refuse can be an error.
+    let mut probe: Vec<u8> = Vec::new();
+    if probe.try_reserve_exact(1 << 41).is_ok() {
+        return;
+    }
+    let error = dummy.tensor("model.embed_tokens.weight").unwrap_err();
+    assert!(matches!(error, WeightsError::NoRoom { .. }), "{error}");
+}
