@@ -5,8 +5,11 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::bench::make_model::MakeModelArgs;
+use crate::bench::serving::ServingArgs;
 use crate::http::HttpArgs;
 use crate::log::LogArgs;
+use crate::overrides::OverrideArgs;
 use crate::peers::PeerArgs;
 use crate::text::TextArgs;
 
@@ -46,6 +49,12 @@ pub(crate) enum BenchCommand {
     /// Latency and throughput of one batch: a prefill, then decode steps.
     #[command(alias = "one_batch")]
     OneBatch(Box<OneBatchArgs>),
+    /// Throughput and latencies of a running server under load: any server of OpenAI's API.
+    #[command(after_long_help = crate::bench::serving::JSON_HELP)]
+    Serving(Box<ServingArgs>),
+    /// Write a random checkpoint of a shape, in the published layout.
+    #[command(alias = "make_model")]
+    MakeModel(Box<MakeModelArgs>),
 }
 
 /// Which model, on which device, how.
@@ -71,6 +80,9 @@ pub(crate) struct ModelArgs {
     /// Where the weights come from.
     #[arg(long, value_enum, default_value_t = LoadFormat::Auto)]
     pub(crate) load_format: LoadFormat,
+
+    #[command(flatten)]
+    pub(crate) overrides: OverrideArgs,
 
     /// Where to compute. auto: NVIDIA's GPUs, else AMD's, else the CPU. emu: the GPU code on emulated GPUs, slow, for tests.
     #[arg(long, value_enum, default_value_t = Device::Auto)]
@@ -289,8 +301,12 @@ pub(crate) enum Quantization {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum LoadFormat {
+    /// The model's safetensors.
     Auto,
+    /// The model's safetensors.
     Safetensors,
+    /// Random weights of the shape of config.json, made in memory, to measure speed with: --model is then a folder that needs
+    /// nothing but a config.json, or such a file.
     Dummy,
 }
 

@@ -1,4 +1,7 @@
-//! `r1-serve bench one-batch`: the latency of one batch, in the words of SGLang's `bench_one_batch`.
+//! `r1-serve bench one-batch`: the latency of one batch, in the words of SGLang's `bench_one_batch`; and the other benches.
+
+pub(crate) mod make_model;
+pub(crate) mod serving;
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;

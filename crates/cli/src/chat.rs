@@ -1,15 +1,12 @@
 //! `r1-serve chat`: a conversation with a server in the terminal, over the same API that every client uses.
 
-use std::fs;
-use std::io::{self, BufRead, BufReader, IsTerminal, Write};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::io::{self, BufRead, IsTerminal, Write};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::Result;
 use serde_json::{Value, json};
-use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 
 use crate::args::ChatArgs;
+use crate::client::{Client, Connections};
 
 const DIM: &str = "\x1b[2m";
 const RESET: &str = "\x1b[0m";
@@ -22,7 +19,11 @@ pub(crate) fn run(args: &ChatArgs) -> Result<()> {
     }
     let terminal = io::stdin().is_terminal();
     if terminal {
-        println!("Talking to {} at {}. /clear begins anew, /quit or Ctrl-D ends.", chat.model, chat.base);
+        println!(
+            "Talking to {} at {}. /clear begins anew, /quit or Ctrl-D ends.",
+            chat.model,
+            chat.client.base()
+        );
     }
     let mut lines = io::stdin().lock().lines();
     let mut failed = None;
@@ -51,37 +52,8 @@ pub(crate) fn run(args: &ChatArgs) -> Result<()> {
     }
 }
 
-/// Where systems keep the authorities they trust.
-const SYSTEM_AUTHORITIES: [&str; 3] =
-    ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
-
-/// How https servers are trusted: those that an authority in `authorities` vouches for, or in the system's list.
-fn tls(authorities: Option<&Path>) -> Result<TlsConfig> {
-    let variable = std::env::var_os("SSL_CERT_FILE").map(PathBuf::from);
-    let system = || SYSTEM_AUTHORITIES.map(PathBuf::from).into_iter().find(|path| path.is_file());
-    let path = authorities.map(Path::to_owned).or(variable).or_else(system).context(
-        "no list of certificate authorities was found on this system; name a PEM file with --cacert",
-    )?;
-    let pem = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    let certificates = parse_pem(&pem).filter_map(|item| match item {
-        Ok(PemItem::Certificate(certificate)) => Some(Ok(certificate)),
-        Ok(_) => None,
-        Err(error) => Some(Err(error)),
-    });
-    let certificates: Vec<Certificate<'static>> =
-        certificates.collect::<Result<_, _>>().with_context(|| path.display().to_string())?;
-    if certificates.is_empty() {
-        bail!("{} has no PEM block BEGIN CERTIFICATE", path.display());
-    }
-    Ok(TlsConfig::builder()
-        .root_certs(RootCerts::new_with_certs(&certificates))
-        .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .build())
-}
-
 struct Chat<'a> {
-    agent: ureq::Agent,
-    base: String,
+    client: Client,
     model: String,
     messages: Vec<Value>,
     args: &'a ChatArgs,
@@ -91,64 +63,16 @@ struct Chat<'a> {
 
 impl<'a> Chat<'a> {
     fn connect(args: &'a ChatArgs) -> Result<Self> {
-        let base = args.url.trim_end_matches('/').trim_end_matches("/v1");
-        let base = if base.contains("://") { base.to_owned() } else { format!("http://{base}") };
-        // Errors come as a body with a message, so a status is not an error here.
-        let agent = ureq::Agent::config_builder().http_status_as_error(false);
-        let agent = match base.split_once("://") {
-            Some(("http", _)) => agent,
-            Some(("https", _)) => agent.tls_config(tls(args.cacert.as_deref())?),
-            _ => bail!("--url {} is not supported: http:// and https:// are", args.url),
+        let key = args.api_key.clone();
+        let client = Client::new(&args.url, args.cacert.as_deref(), key, Connections::Kept)?;
+        let model = match &args.model {
+            Some(model) => model.clone(),
+            None => client.first_model()?,
         };
-        let agent = agent.build().into();
-        let mut chat = Self {
-            agent,
-            base,
-            model: args.model.clone().unwrap_or_default(),
-            messages: Vec::new(),
-            args,
-            colour: io::stdout().is_terminal(),
-        };
-        if chat.model.is_empty() {
-            chat.model = chat.first_model()?;
-        }
+        let colour = io::stdout().is_terminal();
+        let mut chat = Self { client, model, messages: Vec::new(), args, colour };
         chat.clear();
         Ok(chat)
-    }
-
-    fn key(&self) -> String {
-        format!("Bearer {}", self.args.api_key.as_deref().unwrap_or("none"))
-    }
-
-    /// Why nothing came back, and the way out.
-    fn unanswered(&self, error: ureq::Error) -> anyhow::Error {
-        let untrusted = match &error {
-            ureq::Error::Io(io) => io.get_ref().is_some_and(|error| {
-                matches!(error.downcast_ref(), Some(rustls::Error::InvalidCertificate(_)))
-            }),
-            _ => false,
-        };
-        let what = if untrusted {
-            format!(
-                "{} shows a certificate that is not trusted; name what vouches for it with --cacert",
-                self.base
-            )
-        } else {
-            format!("no server answers at {}; start one with `r1-serve`", self.base)
-        };
-        anyhow::Error::from(error).context(what)
-    }
-
-    fn first_model(&self) -> Result<String> {
-        let mut response = self
-            .agent
-            .get(format!("{}/v1/models", self.base))
-            .header("Authorization", self.key())
-            .call()
-            .map_err(|error| self.unanswered(error))?;
-        let reply: Value = response.body_mut().read_json().context("the server's reply is not JSON")?;
-        fail_on_error(&reply)?;
-        reply["data"][0]["id"].as_str().map(str::to_owned).ok_or_else(|| anyhow!("the server lists no model"))
     }
 
     /// Forgets the conversation, not the system message.
@@ -180,44 +104,15 @@ impl<'a> Chat<'a> {
         if let Some(max_tokens) = self.args.max_tokens {
             body["max_tokens"] = json!(max_tokens);
         }
-        let mut response = self
-            .agent
-            .post(format!("{}/v1/chat/completions", self.base))
-            .header("Authorization", self.key())
-            .send_json(&body)
-            .map_err(|error| self.unanswered(error))?;
-        if response.status() != 200 {
-            let reply: Value = response.body_mut().read_json().context("the server's reply is not JSON")?;
-            fail_on_error(&reply)?;
-            bail!("the server answered {}", response.status());
-        }
+        let response = self.client.post("/v1/chat/completions", &body)?;
         let mut printer =
             Printer { colour: self.colour, part: Part::Nothing, content: String::new(), cut: false };
-        for line in BufReader::new(response.body_mut().as_reader()).lines() {
-            let line = line.context("the server broke off")?;
-            // Blank lines part events, and a colon begins a comment.
-            let Some(data) = line.strip_prefix("data: ") else { continue };
-            if data == "[DONE]" {
-                return Ok(printer.finish());
-            }
-            let event: Value = serde_json::from_str(data).context("the server sent a malformed event")?;
-            fail_on_error(&event)?;
+        response.events(|event| {
             printer.print(&event["choices"][0]["delta"])?;
-            if event["choices"][0]["finish_reason"] == "length" {
-                printer.cut = true;
-            }
-        }
-        bail!("the server broke off before the end of its reply")
-    }
-}
-
-/// The message of an error object, as an error.
-fn fail_on_error(reply: &Value) -> Result<()> {
-    match &reply["error"] {
-        Value::Null => Ok(()),
-        error => {
-            bail!("{}", error["message"].as_str().unwrap_or("the server reported an error without a message"))
-        }
+            printer.cut |= event["choices"][0]["finish_reason"] == "length";
+            Ok(())
+        })?;
+        Ok(printer.finish())
     }
 }
 

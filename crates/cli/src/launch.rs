@@ -256,7 +256,8 @@ impl Launch {
             }
             (None, _) => format!("weights as stored, {activations} activations"),
         };
-        format!("{arithmetic}, {cache} KV cache")
+        let weights = if source.is_dummy { "random weights (--load-format dummy), " } else { "" };
+        format!("{weights}{arithmetic}, {cache} KV cache")
     }
 }
 

@@ -4,12 +4,14 @@
 mod args;
 mod bench;
 mod chat;
+mod client;
 mod command_line;
 mod config_file;
 mod http;
 mod launch;
 mod log;
 mod noted;
+mod overrides;
 mod peers;
 mod serve;
 mod source;
@@ -33,7 +35,11 @@ fn main() -> ExitCode {
         None => serve::run(&cli.serve),
         Some(Command::Serve(args)) => serve::run(&args),
         Some(Command::Chat(args)) => chat::run(&args),
-        Some(Command::Bench { what: BenchCommand::OneBatch(args) }) => bench::one_batch(&args),
+        Some(Command::Bench { what }) => match what {
+            BenchCommand::OneBatch(args) => bench::one_batch(&args),
+            BenchCommand::MakeModel(args) => bench::make_model::run(&args),
+            BenchCommand::Serving(args) => bench::serving::run(&args),
+        },
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -93,11 +93,7 @@ const FLAGS: &[Flag] = &[
         Refusal("speculative decoding is not built; leave it out"),
     ),
     (&["cpu-offload-gb"], true, Refusal("weights lie on the device; take more of them (--tp)")),
-    (
-        &["hf-overrides", "json-model-override-args", "rope-scaling"],
-        true,
-        Refusal("edit the checkpoint's config.json"),
-    ),
+    (&["rope-scaling"], true, Refusal("say it as --json-model-override-args '{\"rope_scaling\": {...}}'")),
     (&["return-tokens-as-token-ids"], false, Refusal("set return_tokens_as_token_ids in the request")),
     (&["no-enable-chunked-prefill"], false, Refusal("prefill is always chunked")),
 ];

@@ -1,4 +1,4 @@
-//! Where a model comes from: the one in the binary, a folder, or the Hugging Face cache.
+//! Where a model comes from: the one in the binary, a folder, the Hugging Face cache, or a config.json alone.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,8 @@ use anyhow::{Context, Result, bail};
 use r1_model::{ModelStatus, ReasoningEffort, Registry, ToolSyntaxKind};
 use r1_server::ThinkingBudgets;
 use r1_text::{Tokenizer, ToolSyntax};
-use r1_weights::{Checkpoint, GenerationDefaults, HubEnv, ModelConfig, resolve_model};
+use r1_weights::{Checkpoint, ConfigJson, GenerationDefaults, HubEnv, ModelConfig, resolve_model};
+use serde_json::Value;
 
 use crate::args::{LoadFormat, ModelArgs, Quantization};
 
@@ -18,6 +19,11 @@ struct Aligned<T: ?Sized>(T);
 
 static TINY_WEIGHTS: &Aligned<[u8]> = &Aligned(*include_bytes!("../model/model.safetensors"));
 const TINY_NAME: &str = "tiny-r1";
+const TINY_TOKENIZER: &[u8] = include_bytes!("../model/tokenizer.json");
+const TINY_TOKENIZER_CONFIG: &[u8] = include_bytes!("../model/tokenizer_config.json");
+
+/// Seed of dummy weights: every start has the same.
+pub(crate) const DUMMY_SEED: u64 = 0;
 
 /// The files of a model, opened and checked as far as that needs no weights.
 pub(crate) struct Source {
@@ -26,6 +32,9 @@ pub(crate) struct Source {
     pub(crate) config: ModelConfig,
     pub(crate) checkpoint: Arc<Checkpoint>,
     pub(crate) defaults: GenerationDefaults,
+    /// Whether the weights are random ones.
+    pub(crate) is_dummy: bool,
+    /// Where its tokenizer and its template are; `None`: in the binary.
     folder: Option<PathBuf>,
 }
 
@@ -38,11 +47,8 @@ pub(crate) struct Family {
 impl Source {
     /// Opens what `--model` names.
     pub(crate) fn open(args: &ModelArgs) -> Result<Self> {
-        if args.load_format == LoadFormat::Dummy {
-            bail!("--load-format dummy is not supported yet; give a checkpoint");
-        }
         let source = match args.model() {
-            None => Self::bundled()?,
+            None => Self::bundled(args)?,
             Some(model) => Self::folder(model, args)?,
         };
         match (args.quantization, &source.config.quantization) {
@@ -56,20 +62,32 @@ impl Source {
                 bail!("--quantization awq and gptq are not supported yet; the FP8 checkpoint of the model is")
             }
         }
+        if source.is_dummy {
+            tracing::warn!(
+                "--load-format dummy: the weights are random and replies mean nothing; only speed can be measured"
+            );
+        }
         if !source.config.unknown_fields.is_empty() {
             tracing::warn!(fields = ?source.config.unknown_fields, "config.json has fields that mean nothing here");
         }
         Ok(source)
     }
 
-    fn bundled() -> Result<Self> {
-        let config = ModelConfig::from_json(include_bytes!("../model/config.json"))?;
+    fn bundled(args: &ModelArgs) -> Result<Self> {
+        let config = args.overrides.model(ConfigJson::parse(include_bytes!("../model/config.json"))?)?;
         let generation = include_bytes!("../model/generation_config.json");
+        let is_dummy = args.load_format == LoadFormat::Dummy;
+        let checkpoint = if is_dummy {
+            Checkpoint::dummy(&config, DUMMY_SEED)
+        } else {
+            Checkpoint::from_static(TINY_NAME, &TINY_WEIGHTS.0)?
+        };
         Ok(Self {
             name: TINY_NAME.into(),
-            checkpoint: Arc::new(Checkpoint::from_static(TINY_NAME, &TINY_WEIGHTS.0)?),
+            checkpoint: Arc::new(checkpoint),
             defaults: GenerationDefaults::from_json(generation, config.vocab_size)?,
             config,
+            is_dummy,
             folder: None,
         })
     }
@@ -79,19 +97,45 @@ impl Source {
         if let Some(known) = known.filter(|known| known.status == ModelStatus::Planned) {
             bail!("{} is not supported yet: {}", known.id, known.why.unwrap_or_default());
         }
+        let is_dummy = args.load_format == LoadFormat::Dummy;
+        if is_dummy && Path::new(model).is_file() {
+            return Self::dummy(model, Path::new(model), None, args);
+        }
         let folder = resolve_model(
             model,
             args.revision.as_deref(),
             args.download_dir.as_deref(),
             &HubEnv::from_process(),
         )?;
-        let config = ModelConfig::open(&folder)?;
+        let config = folder.join("config.json");
+        if is_dummy {
+            return Self::dummy(model, &config, Some(folder), args);
+        }
+        let config = args.overrides.model(ConfigJson::open(&config)?)?;
         Ok(Self {
             name: model.to_owned(),
             checkpoint: Arc::new(Checkpoint::open(&folder)?),
             defaults: GenerationDefaults::open(&folder, config.vocab_size)?,
             config,
+            is_dummy,
             folder: Some(folder),
+        })
+    }
+
+    /// Random weights of the shape in the file `config`; the rest is the folder's as far as it has it.
+    fn dummy(model: &str, config: &Path, folder: Option<PathBuf>, args: &ModelArgs) -> Result<Self> {
+        let config = args.overrides.model(ConfigJson::open(config)?)?;
+        let defaults = match &folder {
+            Some(folder) => GenerationDefaults::open(folder, config.vocab_size)?,
+            None => GenerationDefaults::default(),
+        };
+        Ok(Self {
+            name: model.to_owned(),
+            checkpoint: Arc::new(Checkpoint::dummy(&config, DUMMY_SEED)),
+            defaults,
+            config,
+            is_dummy: true,
+            folder: folder.filter(|folder| folder.join("tokenizer.json").exists()),
         })
     }
 
@@ -111,13 +155,8 @@ impl Source {
             }
             (Some(path), _) => path,
             (None, Some(folder)) => folder,
-            (None, None) => {
-                let json = include_bytes!("../model/tokenizer.json");
-                return Ok(Tokenizer::from_bytes(
-                    json,
-                    Some(include_bytes!("../model/tokenizer_config.json")),
-                )?);
-            }
+            (None, None) if self.is_dummy => return stand_in(self.config.vocab_size),
+            (None, None) => return Ok(Tokenizer::from_bytes(TINY_TOKENIZER, Some(TINY_TOKENIZER_CONFIG))?),
         };
         Ok(Tokenizer::from_dir(folder)?)
     }
@@ -155,7 +194,28 @@ impl Source {
             (Some(path), _) => Some(read(path).context("--chat-template")?),
             (None, Some(own)) if own.is_file() => Some(read(&own)?),
             (None, Some(_)) => tokenizer.chat_template().map(str::to_owned),
-            (None, None) => Some(include_str!("../model/chat_template.jinja").to_owned()),
+            (None, None) => {
+                let bundled = || include_str!("../model/chat_template.jinja").to_owned();
+                // One that --tokenizer named for a dummy may bring its own.
+                Some(tokenizer.chat_template().map_or_else(bundled, str::to_owned))
+            }
         })
     }
+}
+
+/// tiny-r1's tokenizer with a made-up word for each further id: whatever random weights draw is a piece of text, so that it is
+/// streamed as other models' tokens are. Text is never read as those words.
+fn stand_in(vocab_size: usize) -> Result<Tokenizer> {
+    let mut json: Value = serde_json::from_slice(TINY_TOKENIZER).context("the bundled tokenizer")?;
+    let vocab = json["model"]["vocab"].as_object_mut().context("the bundled tokenizer has a vocabulary")?;
+    let own = Tokenizer::from_bytes(TINY_TOKENIZER, Some(TINY_TOKENIZER_CONFIG))?.vocab_size();
+    if vocab_size < own {
+        bail!(
+            "vocab_size is {vocab_size}, and the tokenizer that stands in for the model's has {own} tokens; give one with \
+             --tokenizer PATH"
+        );
+    }
+    // In the byte-level alphabet, a space before the word.
+    vocab.extend((own..vocab_size).map(|id| (format!("\u{120}w{id}"), id.into())));
+    Ok(Tokenizer::from_bytes(&serde_json::to_vec(&json)?, Some(TINY_TOKENIZER_CONFIG))?)
 }

@@ -44,7 +44,7 @@ pub(crate) struct TextArgs {
     override_generation_config: Option<JsonObject>,
 }
 
-type JsonObject = Map<String, Value>;
+pub(crate) type JsonObject = Map<String, Value>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ReasoningParser {
@@ -171,7 +171,7 @@ impl Generation {
     }
 }
 
-fn json_object(text: &str) -> Result<JsonObject, String> {
+pub(crate) fn json_object(text: &str) -> Result<JsonObject, String> {
     serde_json::from_str(text).map_err(|error| format!("a JSON object: {error}"))
 }
 

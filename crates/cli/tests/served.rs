@@ -162,7 +162,10 @@ fn wrong_arguments_are_sentences() {
         (&["--max-modal-len", "5"], &["--max-model-len"]),
         (&["--dtype", "float16"], &["float16", "bfloat16"]),
         (&["--kv-cache-dtype", "fp8_e5m2"], &["--kv-cache-dtype fp8_e5m2", "take fp8"]),
-        (&["--kv-cache-dtype", "bfloat16"], &["--kv-cache-dtype BF16", "F32 activations", "auto or fp8"]),
+        (
+            &["--dtype", "float32", "--kv-cache-dtype", "bfloat16"],
+            &["--kv-cache-dtype BF16", "F32 activations", "auto or fp8"],
+        ),
     ] {
         let message = failure(args);
         for needle in needles {

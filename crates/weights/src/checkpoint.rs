@@ -1,4 +1,4 @@
-//! A checkpoint's tensors by name: one file or many shards, mapped, or bytes in the program itself.
+//! A checkpoint's tensors by name: one file or many shards, mapped, bytes in the program itself, or made when asked for.
 //! Knows no model; `shapes` does.
 
 use std::collections::{BTreeMap, HashMap};
@@ -10,13 +10,14 @@ use std::sync::Arc;
 use r1_backend::{HostBytes, HostTensor};
 use r1_core::DType;
 
+use crate::dummy::Made;
 use crate::error::WeightsError;
 use crate::header::{self, Entry};
 use crate::json::Entries;
 use crate::mapping::Mapping;
 
 const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
 /// The largest index that is read; DeepSeek-V3's has 9 MB.
 const MAX_INDEX_BYTES: u64 = 256 << 20;
 
@@ -26,12 +27,27 @@ struct Source {
     bytes: Arc<dyn HostBytes>,
 }
 
-/// A tensor's place among the sources.
+/// A tensor and where its bytes come from.
 struct Stored {
-    source: usize,
     dtype: String,
     shape: Vec<usize>,
-    range: Range<usize>,
+    place: Place,
+}
+
+enum Place {
+    /// A range of a source.
+    File { source: usize, range: Range<usize> },
+    /// No file.
+    Made(Made),
+}
+
+impl Stored {
+    fn size_bytes(&self) -> usize {
+        match &self.place {
+            Place::File { range, .. } => range.len(),
+            Place::Made(made) => made.tensor.size_bytes(),
+        }
+    }
 }
 
 /// What is known of a tensor without reading it.
@@ -47,7 +63,8 @@ pub struct TensorInfo<'a> {
     pub file: &'a str,
 }
 
-/// The tensors of a model, found by name and never copied: every [`HostTensor`] is a slice of the mapped file.
+/// The tensors of a model, found by name and never copied: every [`HostTensor`] is a slice of the mapped file (or of what was
+/// made of it, see [`Checkpoint::dummy`]).
 ///
 /// safetensors does not align data: a tensor's address need not be a multiple of its element size. Such tensors are
 /// handed out all the same; a reader of elements goes through bytes, or copies when the address does not suit it.
@@ -101,6 +118,16 @@ impl Checkpoint {
         Ok(checkpoint)
     }
 
+    /// Tensors that are in no file.
+    pub(crate) fn of_made(place: &str, tensors: impl Iterator<Item = Made>) -> Self {
+        let stored = |made: Made| {
+            let tensor = &made.tensor;
+            let (dtype, shape) = (tensor.dtype().name().to_owned(), tensor.shape().to_vec());
+            (tensor.name().to_owned(), Stored { dtype, shape, place: Place::Made(made) })
+        };
+        Self { tensors: tensors.map(stored).collect(), ..Self::empty(place.to_owned()) }
+    }
+
     fn empty(place: String) -> Self {
         Self { place, sources: Vec::new(), tensors: HashMap::new(), unindexed: Vec::new() }
     }
@@ -114,7 +141,8 @@ impl Checkpoint {
     }
 
     fn add_all(&mut self, source: usize, entries: Vec<(String, Entry)>) {
-        let stored = |e: Entry| Stored { source, dtype: e.dtype, shape: e.shape, range: e.range };
+        let place = |range| Place::File { source, range };
+        let stored = |e: Entry| Stored { dtype: e.dtype, shape: e.shape, place: place(e.range) };
         self.tensors.extend(entries.into_iter().map(|(name, entry)| (name, stored(entry))));
     }
 
@@ -151,14 +179,14 @@ impl Checkpoint {
         &self.unindexed
     }
 
-    /// Number of files.
+    /// Number of files; 0 for one that is made.
     pub fn num_files(&self) -> usize {
         self.sources.len()
     }
 
     /// Bytes of all tensors together.
     pub fn size_bytes(&self) -> u64 {
-        self.tensors.values().map(|t| t.range.len() as u64).sum()
+        self.tensors.values().map(|t| t.size_bytes() as u64).sum()
     }
 
     /// What is known of a tensor without reading it.
@@ -166,8 +194,11 @@ impl Checkpoint {
         self.tensors.get(name).map(|t| TensorInfo {
             dtype: &t.dtype,
             shape: &t.shape,
-            size_bytes: t.range.len(),
-            file: &self.sources[t.source].name,
+            size_bytes: t.size_bytes(),
+            file: match &t.place {
+                Place::File { source, .. } => &self.sources[*source].name,
+                Place::Made(_) => &self.place,
+            },
         })
     }
 
@@ -175,13 +206,13 @@ impl Checkpoint {
     pub fn tensor(&self, name: &str) -> Result<HostTensor, WeightsError> {
         let dtype =
             self.dtype_among(name, &[DType::F32, DType::BF16, DType::F16, DType::F8E4M3, DType::U32])?;
-        Ok(self.slice(&self.tensors[name], dtype))
+        self.slice(&self.tensors[name], dtype)
     }
 
     /// A tensor in place, refused unless it has exactly `shape` and one of the dtypes `allowed`.
     pub fn take(&self, name: &str, shape: &[usize], allowed: &[DType]) -> Result<HostTensor, WeightsError> {
         let dtype = self.check(name, shape, allowed)?;
-        Ok(self.slice(&self.tensors[name], dtype))
+        self.slice(&self.tensors[name], dtype)
     }
 
     /// What [`Checkpoint::take`] checks, without taking.
@@ -215,13 +246,17 @@ impl Checkpoint {
         })
     }
 
-    fn slice(&self, stored: &Stored, dtype: DType) -> HostTensor {
-        let bytes = self.sources[stored.source].bytes.clone();
-        HostTensor::new(bytes, stored.range.clone(), &stored.shape, dtype)
+    fn slice(&self, stored: &Stored, dtype: DType) -> Result<HostTensor, WeightsError> {
+        let (bytes, range) = match &stored.place {
+            Place::File { source, range } => (self.sources[*source].bytes.clone(), range.clone()),
+            Place::Made(made) => made.bytes()?,
+        };
+        Ok(HostTensor::new(bytes, range, &stored.shape, dtype))
     }
 
     pub(crate) fn missing(&self, tensor: &str) -> WeightsError {
         let searched = match &self.sources[..] {
+            [] => self.place.clone(),
             [one] => format!("{} ({})", self.place, one.name),
             many => format!("{} ({} shards)", self.place, many.len()),
         };

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use r1_core::DType;
 
+use crate::config::ConfigError;
+
 /// A checkpoint that cannot be used, or a tensor that cannot be handed out.
 #[derive(Debug, thiserror::Error)]
 pub enum WeightsError {
@@ -216,15 +218,32 @@ pub enum WeightsError {
         /// Ranks.
         world: usize,
     },
-    /// A shard that must be copied does not fit.
+    /// A shard that must be copied, or a tensor that must be made, does not fit.
     #[error(
-        "{tensor}: no room for {requested_bytes} bytes, a copy of this rank's columns; take a smaller model"
+        "{tensor}: no room for {requested_bytes} bytes, this rank's part of it in memory; take a smaller model"
     )]
     NoRoom {
         /// The tensor.
         tensor: String,
-        /// Size of the copy.
+        /// Its size.
         requested_bytes: usize,
+    },
+    /// A config.json that means no model.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A file of a new checkpoint cannot be written.
+    #[error("cannot write {}: {source}", path.display())]
+    Write {
+        /// The file, or its folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A new checkpoint would lie among other files.
+    #[error("{} is not empty; name a new folder", dir.display())]
+    NotEmpty {
+        /// The folder.
+        dir: PathBuf,
     },
     /// The checkpoint and config.json disagree about more than one tensor.
     #[error("the checkpoint disagrees with config.json about {total} tensors:{}", Lines(problems, *total))]

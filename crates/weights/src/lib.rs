@@ -11,6 +11,7 @@
 mod awq;
 mod checkpoint;
 mod config;
+mod dummy;
 mod error;
 mod f8;
 mod generation;
@@ -22,16 +23,19 @@ mod linear;
 #[allow(unsafe_code)]
 mod mapping;
 mod shapes;
+mod writer;
 
 pub use awq::{HostInt4, repack_awq};
 pub use checkpoint::{Checkpoint, TensorInfo};
 pub use config::{
-    Architecture, ConfigError, Fp8BlockConfig, ModelConfig, MoeConfig, ParamCounts, Rope, ScaleFmt,
-    ScoringFunc, TopkMethod, Yarn,
+    Architecture, ConfigError, ConfigJson, Fp8BlockConfig, ModelConfig, MoeConfig, ParamCounts, Rope,
+    ScaleFmt, ScoringFunc, TopkMethod, Yarn,
 };
+pub use dummy::{DummyTensor, dummy_tensors};
 pub use error::WeightsError;
 pub use f8::f8e4m3_to_f32;
 pub use generation::GenerationDefaults;
 pub use hub::{HubEnv, HubError, resolve_model};
 pub use linear::{HostLinear, Partition, widen_to_f32};
 pub use shapes::{ExpectedTensor, Presence, TensorKind, Verified, expected_tensors};
+pub use writer::{Written, write_dummy};

@@ -1,6 +1,7 @@
 //! What a model is, as its config.json states it. Knows no tensor names and no files but config.json.
 
 mod fields;
+mod json;
 mod parse;
 mod rope;
 
@@ -10,6 +11,7 @@ use std::path::{Path, PathBuf};
 use r1_core::{DType, TokenId};
 
 pub(crate) use fields::Fields;
+pub use json::ConfigJson;
 pub use rope::{Rope, Yarn};
 
 /// A config.json or generation_config.json that cannot be used. Every message names the field.
@@ -235,12 +237,12 @@ pub struct ParamCounts {
 impl ModelConfig {
     /// Reads `config.json` in `dir`.
     pub fn open(dir: &Path) -> Result<Self, ConfigError> {
-        Self::from_json(&read_small(&dir.join("config.json"))?)
+        ConfigJson::open(&dir.join("config.json"))?.model()
     }
 
     /// Reads the text of a config.json.
     pub fn from_json(text: &[u8]) -> Result<Self, ConfigError> {
-        parse::model_config(text)
+        ConfigJson::parse(text)?.model()
     }
 
     /// Whether layer `layer` has experts; MTP layers count on from `num_hidden_layers`.

@@ -1,11 +1,11 @@
-//! From the text of config.json to a [`ModelConfig`]: both dialects, every refusal. Knows no tensor.
+//! From the fields of config.json to a [`ModelConfig`]: both dialects, every refusal. Knows no tensor.
 
 use r1_core::{DType, TokenId};
 use serde_json::{Map, Value, json};
 
 use super::{
     Architecture, ConfigError, Fields, Fp8BlockConfig, ModelConfig, MoeConfig, Rope, ScaleFmt, ScoringFunc,
-    TopkMethod, Yarn, fields::show, json_object,
+    TopkMethod, Yarn, fields::show,
 };
 
 // Sanity limits, far above every published model: they keep each product of sizes below 2^63, and what a hostile
@@ -54,9 +54,8 @@ const HARMLESS: &[&str] = &[
     "use_cache",
 ];
 
-pub(super) fn model_config(text: &[u8]) -> Result<ModelConfig, ConfigError> {
-    let map = json_object("config.json", text)?;
-    let mut f = Fields::new("config.json", "", &map);
+pub(super) fn model_config(map: &Map<String, Value>) -> Result<ModelConfig, ConfigError> {
+    let mut f = Fields::new("config.json", "", map);
     refuse_other_models(&mut f)?;
     let architecture = architecture(&mut f)?;
     refuse_other_computations(&mut f)?;

@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod config;
+mod dummy;
 mod linear;
 mod refused;
 mod support;
