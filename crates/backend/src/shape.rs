@@ -4,7 +4,7 @@
 //! `linear: w has shape [8, 5], expected [N=8, K=4]`.
 
 mod gqa;
-mod int4;
+mod grouped;
 
 use std::ops::Range;
 
@@ -112,7 +112,9 @@ impl Check {
                 );
                 self.arg(arg, data, letters, &[DType::F8E4M3])
             }
-            Weight::Int4Group(_) => panic!("{op}: {arg} is an int4 weight, which `linear` alone takes"),
+            Weight::Int8Group { .. } | Weight::Int4Group(_) => {
+                panic!("{op}: {arg} is {:?}, which `linear` and `experts` alone take", w.format())
+            }
         }
     }
 
@@ -214,12 +216,12 @@ pub fn quantize<B: Backend>(x: &Activation<B>) {
 /// See [`Backend::linear`].
 #[track_caller]
 pub fn linear<B: Backend>(x: &Activation<B>, w: &Weight<B>, out: &Tensor<B>) {
-    let check = Check::new("linear").activation("x", x, &["T", "K"]);
-    let check = match w {
-        Weight::Int4Group(w) => check.int4("w", w, &["N", "K"]),
-        Weight::Dense { .. } | Weight::Fp8Block { .. } => check.weight("w", w, &["N", "K"]),
-    };
-    check.arg("out", out, &["T", "N"], ACTIVATION);
+    Check::new("linear").activation("x", x, &["T", "K"]).any_weight("w", w, &["N", "K"]).arg(
+        "out",
+        out,
+        &["T", "N"],
+        ACTIVATION,
+    );
 }
 
 /// See [`Backend::per_head`].
@@ -387,11 +389,10 @@ pub fn experts<B: Backend>(
         .arg("weights", weights, &["T", "k"], &[DType::F32])
         .arg("out", out, &["T", "D"], ACTIVATION);
     for expert in &experts.local {
-        check = check.weight("gate", &expert.gate, &["I", "D"]).weight("up", &expert.up, &["I", "D"]).weight(
-            "down",
-            &expert.down,
-            &["D", "I"],
-        );
+        check = check
+            .any_weight("gate", &expert.gate, &["I", "D"])
+            .any_weight("up", &expert.up, &["I", "D"])
+            .any_weight("down", &expert.down, &["D", "I"]);
     }
     assert!(
         experts.first + experts.local.len() <= experts.total,

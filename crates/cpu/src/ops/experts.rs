@@ -7,7 +7,7 @@ use r1_backend::{Activation, Experts, Tensor, shape};
 use super::linear::weight_chunks;
 use super::{Chunks, refuse_fp8, widened};
 use crate::Cpu;
-use crate::kernels::{MatMul, TileSize, WeightIn, WeightRows, XRows};
+use crate::kernels::{AnyRows, AnyWeight, Product, XRows};
 use crate::pool::Pool;
 use crate::scratch::Workspace;
 use crate::simd::{Kernel, Simd, slice};
@@ -121,44 +121,43 @@ fn gate_up(
     let hidden = Shared::new(hidden);
     let active = pairs.active.len();
     let chunks = {
-        let w = WeightIn::new(OP, "experts.gate", &experts.local[pairs.active[0] as usize].gate);
         let mean_pairs = pairs.token.len().div_ceil(active);
-        weight_chunks(&w.rows(), width, mean_pairs, cpu.threads.div_ceil(active))
+        weight_chunks(x.cols, width, mean_pairs, cpu.threads.div_ceil(active))
     };
     pool.run(active * chunks.count(), &|task, scratch| {
         let expert = pairs.active[task / chunks.count()];
         let weights = &experts.local[expert as usize];
-        let gate = WeightIn::new(OP, "experts.gate", &weights.gate);
-        let up = WeightIn::new(OP, "experts.up", &weights.up);
+        let gate = AnyWeight::new(OP, "experts.gate", &weights.gate);
+        let up = AnyWeight::new(OP, "experts.up", &weights.up);
         let w = [gate.rows(), up.rows()];
         let (rows, range) = (chunks.range(task % chunks.count()), pairs.of(expert));
-        let tile = w.each_ref().map(|w| TileSize::floats(w, rows.len(), range.len()));
+        let product = w.each_ref().map(|w| w.scratch_floats(rows.len(), range.len()));
         let y = rows.len() * range.len();
-        let bufs = scratch.floats.parts([tile[0].max(tile[1]), y, y]);
+        let bufs = scratch.floats.parts([product[0].max(product[1]), y, y]);
         let x = XRows::gathered(x, &pairs.token[range.clone()]);
         cpu.isa.run(GateUp { w, rows, x, first: range.start, width, hidden, bufs });
     });
 }
 
 struct GateUp<'a> {
-    w: [WeightRows<'a>; 2],
+    w: [AnyRows<'a>; 2],
     rows: Range<usize>,
     x: XRows<'a>,
     /// The expert's first pair.
     first: usize,
     width: usize,
     hidden: Shared<'a>,
-    /// The tile, gates and ups.
+    /// The product's scratch, gates and ups.
     bufs: [&'a mut [f32]; 3],
 }
 
 impl Kernel for GateUp<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let [tile, gate, up] = self.bufs;
+        let [scratch, gate, up] = self.bufs;
         let len = self.rows.len();
         for (w, y) in self.w.into_iter().zip([&mut *gate, &mut *up]) {
-            s.call(MatMul { w, rows: self.rows.clone(), x: self.x, y, ldy: len, tile });
+            s.call(Product { w, rows: self.rows.clone(), x: self.x, y, ldy: len, scratch });
         }
         for i in 0..self.x.len() {
             // SAFETY: these columns of the expert's pairs belong to this task.
@@ -183,11 +182,11 @@ fn down(
     let chunks = Chunks::new(out.cols, OUT_COLS);
     pool.run(chunks.count(), &|task, scratch| {
         let cols = chunks.range(task);
-        let tile = pairs.active.iter().map(|&expert| {
-            let w = WeightIn::new(OP, "experts.down", &experts.local[expert as usize].down);
-            TileSize::floats(&w.rows(), cols.len(), pairs.of(expert).len())
+        let product = pairs.active.iter().map(|&expert| {
+            let w = AnyWeight::new(OP, "experts.down", &experts.local[expert as usize].down);
+            w.rows().scratch_floats(cols.len(), pairs.of(expert).len())
         });
-        let sizes = [tile.max().unwrap_or(0), hidden.rows * cols.len(), cols.len(), cols.len()];
+        let sizes = [product.max().unwrap_or(0), hidden.rows * cols.len(), cols.len(), cols.len()];
         let bufs = scratch.floats.parts(sizes);
         cpu.isa.run(Down { experts, pairs, hidden, tokens: tokens.clone(), weights, cols, out, bufs });
     });
@@ -201,21 +200,21 @@ struct Down<'a> {
     weights: Mat<'a>,
     cols: Range<usize>,
     out: MatMut<'a>,
-    /// The tile, the pairs' results, a token's sum and what `out` held.
+    /// The product's scratch, the pairs' results, a token's sum and what `out` held.
     bufs: [&'a mut [f32]; 4],
 }
 
 impl Kernel for Down<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let [tile, y, sum, held] = self.bufs;
+        let [scratch, y, sum, held] = self.bufs;
         let len = self.cols.len();
         for &expert in &self.pairs.active {
-            let w = WeightIn::new(OP, "experts.down", &self.experts.local[expert as usize].down);
+            let w = AnyWeight::new(OP, "experts.down", &self.experts.local[expert as usize].down);
             let range = self.pairs.of(expert);
             let x = XRows::range(self.hidden, range.clone());
             let y = &mut y[range.start * len..];
-            s.call(MatMul { w: w.rows(), rows: self.cols.clone(), x, y, ldy: len, tile });
+            s.call(Product { w: w.rows(), rows: self.cols.clone(), x, y, ldy: len, scratch });
         }
         let k = self.weights.cols;
         for (i, t) in self.tokens.enumerate() {

@@ -5,7 +5,6 @@ pub(crate) mod expanded;
 pub(crate) mod experts;
 pub(crate) mod gqa;
 pub(crate) mod host;
-pub(crate) mod int4;
 pub(crate) mod latent;
 pub(crate) mod linear;
 pub(crate) mod logprobs;

@@ -7,7 +7,7 @@ use r1_backend::{HeadForm, HeadWeight, Tensor, shape};
 use super::Chunks;
 use super::linear::{Linear, weight_chunks};
 use crate::Cpu;
-use crate::kernels::{Combine, TileSize, WeightIn, WeightRows, XRows};
+use crate::kernels::{AnyRows, Combine, TileSize, WeightIn, WeightRows, XRows};
 use crate::simd::{Kernel, Simd};
 use crate::view::{Cube, CubeMut, In, Mat, MatMut, Out};
 
@@ -29,7 +29,7 @@ pub(crate) fn per_head(cpu: &Cpu, x: &Tensor<Cpu>, w: &HeadWeight<Cpu>, out: &Te
 /// `out[t, h, r] = W_h[r, :] · x[t, h, :]`.
 fn rows_out(cpu: &Cpu, x: Cube<'_>, weight: WeightRows<'_>, w: &HeadWeight<Cpu>, out: CubeMut<'_>) {
     let [tokens, heads, k] = x.shape;
-    let chunks = weight_chunks(&weight, w.rows.len(), tokens, cpu.threads.div_ceil(heads.max(1)));
+    let chunks = weight_chunks(k, w.rows.len(), tokens, cpu.threads.div_ceil(heads.max(1)));
     cpu.engine().pool.run(heads * chunks.count(), &|task, scratch| {
         let (head, rows) = (task / chunks.count(), chunks.range(task % chunks.count()));
         let first = head * w.rows_per_head + w.rows.start;
@@ -58,7 +58,7 @@ impl Kernel for HeadRows<'_> {
     fn run<S: Simd>(self, s: S) {
         let x = XRows::all(dense(s, self.x, self.x_buf));
         let (w, rows, out) = (self.w, self.rows, self.out);
-        Linear { w, rows, x, out, col: self.first, bufs: [self.tile, self.y] }.run(s);
+        Linear { w: AnyRows::Plain(w), rows, x, out, col: self.first, bufs: [self.tile, self.y] }.run(s);
     }
 }
 
