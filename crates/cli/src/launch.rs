@@ -111,6 +111,16 @@ impl AnyDevice {
         }
     }
 
+    /// What activations are where nobody says: what the device computes best with.
+    fn activation_dtype(&self) -> DType {
+        let capabilities = match self {
+            Self::Cpu(devices) => devices[0].capabilities(),
+            Self::Gpu(devices) => devices[0].capabilities(),
+            Self::Reference(devices) => devices[0].capabilities(),
+        };
+        capabilities.activation_dtypes[0]
+    }
+
     /// Whether it has FP8 arithmetic; `None` for what is no GPU.
     fn gpu_fp8(&self) -> Option<bool> {
         match self {
@@ -166,8 +176,8 @@ impl Launch {
         max_num_batched_tokens: usize,
     ) -> Result<Self> {
         let (activation_dtype, weights) = match args.dtype {
-            Dtype::Auto if device.gpu_fp8().is_some() => (DType::BF16, WeightFormat::AsStored),
-            Dtype::Auto | Dtype::Float32 => (DType::F32, WeightFormat::AsStored),
+            Dtype::Auto => (device.activation_dtype(), WeightFormat::AsStored),
+            Dtype::Float32 => (DType::F32, WeightFormat::AsStored),
             Dtype::Bfloat16 => (DType::BF16, WeightFormat::WidenToBf16),
             Dtype::Float16 => {
                 bail!("--dtype float16 is not supported; DeepSeek's activations overflow it: use bfloat16")

@@ -10,6 +10,8 @@ use crate::simd::{Kernel, Portable};
 /// Vector instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
+    /// AVX-512 with BF16 and VBMI (Zen 4, Sapphire Rapids): as [`Avx512`](Self::Avx512), and BF16 inputs are multiplied in pairs.
+    Avx512Bf16,
     /// AVX-512 F, BW, DQ and VL: 16 lanes.
     Avx512,
     /// AVX2, FMA and F16C: 8 lanes.
@@ -20,11 +22,17 @@ pub enum Isa {
 
 impl Isa {
     /// All, best first.
-    pub const ALL: [Self; 3] = [Self::Avx512, Self::Avx2, Self::Portable];
+    pub const ALL: [Self; 4] = [Self::Avx512Bf16, Self::Avx512, Self::Avx2, Self::Portable];
 
     /// Whether this machine has it.
     pub fn is_available(self) -> bool {
         match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => {
+                Self::Avx512.is_available()
+                    && is_x86_feature_detected!("avx512bf16")
+                    && is_x86_feature_detected!("avx512vbmi")
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
                 Self::Avx2.is_available()
@@ -40,7 +48,7 @@ impl Isa {
                     && is_x86_feature_detected!("f16c")
             }
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx512 | Self::Avx2 => false,
+            Self::Avx512Bf16 | Self::Avx512 | Self::Avx2 => false,
             Self::Portable => true,
         }
     }
@@ -53,6 +61,7 @@ impl Isa {
 impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Avx512Bf16 => "AVX-512 with BF16",
             Self::Avx512 => "AVX-512",
             Self::Avx2 => "AVX2",
             Self::Portable => "portable",
@@ -81,11 +90,18 @@ impl Available {
         match self.0 {
             // SAFETY: `choose` found the instructions.
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => unsafe { Avx512::new() }.call(kernel),
+            Isa::Avx512Bf16 => unsafe { Avx512::<true>::new() }.call(kernel),
+            // SAFETY: `choose` found the instructions.
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => unsafe { Avx512::<false>::new() }.call(kernel),
             // SAFETY: `choose` found the instructions.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => unsafe { Avx2::new() }.call(kernel),
             _ => kernel.run(Portable),
         }
+    }
+    /// Whether inputs that are BF16 are multiplied in pairs.
+    pub(crate) fn has_pairs(self) -> bool {
+        self.0 == Isa::Avx512Bf16
     }
 }

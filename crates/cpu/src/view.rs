@@ -164,6 +164,11 @@ impl<'a> Mat<'a> {
         Self { ptr: values.as_ptr().cast(), dtype: DType::F32, rows, cols, stride, life: PhantomData }
     }
 
+    /// No rows.
+    pub(crate) fn empty(dtype: DType, cols: usize) -> Self {
+        Self { ptr: std::ptr::dangling(), dtype, rows: 0, cols, stride: cols, life: PhantomData }
+    }
+
     /// Where row `i` begins.
     pub(crate) fn row(&self, i: usize) -> *const u8 {
         assert!(i < self.rows, "row {i} of {}", self.rows);
@@ -189,6 +194,13 @@ impl<'a> Mat<'a> {
         assert_eq!(self.dtype, DType::F32, "rows are not F32");
         // SAFETY: the row exists, is aligned, and nobody writes it during 'a.
         unsafe { std::slice::from_raw_parts(self.row(i).cast(), self.cols) }
+    }
+
+    /// Columns `range`.
+    pub(crate) fn columns(&self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.cols, "columns {range:?} of {}", self.cols);
+        let ptr = self.ptr.wrapping_add(range.start * self.dtype.size_bytes());
+        Self { ptr, cols: range.len(), ..*self }
     }
 
     /// Columns `col..col + dst.len()` of row `i`, widened.
@@ -319,6 +331,35 @@ pub(crate) struct MatMut<'a> {
 unsafe impl Send for MatMut<'_> {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for MatMut<'_> {}
+
+impl<'a> MatMut<'a> {
+    /// Dense rows of F32 or BF16 in working memory.
+    pub(crate) fn scratch(room: &'a mut [f32], dtype: DType, rows: usize, cols: usize) -> Self {
+        assert!(
+            rows * cols * dtype.size_bytes() <= size_of_val(room),
+            "{rows} rows of {cols} past their room"
+        );
+        Self { ptr: room.as_mut_ptr().cast(), dtype, rows, cols, stride: cols, life: PhantomData }
+    }
+
+    /// Copies columns `col..col + src.cols` of row `i` from row `row` of `src`, which has the same element type.
+    ///
+    /// # Safety
+    /// No other task touches them at the same time.
+    #[inline(always)]
+    pub(crate) unsafe fn copy(&self, i: usize, col: usize, src: Mat<'_>, row: usize) {
+        assert_eq!(self.dtype, src.dtype, "copies between element types");
+        let (from, to) = (src.row(row), self.place(i, col, src.cols));
+        // SAFETY: both lie inside their memory; the caller has this place alone, so they are apart.
+        unsafe { std::ptr::copy_nonoverlapping(from, to, src.cols * src.dtype.size_bytes()) };
+    }
+
+    /// The same rows for reading, once nobody writes them any more.
+    pub(crate) fn readable(self) -> Mat<'a> {
+        let Self { ptr, dtype, rows, cols, stride, life: _ } = self;
+        Mat { ptr, dtype, rows, cols, stride, life: PhantomData }
+    }
+}
 
 impl MatMut<'_> {
     fn place(&self, i: usize, col: usize, len: usize) -> *mut u8 {

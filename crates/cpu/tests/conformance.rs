@@ -9,6 +9,10 @@ fn cpu(isa: Isa, threads: usize) -> Cpu {
     Cpu::new(CpuOptions { threads: Some(threads), isa }).expect("threads start")
 }
 
+mod avx512_bf16 {
+    r1_backend::conformance_tests!(&super::cpu(r1_cpu::Isa::Avx512Bf16, 2), oracle: &r1_reference::Reference::new());
+}
+
 mod avx512 {
     r1_backend::conformance_tests!(&super::cpu(r1_cpu::Isa::Avx512, 2), oracle: &r1_reference::Reference::new());
 }

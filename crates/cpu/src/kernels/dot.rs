@@ -9,6 +9,9 @@
 
 use std::ops::Range;
 
+use r1_core::DType;
+
+use super::pair_dot::{self, PairMul};
 use super::{WeightRows, with_elem};
 use crate::simd::{Elem, Kernel, MAX_LANES, Simd, slice};
 use crate::view::Mat;
@@ -22,7 +25,7 @@ const TOKEN_BLOCK: usize = 60;
 /// Columns of K per pass: four widened rows of it fill half of a 32 KiB L1.
 const SPAN: usize = 1024;
 
-/// Input rows: every row, or chosen ones, of an F32 matrix.
+/// Input rows: every row, or chosen ones, of an F32 matrix, or of a BF16 one where pairs are multiplied.
 #[derive(Clone, Copy)]
 pub(crate) struct XRows<'a> {
     mat: Mat<'a>,
@@ -31,7 +34,7 @@ pub(crate) struct XRows<'a> {
 
 impl<'a> XRows<'a> {
     pub(crate) fn all(mat: Mat<'a>) -> Self {
-        assert_eq!(mat.dtype, r1_core::DType::F32, "inputs are widened before the product");
+        assert!(matches!(mat.dtype, DType::F32 | DType::BF16), "inputs are widened before the product");
         Self { mat, index: None }
     }
 
@@ -49,7 +52,8 @@ impl<'a> XRows<'a> {
         self.index.map_or(self.mat.rows, <[u32]>::len)
     }
 
-    fn row(&self, t: usize) -> *const f32 {
+    pub(super) fn row<T>(&self, t: usize) -> *const T {
+        debug_assert_eq!(self.mat.dtype.size_bytes(), size_of::<T>());
         self.mat.row(self.index.map_or(t, |index| index[t] as usize)).cast()
     }
 }
@@ -61,7 +65,9 @@ impl TileSize {
     /// Floats of `tile` for `rows` weight rows and any number of tokens.
     pub(crate) fn floats(w: &WeightRows<'_>, rows: usize, tokens: usize) -> usize {
         // The last tile of a block of tokens may be narrower than its room.
-        TILE_ROWS * widened_row(w) + rows * (tokens.min(TOKEN_BLOCK) + MAX_TILE_TOKENS) * MAX_LANES
+        let f32s =
+            TILE_ROWS * widened_row(w) + rows * (tokens.min(TOKEN_BLOCK) + MAX_TILE_TOKENS) * MAX_LANES;
+        f32s.max(pair_dot::scratch_floats(w, rows, tokens))
     }
 }
 
@@ -99,6 +105,10 @@ impl Kernel for MatMul<'_> {
         );
         assert!((tokens - 1) * self.ldy + self.rows.len() <= self.y.len(), "outputs past their slice");
         assert!(TileSize::floats(&self.w, self.rows.len(), tokens) <= self.tile.len(), "scratch too small");
+        if self.x.mat.dtype == DType::BF16 {
+            let Self { w, rows, x, y, ldy, tile } = self;
+            return s.pairs(PairMul { w, rows, x, y, ldy, tile });
+        }
         with_elem!(self.w.data.dtype, E => {
             if self.w.scales.is_some() {
                 self.typed::<S, E, true>(s);
@@ -187,7 +197,7 @@ impl MatMul<'_> {
     ) {
         let columns = self.columns(&(0..self.w.data.cols));
         let w = std::array::from_fn(|r| self.w.data.row(n + r).cast::<E>());
-        let x = std::array::from_fn(|i| self.x.row(t + i));
+        let x = std::array::from_fn(|i| self.x.row::<f32>(t + i));
         let scales = self.scales::<R>(n, 0);
         // Rows follow each other closely, so the next group's are asked for as this one's are read.
         let ahead = if R == TILE_ROWS && t == 0 { R * self.w.data.stride } else { 0 };
@@ -316,7 +326,7 @@ impl MatMul<'_> {
         totals: &mut [f32],
     ) {
         let total = totals[..R * T * S::LANES].as_mut_ptr();
-        let x = std::array::from_fn(|i| self.x.row(t + i).wrapping_add(cols.start));
+        let x = std::array::from_fn(|i| self.x.row::<f32>(t + i).wrapping_add(cols.start));
         let (scales, columns, fresh) = (self.scales::<R>(n, cols.start), self.columns(cols), cols.start == 0);
         s.call(Tile::<f32, R, T, SCALED> {
             w,

@@ -3,6 +3,8 @@
 
 mod combine;
 mod dot;
+mod pair_combine;
+mod pair_dot;
 mod product;
 
 use r1_backend::Weight;
@@ -13,6 +15,7 @@ use crate::view::{In, Mat};
 
 pub(crate) use combine::Combine;
 pub(crate) use dot::{MatMul, TileSize, XRows};
+pub(crate) use pair_combine::{InColumns, PairCombine};
 pub(crate) use product::{AnyRows, AnyWeight, Product};
 
 /// Runs `$body` with `$E` bound to the element type of `$dtype`.
@@ -91,6 +94,15 @@ impl<'a> WeightRows<'a> {
     /// F32 rows that were widened already.
     pub(crate) fn from_f32(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> Self {
         Self { data: Mat::from_f32(values, rows, cols, stride), scales: None }
+    }
+
+    /// Whether BF16 inputs can meet it in pairs.
+    pub(crate) fn has_pairs(&self) -> bool {
+        match self.data.dtype {
+            DType::BF16 => self.scales.is_none(),
+            DType::F8E4M3 => true,
+            DType::F32 | DType::F16 | DType::I8 | DType::U32 => false,
+        }
     }
 }
 

@@ -78,6 +78,14 @@ impl AnyRows<'_> {
         }
     }
 
+    /// Whether BF16 inputs can meet it in pairs; where they cannot, inputs are F32.
+    pub(crate) fn has_pairs(&self) -> bool {
+        match self {
+            Self::Plain(w) => w.has_pairs(),
+            Self::Int4(_) => false,
+        }
+    }
+
     /// Floats of a [`Product`]'s scratch for so many rows of the weight and of the input.
     pub(crate) fn scratch_floats(&self, rows: usize, tokens: usize) -> usize {
         match self {

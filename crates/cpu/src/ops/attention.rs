@@ -8,18 +8,17 @@
 use std::ops::Range;
 
 use r1_backend::{Batch, LatentCache, Tensor, shape};
+use r1_core::DType;
 
 use super::latent::LatentIn;
 use super::rows::Pages;
 use super::softmax::State;
+use super::tile::{Products, TILE, Tile};
 use crate::Cpu;
-use crate::kernels::{Combine, MatMul, TileSize, WeightRows, XRows};
 use crate::simd::{Kernel, Simd};
-use crate::view::{Cube, CubeMut, In, Mat, Out, Shared};
+use crate::view::{Cube, CubeMut, In, Mat, MatMut, Out, Shared};
 
 const OP: &str = "mla_attention";
-/// Cached tokens per tile.
-const TILE: usize = 64;
 /// Cached tokens per split, a multiple of `TILE`.
 const SPLIT: usize = 512;
 /// Heads that share a widened tile.
@@ -50,6 +49,10 @@ pub(crate) fn mla_attention(
     if rows == 0 || heads == 0 {
         return;
     }
+    let bf16 = cache.entries().are_bf16()
+        && q_latent.cube().dtype == DType::BF16
+        && q_rope.cube().dtype == DType::BF16;
+    let products = Products::of(bf16 && cpu.isa.has_pairs());
     let groups_wanted = cpu.threads.div_ceil(rows);
     let per_group = heads.div_ceil(groups_wanted).next_multiple_of(4).min(MAX_HEADS);
     let head_groups = heads.div_ceil(per_group);
@@ -69,13 +72,14 @@ pub(crate) fn mla_attention(
             pages: Pages { cache: cache.entries(), table: table.u32_row(seq), op: OP },
             q: [q_latent.cube(), q_rope.cube()],
             latent,
+            products,
             scale,
         }
     };
     let groups = rows * head_groups;
     let most = context_len[seqs.clone()].iter().max().map_or(0, |&len| (len as usize).div_ceil(SPLIT));
     let wave = if groups >= 2 * cpu.threads { 1 } else { most.min((4 * cpu.threads).div_ceil(groups)) };
-    let state_floats = State::floats(per_group, latent);
+    let state_floats = State::floats(per_group, products.state_width(latent));
     let mut engine = cpu.engine();
     let crate::Engine { pool, workspace } = &mut *engine;
     if wave <= 1 {
@@ -125,6 +129,7 @@ struct Task<'a> {
     /// Latent and rope parts of the queries.
     q: [Cube<'a>; 2],
     latent: usize,
+    products: Products,
     scale: f32,
 }
 
@@ -137,12 +142,12 @@ impl Task<'_> {
         self.latent + self.q[1].shape[2]
     }
 
-    /// Sizes of the queries, a widened tile of the cache, scores, and the products' scratch.
-    fn sizes(&self) -> [usize; 4] {
+    /// Sizes of the queries, a tile of the cache, and what a tile takes.
+    fn sizes(&self) -> [usize; 5] {
         let (heads, width) = (self.heads.len(), self.width());
-        let keys = WeightRows::from_f32(&[], 0, width, width);
-        let tile = TileSize::floats(&keys, TILE, heads).max(Combine::tile_floats(TILE));
-        [heads * width, TILE * width, heads * TILE, tile].map(|size| size.next_multiple_of(16))
+        let [scores, weights, scratch] = self.products.tile_floats(heads, width);
+        [self.products.floats(heads, width), self.products.floats(TILE, width), scores, weights, scratch]
+            .map(|size| size.next_multiple_of(16))
     }
 
     fn floats(&self) -> usize {
@@ -150,51 +155,63 @@ impl Task<'_> {
     }
 
     fn state<'s>(&self, floats: &'s mut [f32]) -> State<'s> {
-        State::kept(floats, self.heads.len(), self.latent)
+        State::kept(floats, self.heads.len(), self.products.state_width(self.latent))
     }
 
     fn empty_state<'s>(&self, floats: &'s mut [f32]) -> State<'s> {
-        State::empty(floats, self.heads.len(), self.latent)
+        State::empty(floats, self.heads.len(), self.products.state_width(self.latent))
+    }
+
+    /// The group's queries, latent parts before rotated ones.
+    #[inline(always)]
+    fn queries<'s, S: Simd>(&self, s: S, room: &'s mut [f32]) -> Mat<'s> {
+        let [latent, rope] = self.q.map(|part| part.outer(self.token));
+        let width = self.width();
+        let q = MatMut::scratch(room, self.products.dtype(), self.heads.len(), width);
+        for (i, head) in self.heads.clone().enumerate() {
+            // SAFETY: the task's own memory, of the type that the products want.
+            unsafe {
+                if self.products == Products::Pairs {
+                    q.copy(i, 0, latent, head);
+                    q.copy(i, self.latent, rope, head);
+                } else {
+                    let (to_latent, to_rope) = q.row_mut::<f32>(i).split_at_mut(self.latent);
+                    latent.read(s, head, 0, to_latent);
+                    rope.read(s, head, 0, to_rope);
+                }
+            }
+        }
+        q.readable()
     }
 
     /// Attention over one split of the context, from nothing.
     #[inline(always)]
     fn split<S: Simd>(&self, s: S, split: usize, part: &mut [f32], bufs: &mut [f32]) {
-        let (heads, width) = (self.heads.len(), self.width());
-        let [q_len, kv_len, scores_len, _] = self.sizes();
+        let width = self.width();
+        let [q_len, kv_len, scores_len, weights_len, _] = self.sizes();
         let (q, rest) = bufs.split_at_mut(q_len);
         let (kv, rest) = rest.split_at_mut(kv_len);
-        let (scores, tile) = rest.split_at_mut(scores_len);
-        for (i, head) in self.heads.clone().enumerate() {
-            let (latent, rope) = q[i * width..][..width].split_at_mut(self.latent);
-            self.q[0].outer(self.token).read(s, head, 0, latent);
-            self.q[1].outer(self.token).read(s, head, 0, rope);
-        }
-        let q = XRows::all(Mat::from_f32(q, heads, width, width));
+        let (scores, rest) = rest.split_at_mut(scores_len);
+        let (weights, scratch) = rest.split_at_mut(weights_len);
+        let q = self.queries(s, q);
         let mut state = self.empty_state(part);
         let end = self.seen.min((split + 1) * SPLIT);
         let mut begin = split * SPLIT;
         while begin < end {
             let n = TILE.min(end - begin);
-            for (j, row) in kv.chunks_exact_mut(width).take(n).enumerate() {
-                self.pages.read(s, begin + j, row);
-            }
-            let keys = WeightRows::from_f32(kv, n, width, width);
-            s.call(MatMul { w: keys, rows: 0..n, x: q, y: scores, ldy: TILE, tile });
-            for i in 0..heads {
-                state.weigh(s, i, &mut scores[i * TILE..][..n], self.scale);
-            }
-            s.call(Combine {
-                w: keys,
-                rows: 0..n,
-                cols: 0..self.latent,
-                coef: scores,
-                ld_coef: TILE,
-                m: heads,
-                y: state.sums(0),
-                ldy: self.latent,
-                tile,
-            });
+            let room = MatMut::scratch(kv, self.products.dtype(), n, width);
+            let keys = if self.products == Products::Pairs {
+                self.pages.rows(begin, n, room)
+            } else {
+                for j in 0..n {
+                    // SAFETY: the task's own memory, F32.
+                    self.pages.read(s, begin + j, unsafe { room.row_mut::<f32>(j) });
+                }
+                room.readable()
+            };
+            let values = keys.columns(0..self.latent);
+            let tile = Tile { q, keys, values, seen: n.cast_signed(), step: 0, scale: self.scale };
+            tile.run(s, self.products, &mut state, [&mut *scores, &mut *weights, &mut *scratch]);
             begin += n;
         }
     }
@@ -202,7 +219,7 @@ impl Task<'_> {
     #[inline(always)]
     fn write<S: Simd>(&self, s: S, state: &mut State<'_>, out: CubeMut<'_>) {
         for (i, head) in self.heads.clone().enumerate() {
-            let row = state.finish(s, i);
+            let row = self.products.finish(s, state, i, self.latent);
             // SAFETY: the token's heads belong to this task.
             unsafe { out.outer(self.token).write(s, head, 0, row) };
         }

@@ -6,16 +6,15 @@
 use std::ops::Range;
 
 use r1_backend::{Batch, Tensor, shape};
+use r1_core::DType;
 
 use super::softmax::State;
+use super::tile::{Products, TILE, Tile};
 use crate::Cpu;
-use crate::kernels::{Combine, MatMul, TileSize, WeightRows, XRows};
 use crate::simd::{Kernel, Simd};
 use crate::view::{In, Mat, MatMut, Out};
 
 const OP: &str = "mla_attention_expanded";
-/// Keys per tile.
-const TILE: usize = 64;
 /// Query rows per task.
 const QUERY_ROWS: usize = 32;
 
@@ -40,6 +39,8 @@ pub(crate) fn mla_attention_expanded(
     let context_start = context_start.u32s();
     let [tokens, heads, value_dim] = out.shape;
     let key_dim = q.shape[2];
+    let bf16 = [q.dtype, kv.dtype, k_rope.dtype].iter().all(|&dtype| dtype == DType::BF16);
+    let products = Products::of(bf16 && cpu.isa.has_pairs());
     let mut engine = cpu.engine();
     for seq in seqs.clone() {
         let rows = query_start[seq] as usize..query_start[seq + 1] as usize;
@@ -53,16 +54,16 @@ pub(crate) fn mla_attention_expanded(
             let (head, block) = (task / blocks, task % blocks);
             let begin = rows.start + block * QUERY_ROWS;
             let block = begin..(begin + QUERY_ROWS).min(rows.end);
-            let keys = WeightRows::from_f32(&[], 0, key_dim, key_dim);
-            let tile = TileSize::floats(&keys, TILE, QUERY_ROWS).max(Combine::tile_floats(TILE));
-            let bufs = scratch.floats.parts([
-                block.len() * key_dim,
-                TILE * key_dim,
-                TILE * value_dim,
-                block.len() * TILE,
-                State::floats(block.len(), value_dim),
-                tile,
-            ]);
+            let m = block.len();
+            let [scores, weights, tile] = products.tile_floats(m, key_dim);
+            // Queries and values are used in place where they are BF16 as the products want them.
+            let [queries, values] = match products {
+                Products::F32 => [m * key_dim, TILE * value_dim],
+                Products::Pairs => [0, 0],
+            };
+            let keys = products.floats(TILE, key_dim);
+            let state = State::floats(m, products.state_width(value_dim));
+            let bufs = scratch.floats.parts([queries, keys, values, state, scores, weights, tile]);
             cpu.isa.run(Block {
                 q: q.middle(head),
                 kv: kv.middle(head),
@@ -72,6 +73,7 @@ pub(crate) fn mla_attention_expanded(
                 first_key,
                 rows: block,
                 scale,
+                products,
                 bufs,
             });
         });
@@ -89,65 +91,61 @@ struct Block<'a> {
     first_key: usize,
     rows: Range<usize>,
     scale: f32,
-    /// Queries, keys, values, scores, state, products' scratch.
-    bufs: [&'a mut [f32]; 6],
+    products: Products,
+    /// Queries, keys, values, state, and what a tile takes.
+    bufs: [&'a mut [f32]; 7],
 }
 
 impl Kernel for Block<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let [q, keys, values, scores, state, tile] = self.bufs;
+        let [q_room, key_room, value_room, state, scores, weights, tile] = self.bufs;
         let (m, key_dim, value_dim) = (self.rows.len(), self.q.cols, self.out.cols);
-        let nope = key_dim - self.k_rope.cols;
-        for (i, row) in q.chunks_exact_mut(key_dim).enumerate() {
-            self.q.read(s, self.rows.start + i, 0, row);
-        }
-        let q = Mat::from_f32(q, m, key_dim, key_dim);
-        let mut state = State::empty(state, m, value_dim);
+        let (nope, pairs) = (key_dim - self.k_rope.cols, self.products == Products::Pairs);
+        let q = if pairs {
+            self.q.slice(self.rows.clone())
+        } else {
+            for (i, row) in q_room.chunks_exact_mut(key_dim).enumerate() {
+                self.q.read(s, self.rows.start + i, 0, row);
+            }
+            Mat::from_f32(q_room, m, key_dim, key_dim)
+        };
+        let mut state = State::empty(state, m, self.products.state_width(value_dim));
         let most = self.seen + m - 1;
         let mut begin = 0;
         while begin < most {
             let n = TILE.min(most - begin);
-            for j in 0..n {
-                let (row, key) = (self.first_key + begin + j, &mut keys[j * key_dim..][..key_dim]);
-                self.kv.read(s, row, 0, &mut key[..nope]);
-                self.k_rope.read(s, row, 0, &mut key[nope..]);
-                self.kv.read(s, row, nope, &mut values[j * value_dim..][..value_dim]);
-            }
-            // Rows before `active` see nothing of this tile, rows from `full` on all of it.
-            let active = (begin + 1).saturating_sub(self.seen).min(m);
-            let full = (begin + n).saturating_sub(self.seen).min(m);
-            let w = WeightRows::from_f32(keys, n, key_dim, key_dim);
-            let x = XRows::range(q, active..m);
-            s.call(MatMul { w, rows: 0..n, x, y: &mut scores[active * TILE..], ldy: TILE, tile });
-            for i in active..m {
-                let seen = n.min(self.seen + i - begin);
-                state.weigh(s, i, &mut scores[i * TILE..][..seen], self.scale);
-            }
-            let w = WeightRows::from_f32(values, n, value_dim, value_dim);
-            let mut sum = |i: usize, m: usize, rows: usize| {
-                s.call(Combine {
-                    w,
-                    rows: 0..rows,
-                    cols: 0..value_dim,
-                    coef: &scores[i * TILE..],
-                    ld_coef: TILE,
-                    m,
-                    y: state.sums(i),
-                    ldy: value_dim,
-                    tile,
-                });
+            let first = self.first_key + begin;
+            let kv = self.kv.slice(first..first + n);
+            let k_rope = self.k_rope.slice(first..first + n);
+            let keys = MatMut::scratch(key_room, self.products.dtype(), n, key_dim);
+            let values = if pairs {
+                for j in 0..n {
+                    // SAFETY: the task's own memory.
+                    unsafe {
+                        keys.copy(j, 0, kv.columns(0..nope), j);
+                        keys.copy(j, nope, k_rope, j);
+                    }
+                }
+                kv.columns(nope..nope + value_dim)
+            } else {
+                for j in 0..n {
+                    // SAFETY: the task's own memory, F32.
+                    let key = unsafe { keys.row_mut::<f32>(j) };
+                    kv.read(s, j, 0, &mut key[..nope]);
+                    k_rope.read(s, j, 0, &mut key[nope..]);
+                    kv.read(s, j, nope, &mut value_room[j * value_dim..][..value_dim]);
+                }
+                Mat::from_f32(value_room, n, value_dim, value_dim)
             };
-            for i in active..full {
-                sum(i, 1, self.seen + i - begin);
-            }
-            if full < m {
-                sum(full, m - full, n);
-            }
+            let seen = self.seen.cast_signed() - begin.cast_signed();
+            let keys = keys.readable();
+            let tiles = Tile { q, keys, values, seen, step: 1, scale: self.scale };
+            tiles.run(s, self.products, &mut state, [&mut *scores, &mut *weights, &mut *tile]);
             begin += n;
         }
         for i in 0..m {
-            let row = state.finish(s, i);
+            let row = self.products.finish(s, &mut state, i, value_dim);
             // SAFETY: this head's rows belong to this task.
             unsafe { self.out.write(s, self.rows.start + i, 0, row) };
         }

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use r1_backend::{Activation, Experts, Tensor, shape};
+use r1_core::DType;
 
 use super::linear::weight_chunks;
 use super::{Chunks, refuse_fp8, widened};
@@ -11,7 +12,7 @@ use crate::kernels::{AnyRows, AnyWeight, Product, XRows};
 use crate::pool::Pool;
 use crate::scratch::Workspace;
 use crate::simd::{Kernel, Simd, slice};
-use crate::view::{In, Mat, MatMut, Out, Shared};
+use crate::view::{In, Mat, MatMut, Out};
 
 const OP: &str = "experts";
 /// Tokens that are worked on together: bounds the hidden state, which is kept for every pair.
@@ -94,18 +95,29 @@ pub(crate) fn experts(
     let mut engine = cpu.engine();
     let crate::Engine { pool, workspace } = &mut *engine;
     let Workspace { x: x_room, y: hidden_room, pairs } = workspace;
-    let x = widened(cpu.isa, pool, x.mat(), x_room);
+    // One form for all experts of the layer: what a token meets may not depend on who else is there.
+    let in_pairs = x.mat().dtype == DType::BF16 && cpu.isa.has_pairs() && all_have_pairs(experts);
+    let x = if in_pairs { x.mat() } else { widened(cpu.isa, pool, x.mat(), x_room) };
+    let hidden_dtype = if in_pairs { DType::BF16 } else { DType::F32 };
     let batches = Chunks::new(x.rows, TOKENS);
     for tokens in (0..batches.count()).map(|batch| batches.range(batch)) {
         pairs.group(&ids, tokens.clone(), experts.first, experts.local.len());
         if pairs.active.is_empty() {
             continue;
         }
-        let hidden = hidden_room.get(pairs.token.len() * width);
-        gate_up(cpu, pool, experts, pairs, x, width, hidden);
-        let hidden = Mat::from_f32(hidden, pairs.token.len(), width, width);
-        down(cpu, pool, experts, pairs, hidden, tokens, weights, out);
+        let room = hidden_room.get(pairs.token.len() * width);
+        let hidden = MatMut::scratch(room, hidden_dtype, pairs.token.len(), width);
+        gate_up(cpu, pool, experts, pairs, x, hidden);
+        down(cpu, pool, experts, pairs, hidden.readable(), tokens, weights, out);
     }
+}
+
+fn all_have_pairs(experts: &Experts<Cpu>) -> bool {
+    experts.local.iter().all(|expert| {
+        [&expert.gate, &expert.up, &expert.down]
+            .iter()
+            .all(|w| AnyWeight::new(OP, "experts", w).rows().has_pairs())
+    })
 }
 
 /// `hidden[pair] = silu(gate x) * (up x)`.
@@ -115,10 +127,9 @@ fn gate_up(
     experts: &Experts<Cpu>,
     pairs: &Pairs,
     x: Mat<'_>,
-    width: usize,
-    hidden: &mut [f32],
+    hidden: MatMut<'_>,
 ) {
-    let hidden = Shared::new(hidden);
+    let width = hidden.cols;
     let active = pairs.active.len();
     let chunks = {
         let mean_pairs = pairs.token.len().div_ceil(active);
@@ -135,7 +146,7 @@ fn gate_up(
         let y = rows.len() * range.len();
         let bufs = scratch.floats.parts([product[0].max(product[1]), y, y]);
         let x = XRows::gathered(x, &pairs.token[range.clone()]);
-        cpu.isa.run(GateUp { w, rows, x, first: range.start, width, hidden, bufs });
+        cpu.isa.run(GateUp { w, rows, x, first: range.start, hidden, bufs });
     });
 }
 
@@ -145,8 +156,7 @@ struct GateUp<'a> {
     x: XRows<'a>,
     /// The expert's first pair.
     first: usize,
-    width: usize,
-    hidden: Shared<'a>,
+    hidden: MatMut<'a>,
     /// The product's scratch, gates and ups.
     bufs: [&'a mut [f32]; 3],
 }
@@ -160,10 +170,10 @@ impl Kernel for GateUp<'_> {
             s.call(Product { w, rows: self.rows.clone(), x: self.x, y, ldy: len, scratch });
         }
         for i in 0..self.x.len() {
+            let (gate, up) = (&gate[i * len..][..len], &mut up[i * len..][..len]);
+            slice::update!(s, gate, up, |gate, up| s.mul(slice::silu(s, gate), up));
             // SAFETY: these columns of the expert's pairs belong to this task.
-            let out = unsafe { self.hidden.part((self.first + i) * self.width + self.rows.start, len) };
-            let row = i * len..(i + 1) * len;
-            slice::zip!(s, &gate[row.clone()], &up[row], out, |gate, up| s.mul(slice::silu(s, gate), up));
+            unsafe { self.hidden.write(s, self.first + i, self.rows.start, up) };
         }
     }
 }

@@ -2,10 +2,11 @@
 //! Knows neither sequences nor block tables.
 
 use r1_backend::LatentCache;
+use r1_core::DType;
 
 use crate::Cpu;
 use crate::simd::Simd;
-use crate::view::{Cube, CubeMut, In, Out};
+use crate::view::{Cube, CubeMut, In, Mat, Out};
 
 /// Channels per scale of the FP8 form.
 const GROUP: usize = 128;
@@ -51,6 +52,17 @@ impl Entries<'_> {
 
     pub(crate) fn block_size(&self) -> usize {
         self.data.shape[1]
+    }
+
+    /// Whether entries are BF16 as they lie.
+    pub(crate) fn are_bf16(&self) -> bool {
+        self.fp8.is_none() && self.data.dtype == DType::BF16
+    }
+
+    /// Entries `offset..offset + n` of `block` as they lie, of a cache that is not FP8.
+    pub(crate) fn rows(&self, block: usize, offset: usize, n: usize) -> Mat<'_> {
+        assert!(self.fp8.is_none(), "an entry of an FP8 cache lies in parts");
+        self.data.outer(block).slice(offset..offset + n)
     }
 
     /// Reads the entry at `offset` of `block`: codes times their scales, each product rounded once.

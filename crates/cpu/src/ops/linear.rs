@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use r1_backend::{Activation, Tensor, Weight, shape};
 
-use super::{Chunks, TASKS_PER_THREAD, refuse_fp8, widened};
+use super::{Chunks, TASKS_PER_THREAD, inputs, refuse_fp8};
 use crate::Cpu;
 use crate::kernels::{AnyRows, AnyWeight, Product, XRows};
 use crate::simd::{Kernel, Simd};
@@ -24,7 +24,7 @@ pub(crate) fn linear(cpu: &Cpu, x: &Activation<Cpu>, w: &Weight<Cpu>, out: &Tens
     let (w, out) = (w.rows(), out.mat());
     let mut engine = cpu.engine();
     let crate::Engine { pool, workspace } = &mut *engine;
-    let x = XRows::all(widened(cpu.isa, pool, x.mat(), &mut workspace.x));
+    let x = XRows::all(inputs(cpu.isa, pool, x.mat(), &w, &mut workspace.x));
     let chunks = weight_chunks(w.cols(), w.rows(), x.len(), cpu.threads);
     pool.run(chunks.count(), &|task, scratch| {
         let rows = chunks.range(task);

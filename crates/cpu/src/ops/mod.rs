@@ -15,6 +15,7 @@ pub(crate) mod route;
 pub(crate) mod rows;
 pub(crate) mod sample;
 mod softmax;
+mod tile;
 
 use std::ops::Range;
 
@@ -23,6 +24,7 @@ use r1_core::DType;
 
 use crate::Cpu;
 use crate::isa::Available;
+use crate::kernels::AnyRows;
 use crate::pool::Pool;
 use crate::scratch::Floats;
 use crate::simd::{Kernel, Simd};
@@ -67,6 +69,11 @@ impl Chunks {
     fn range(&self, task: usize) -> Range<usize> {
         task * self.per_task..((task + 1) * self.per_task).min(self.len)
     }
+}
+
+/// `x` as a product with `w` takes it: BF16 where the machine multiplies it in pairs, else F32 in place or widened into `room`.
+fn inputs<'a>(isa: Available, pool: &mut Pool, x: Mat<'a>, w: &AnyRows<'_>, room: &'a mut Floats) -> Mat<'a> {
+    if x.dtype == DType::BF16 && isa.has_pairs() && w.has_pairs() { x } else { widened(isa, pool, x, room) }
 }
 
 /// `mat` in F32: in place, or widened into `room`.

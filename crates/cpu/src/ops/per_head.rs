@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use r1_backend::{HeadForm, HeadWeight, Tensor, shape};
+use r1_core::DType;
 
 use super::Chunks;
 use super::linear::{Linear, weight_chunks};
@@ -56,7 +57,8 @@ struct HeadRows<'a> {
 impl Kernel for HeadRows<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let x = XRows::all(dense(s, self.x, self.x_buf));
+        let pairs = S::PAIRS && self.x.dtype == DType::BF16 && self.w.has_pairs();
+        let x = XRows::all(if pairs { self.x } else { dense(s, self.x, self.x_buf) });
         let (w, rows, out) = (self.w, self.rows, self.out);
         Linear { w: AnyRows::Plain(w), rows, x, out, col: self.first, bufs: [self.tile, self.y] }.run(s);
     }
@@ -65,7 +67,7 @@ impl Kernel for HeadRows<'_> {
 /// `x` in F32: in place, or widened into `buf`.
 #[inline(always)]
 fn dense<'a, S: Simd>(s: S, x: Mat<'a>, buf: &'a mut [f32]) -> Mat<'a> {
-    if x.dtype == r1_core::DType::F32 {
+    if x.dtype == DType::F32 {
         return x;
     }
     for t in 0..x.rows {

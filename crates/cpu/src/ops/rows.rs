@@ -86,9 +86,8 @@ pub(crate) struct Pages<'a> {
 }
 
 impl Pages<'_> {
-    /// Reads the cached entry of token `j`.
-    #[inline(always)]
-    pub(crate) fn read<S: Simd>(&self, s: S, j: usize, dst: &mut [f32]) {
+    /// Block and offset of token `j`.
+    fn place(&self, j: usize) -> (usize, usize) {
         let (num_blocks, block_size) = (self.cache.num_blocks(), self.cache.block_size());
         let (entry, offset) = (j / block_size, j % block_size);
         assert!(
@@ -99,7 +98,30 @@ impl Pages<'_> {
         );
         let block = self.table[entry] as usize;
         assert!(block < num_blocks, "{}: block {block} of {num_blocks}", self.op);
+        (block, offset)
+    }
+
+    /// Reads the cached entry of token `j`.
+    #[inline(always)]
+    pub(crate) fn read<S: Simd>(&self, s: S, j: usize, dst: &mut [f32]) {
+        let (block, offset) = self.place(j);
         self.cache.read(s, block, offset, dst);
+    }
+
+    /// The entries of tokens `begin..begin + n` of a cache that is not FP8: in place where one block has them all, else copied
+    /// into `room`.
+    #[inline(always)]
+    pub(crate) fn rows<'a>(&'a self, begin: usize, n: usize, room: MatMut<'a>) -> Mat<'a> {
+        let (block, offset) = self.place(begin);
+        if offset + n <= self.cache.block_size() {
+            return self.cache.rows(block, offset, n);
+        }
+        for j in 0..n {
+            let (block, offset) = self.place(begin + j);
+            // SAFETY: the room is the caller's own.
+            unsafe { room.copy(j, 0, self.cache.rows(block, offset, 1), 0) };
+        }
+        room.readable().slice(0..n)
     }
 }
 

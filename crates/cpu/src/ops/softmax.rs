@@ -67,7 +67,7 @@ impl<'a> State<'a> {
 
     /// Row `i` of the result; zeros where it has seen nothing.
     #[inline(always)]
-    pub(crate) fn finish<S: Simd>(&mut self, s: S, i: usize) -> &[f32] {
+    pub(crate) fn finish<S: Simd>(&mut self, s: S, i: usize) -> &mut [f32] {
         let row = &mut self.acc[i * self.width..][..self.width];
         if self.sum[i] != 0.0 {
             slice::scale(s, row, 1.0 / self.sum[i]);

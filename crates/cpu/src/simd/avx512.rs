@@ -1,15 +1,15 @@
-//! AVX-512: 16 lanes.
+//! AVX-512: 16 lanes; with `PAIRS` also the dot products of BF16 pairs, see `pairs`.
 
 #[allow(clippy::wildcard_imports)] // every second line is an instruction
 use std::arch::x86_64::*;
 
-use super::{Kernel, Simd};
+use super::{Kernel, PairKernel, Pairs, Simd};
 
-/// Proof that the machine has AVX-512 F, BW, DQ and VL, AVX2, FMA and F16C.
+/// Proof that the machine has AVX-512 F, BW, DQ and VL, AVX2, FMA and F16C; with `PAIRS` also AVX-512 BF16 and VBMI.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512<const PAIRS: bool>(());
 
-impl Avx512 {
+impl<const PAIRS: bool> Avx512<PAIRS> {
     /// # Safety
     /// The machine has the instructions.
     pub(crate) unsafe fn new() -> Self {
@@ -24,31 +24,44 @@ macro_rules! has {
         unsafe { $e }
     };
 }
+pub(super) use has;
 
 /// E4M3 bits moved to their places in F16: sign, a zero, four bits of exponent, three of mantissa. Its value is 2^-8 of the
 /// code's, also for subnormals.
 #[inline(always)]
-fn f8_as_f16(codes: __m128i, _proof: Avx512) -> __m256i {
+fn f8_as_f16<const PAIRS: bool>(codes: __m128i, _proof: Avx512<PAIRS>) -> __m256i {
     has!({
         let wide = _mm256_cvtepi8_epi16(codes);
         _mm256_and_si256(_mm256_slli_epi16::<7>(wide), _mm256_set1_epi16(0xbfff_u16 as i16))
     })
 }
 
-impl Simd for Avx512 {
+impl<const PAIRS: bool> Simd for Avx512<PAIRS> {
     type V = __m512;
     const LANES: usize = 16;
     const TILE_TOKENS: usize = 3;
     const STREAMED_TOKENS: usize = 12;
+    const PAIRS: bool = PAIRS;
 
     #[inline(always)]
     fn call<K: Kernel>(self, kernel: K) {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
         #[inline(never)]
-        fn go<K: Kernel>(kernel: K, s: Avx512) {
+        fn go<K: Kernel>(kernel: K, s: Avx512<false>) {
             kernel.run(s);
         }
-        has!(go(kernel, self));
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c")]
+        #[inline(never)]
+        fn go_pairs<K: Kernel>(kernel: K, s: Avx512<true>) {
+            kernel.run(s);
+        }
+        if PAIRS { has!(go_pairs(kernel, Avx512(()))) } else { has!(go(kernel, Avx512(()))) }
+    }
+
+    #[inline(always)]
+    fn pairs<K: PairKernel>(self, kernel: K) {
+        assert!(PAIRS, "inputs stay BF16 only where their products are there");
+        Avx512::<true>(()).call_pairs(kernel);
     }
 
     #[inline(always)]

@@ -8,7 +8,10 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_pairs;
 mod elem;
+mod pairs;
 mod portable;
 pub(crate) mod slice;
 #[cfg(test)]
@@ -19,6 +22,7 @@ pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
 pub(crate) use elem::{Elem, F8, e4m3_to_f32, f32_to_e4m3};
+pub(crate) use pairs::{Codes, PairKernel, Pairs};
 pub(crate) use portable::Portable;
 
 /// Lanes of the widest vector: the size of stack buffers for ragged ends.
@@ -43,8 +47,19 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Up to so many tokens a weight is widened in registers for every tile, which is cheaper than writing it widened.
     const STREAMED_TOKENS: usize;
 
+    /// Whether [`pairs`](Self::pairs) can be called.
+    const PAIRS: bool = false;
+
     /// A call that carries the target features: keeps large kernels from being inlined at every use.
     fn call<K: Kernel>(self, kernel: K);
+    /// Runs a kernel that multiplies BF16 in pairs.
+    ///
+    /// # Panics
+    /// Where the instructions lack: see [`PAIRS`](Self::PAIRS).
+    #[inline(always)]
+    fn pairs<K: PairKernel>(self, _kernel: K) {
+        unreachable!("inputs stay BF16 only where their products are there");
+    }
 
     fn splat(self, x: f32) -> Self::V;
     fn add(self, a: Self::V, b: Self::V) -> Self::V;

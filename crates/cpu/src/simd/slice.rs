@@ -102,6 +102,35 @@ macro_rules! zip {
 }
 pub(crate) use zip;
 
+/// `b = f(a, b)` lane by lane. Both have one length. A macro for the reason of `map_sum`.
+macro_rules! update {
+    ($s:expr, $a:expr, $b:expr, |$va:ident, $vb:ident| $f:expr) => {{
+        let (s, a, b): (_, &[f32], &mut [f32]) = ($s, $a, $b);
+        assert_eq!(a.len(), b.len(), "update of unequal slices");
+        let lanes = $crate::simd::slice::width(s);
+        let whole = b.len() / lanes * lanes;
+        let mut i = 0;
+        while i < whole {
+            // SAFETY: `i + LANES <= len` of both.
+            let ($va, $vb) = unsafe { (s.load(a.as_ptr().add(i)), s.load(b.as_ptr().add(i))) };
+            let result = $f;
+            // SAFETY: as above.
+            unsafe { s.store(b.as_mut_ptr().add(i), result) };
+            i += lanes;
+        }
+        let n = b.len() - whole;
+        if n > 0 {
+            let (a, b) = (&a[whole..], &mut b[whole..]);
+            // SAFETY: `n < LANES` floats are left of both.
+            let ($va, $vb) = unsafe { (s.load_n(a.as_ptr(), n, 0.0), s.load_n(b.as_ptr(), n, 0.0)) };
+            let result = $f;
+            // SAFETY: as above.
+            unsafe { s.store_n(b.as_mut_ptr(), n, result) };
+        }
+    }};
+}
+pub(crate) use update;
+
 /// `x = e^(x * scale - shift)`; returns the sum. The softmax of scores, not yet divided.
 #[inline(always)]
 pub(crate) fn exp_sum<S: Simd>(s: S, x: &mut [f32], scale: f32, shift: f32) -> f32 {
