@@ -131,7 +131,9 @@ pub(crate) fn int4(
     let groups = k.div_ceil(group);
     let words: Vec<u32> = (0..n * k / 8).map(|_| random.word() as u32).collect();
     let zeros: Vec<f32> = (0..n * groups).map(|_| random.below(16) as f32).collect();
-    let scales = tensor(cpu, &random.floats(n * groups), &[n, groups], DType::F16);
+    // Values of about one, as those of the other formats.
+    let scales: Vec<f32> = random.floats(n * groups).into_iter().map(|scale| scale / 8.0).collect();
+    let scales = tensor(cpu, &scales, &[n, groups], DType::F16);
     let held = read(cpu, &scales);
     let value = |i: usize| {
         let (row, col) = (i / k, i % k);
