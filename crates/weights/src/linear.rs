@@ -214,14 +214,14 @@ pub(crate) fn scale_shape(n: usize, k: usize, block: [usize; 2]) -> [usize; 2] {
 
 /// A partition as a range: `(start, len)`.
 #[derive(Clone, Copy)]
-enum Cut {
+pub(crate) enum Cut {
     All,
     Rows(usize, usize),
     Columns(usize, usize),
 }
 
 impl Cut {
-    fn new(tensor: &str, n: usize, k: usize, partition: Partition) -> Result<Self, WeightsError> {
+    pub(crate) fn new(tensor: &str, n: usize, k: usize, partition: Partition) -> Result<Self, WeightsError> {
         let share = |dim, size: usize, rank: usize, world: usize| {
             assert!(rank < world, "{tensor}: rank {rank} of {world}");
             if size.is_multiple_of(world) {
