@@ -3,6 +3,7 @@
 mod checkpoint;
 mod config;
 mod linear;
+mod quantize;
 mod refused;
 mod support;
 mod verify;
