@@ -90,6 +90,8 @@ pub struct Capabilities {
     pub activation_dtypes: Vec<DType>,
     /// Formats of weights that `linear` takes; dense ones and FP8 blocks are always among them.
     pub weight_formats: Vec<WeightFormat>,
+    /// Of these, the ones that `experts` takes too; dense ones and FP8 blocks are always among them.
+    pub expert_formats: Vec<WeightFormat>,
     /// Kinds of attention that it computes; MLA is always among them.
     pub attention: Vec<AttentionKind>,
     /// Element types that a [`LatentCache`] may have, whatever the activations have; F8E4M3 is its FP8 form.
@@ -213,7 +215,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// that [`Capabilities::weight_formats`] lacks are refused with a panic.
     fn linear(&self, x: &Activation<Self>, w: &Weight<Self>, out: &Tensor<Self>);
 
-    /// One matrix per head, see [`HeadWeight`]. `x` `[T, H, a]`, `out` `[T, H, b]`, both may be strided.
+    /// One matrix per head, see [`HeadWeight`], dense or in FP8 blocks. `x` `[T, H, a]`, `out` `[T, H, b]`, both may be strided.
     fn per_head(&self, x: &Tensor<Self>, w: &HeadWeight<Self>, out: &Tensor<Self>);
 
     /// RoPE and cache write. Rotates `q_rope` `[T, H, R]` (strided) in place; writes `rms_norm(kv_a[:, :C])` and the rotated
@@ -330,7 +332,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
     );
 
     /// `out[t] += Σ_j weights[t, j] * expert_{ids[t, j]}(x[t])`; ids outside the local range are skipped. The sum is F32 and
-    /// rounded once. Where `x` has an FP8 form, the experts' hidden state is quantised in the same way.
+    /// rounded once. Where `x` has an FP8 form, the experts' hidden state is quantised in the same way. Formats that
+    /// [`Capabilities::expert_formats`] lacks are refused: with an error by [`Experts::new`], or with a panic.
     fn experts(
         &self,
         x: &Activation<Self>,

@@ -4,7 +4,7 @@
 //! `linear: w has shape [8, 5], expected [N=8, K=4]`.
 
 mod gqa;
-mod int4;
+mod grouped;
 
 use std::ops::Range;
 
@@ -112,7 +112,9 @@ impl Check {
                 );
                 self.arg(arg, data, letters, &[DType::F8E4M3])
             }
-            Weight::Int4Group(_) => panic!("{op}: {arg} is an int4 weight, which `linear` alone takes"),
+            Weight::Int8Group { .. } | Weight::Int4Group(_) => {
+                panic!("{op}: {arg} is {:?}, which `linear` and `experts` alone take", w.format())
+            }
         }
     }
 
@@ -214,12 +216,12 @@ pub fn quantize<B: Backend>(x: &Activation<B>) {
 /// See [`Backend::linear`].
 #[track_caller]
 pub fn linear<B: Backend>(x: &Activation<B>, w: &Weight<B>, out: &Tensor<B>) {
-    let check = Check::new("linear").activation("x", x, &["T", "K"]);
-    let check = match w {
-        Weight::Int4Group(w) => check.int4("w", w, &["N", "K"]),
-        Weight::Dense { .. } | Weight::Fp8Block { .. } => check.weight("w", w, &["N", "K"]),
-    };
-    check.arg("out", out, &["T", "N"], ACTIVATION);
+    Check::new("linear").activation("x", x, &["T", "K"]).any_weight("w", w, &["N", "K"]).arg(
+        "out",
+        out,
+        &["T", "N"],
+        ACTIVATION,
+    );
 }
 
 /// See [`Backend::per_head`].
@@ -373,11 +375,10 @@ pub fn route<B: Backend>(
 }
 
 fn expert<B: Backend>(check: Check, weights: &crate::MlpWeights<B>) -> Check {
-    check.weight("gate", &weights.gate, &["I", "D"]).weight("up", &weights.up, &["I", "D"]).weight(
-        "down",
-        &weights.down,
-        &["D", "I"],
-    )
+    check
+        .any_weight("gate", &weights.gate, &["I", "D"])
+        .any_weight("up", &weights.up, &["I", "D"])
+        .any_weight("down", &weights.down, &["D", "I"])
 }
 
 /// That all experts of a layer have one shape.
@@ -398,7 +399,7 @@ pub fn experts<B: Backend>(
     experts: &Experts<B>,
     out: &Tensor<B>,
 ) {
-    let mut check = Check::new("experts")
+    let check = Check::new("experts")
         .activation("x", x, &["T", "D"])
         .arg("ids", ids, &["T", "k"], &[DType::U32])
         .arg("weights", weights, &["T", "k"], &[DType::F32])
@@ -406,7 +407,7 @@ pub fn experts<B: Backend>(
     // The others were held against the first when they were put together: there may be hundreds, and a step has a layer's every
     // 50 microseconds.
     if let Some(first) = experts.local.first() {
-        check = expert(check, first);
+        expert(check, first);
     }
     assert!(
         experts.first + experts.local.len() <= experts.total,

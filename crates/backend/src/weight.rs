@@ -27,7 +27,19 @@ pub enum Weight<B: Backend> {
         /// Where element (0, 0) lies inside its first block: not zero when a shard begins inside one.
         offset: [usize; 2],
     },
-    /// 4-bit codes in groups along K, for [`linear`](Backend::linear) alone.
+    /// 8-bit codes in groups along K, for [`linear`](Backend::linear) and [`experts`](Backend::experts): element `(n, k)` is
+    /// `data[n, k] * scales[n, (k + offset) / group]`.
+    Int8Group {
+        /// `[N, K]` I8, -127 to 127.
+        data: Tensor<B>,
+        /// F32, `[N, ceil((K + offset) / group)]`.
+        scales: Tensor<B>,
+        /// Inputs that share a scale.
+        group: usize,
+        /// Where column 0 lies inside its group: not zero when a shard begins inside one; less than `group`.
+        offset: usize,
+    },
+    /// 4-bit codes in groups along K, for [`linear`](Backend::linear) and [`experts`](Backend::experts).
     Int4Group(Int4Group<B>),
 }
 
@@ -38,6 +50,8 @@ pub enum WeightFormat {
     Dense,
     /// [`Weight::Fp8Block`].
     Fp8Block,
+    /// [`Weight::Int8Group`].
+    Int8Group,
     /// [`Weight::Int4Group`].
     Int4Group,
 }
@@ -46,7 +60,7 @@ impl<B: Backend> Weight<B> {
     /// Output features, N.
     pub fn out_features(&self) -> usize {
         match self {
-            Self::Dense { data } | Self::Fp8Block { data, .. } => data.dim(0),
+            Self::Dense { data } | Self::Fp8Block { data, .. } | Self::Int8Group { data, .. } => data.dim(0),
             Self::Int4Group(w) => w.out_features(),
         }
     }
@@ -54,7 +68,7 @@ impl<B: Backend> Weight<B> {
     /// Input features, K.
     pub fn in_features(&self) -> usize {
         match self {
-            Self::Dense { data } | Self::Fp8Block { data, .. } => data.dim(1),
+            Self::Dense { data } | Self::Fp8Block { data, .. } | Self::Int8Group { data, .. } => data.dim(1),
             Self::Int4Group(w) => w.in_features(),
         }
     }
@@ -64,6 +78,7 @@ impl<B: Backend> Weight<B> {
         match self {
             Self::Dense { .. } => WeightFormat::Dense,
             Self::Fp8Block { .. } => WeightFormat::Fp8Block,
+            Self::Int8Group { .. } => WeightFormat::Int8Group,
             Self::Int4Group(_) => WeightFormat::Int4Group,
         }
     }
@@ -71,7 +86,7 @@ impl<B: Backend> Weight<B> {
     /// The matrix as it is stored, scales aside: codes of an int4 weight.
     pub fn data(&self) -> &Tensor<B> {
         match self {
-            Self::Dense { data } | Self::Fp8Block { data, .. } => data,
+            Self::Dense { data } | Self::Fp8Block { data, .. } | Self::Int8Group { data, .. } => data,
             Self::Int4Group(int4) => &int4.codes,
         }
     }
@@ -81,7 +96,9 @@ impl<B: Backend> Weight<B> {
         let of = |t: &Tensor<B>| t.num_elements() * t.dtype().size_bytes();
         match self {
             Self::Dense { data } => of(data),
-            Self::Fp8Block { data, scales, .. } => of(data) + of(scales),
+            Self::Fp8Block { data, scales, .. } | Self::Int8Group { data, scales, .. } => {
+                of(data) + of(scales)
+            }
             Self::Int4Group(w) => of(&w.codes) + of(&w.zeros) + of(&w.scales),
         }
     }
@@ -93,6 +110,9 @@ impl<B: Backend> Clone for Weight<B> {
             Self::Dense { data } => Self::Dense { data: data.clone() },
             Self::Fp8Block { data, scales, block, offset } => {
                 Self::Fp8Block { data: data.clone(), scales: scales.clone(), block: *block, offset: *offset }
+            }
+            Self::Int8Group { data, scales, group, offset } => {
+                Self::Int8Group { data: data.clone(), scales: scales.clone(), group: *group, offset: *offset }
             }
             Self::Int4Group(w) => Self::Int4Group(w.clone()),
         }
@@ -201,8 +221,8 @@ pub struct Experts<B: Backend> {
     pub total: usize,
     /// Where they lie, as the device's own `experts` wants to know it; see [`Backend::expert_table`].
     pub table: Option<Tensor<B>>,
-    /// Made by `new` alone, which checks that all have one shape.
-    checked: (),
+    /// Nothing: makes `new` the one way here, which checks that all have one shape.
+    _checked: (),
 }
 
 impl<B: Backend> Experts<B> {
@@ -218,7 +238,7 @@ impl<B: Backend> Experts<B> {
     ) -> Result<Self, BackendError> {
         crate::shape::local_experts(&local);
         let table = backend.expert_table(&local)?;
-        Ok(Self { local, first, total, table, checked: () })
+        Ok(Self { local, first, total, table, _checked: () })
     }
 }
 

@@ -94,7 +94,8 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub(crate) dtype: Dtype,
 
-    /// Quantization of the weights; it is read from config.json, so this can only confirm it.
+    /// Quantization of the weights. int8, int4: linears and experts are quantized at load, in groups of 128, from BF16 or FP8, for
+    /// --device cpu (and reference). fp8 is read from config.json, so it can only confirm it.
     #[arg(long, value_enum)]
     pub(crate) quantization: Option<Quantization>,
 
@@ -294,6 +295,8 @@ pub(crate) enum Dtype {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Quantization {
+    Int8,
+    Int4,
     Fp8,
     Awq,
     Gptq,

@@ -11,8 +11,9 @@ use r1_engine::{Connect, EngineConfig, PROMPT_LOGIT_ROWS, connect_in_host_memory
 use r1_gpu::{DriverError, Gpu};
 use r1_model::{Fp8Compute, KvCacheFormat, MlaForm, ModelOptions, WeightFormat};
 use r1_reference::Reference;
+use r1_weights::QUANTIZED_GROUP;
 
-use crate::args::{Device, Dtype, ModelArgs};
+use crate::args::{Device, Dtype, ModelArgs, Quantization};
 use crate::source::Source;
 
 /// What runs a model, one device per rank; generic code goes through [`AnyDevice::with`].
@@ -186,6 +187,11 @@ impl Launch {
                 bail!("--dtype is float32, bfloat16 or auto; FP8 weights are used as stored")
             }
         };
+        let weights = match args.quantization {
+            Some(Quantization::Int8) => WeightFormat::Int8,
+            Some(Quantization::Int4) => WeightFormat::Int4,
+            Some(Quantization::Fp8 | Quantization::Awq | Quantization::Gptq) | None => weights,
+        };
         let kv_cache = kv_cache_format(args.kv_cache_dtype, activation_dtype)?;
         let model_max = source.config.max_position_embeddings;
         let max_model_len = args.max_model_len.unwrap_or(model_max);
@@ -247,6 +253,12 @@ impl Launch {
             KvCacheFormat::Fp8 => "FP8",
         };
         let arithmetic = match (&source.config.quantization, self.model.weights) {
+            (_, WeightFormat::Int8) => {
+                format!("int8 weights (groups of {QUANTIZED_GROUP}), {activations} activations")
+            }
+            (_, WeightFormat::Int4) => {
+                format!("int4 weights (groups of {QUANTIZED_GROUP}; int8 head), {activations} activations")
+            }
             (Some(_), WeightFormat::AsStored) if self.model.fp8 == Fp8Compute::WeightsAndActivations => {
                 format!("FP8 weights and activations (W8A8), {activations} between")
             }

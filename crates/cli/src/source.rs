@@ -52,14 +52,18 @@ impl Source {
             Some(model) => Self::folder(model, args)?,
         };
         match (args.quantization, &source.config.quantization) {
-            (None, _) | (Some(Quantization::Fp8), Some(_)) => {}
+            (None | Some(Quantization::Int8 | Quantization::Int4), _)
+            | (Some(Quantization::Fp8), Some(_)) => {}
             (Some(Quantization::Fp8), None) => {
                 bail!(
-                    "--quantization fp8: the checkpoint is not FP8, and quantizing at load is not supported yet"
+                    "--quantization fp8: the checkpoint is not FP8, and quantizing to FP8 at load is not supported; int8 and int4 are"
                 )
             }
             (Some(Quantization::Awq | Quantization::Gptq), _) => {
-                bail!("--quantization awq and gptq are not supported yet; the FP8 checkpoint of the model is")
+                bail!(
+                    "--quantization awq and gptq are not supported yet; the model's FP8 or BF16 checkpoint is, also with \
+                     --quantization int8 or int4"
+                )
             }
         }
         if source.is_dummy {

@@ -14,6 +14,8 @@ pub enum DType {
     F16,
     /// OCP FP8 with 4 exponent bits, bias 7, no infinities, NaN at 0x7f and 0xff.
     F8E4M3,
+    /// Two's complement in a byte: codes of int8 weights, -127 to 127, so that a code's negative is one too.
+    I8,
     /// Unsigned 32-bit: token ids, positions, slots.
     U32,
 }
@@ -25,7 +27,7 @@ impl DType {
         match self {
             Self::F32 | Self::U32 => 4,
             Self::BF16 | Self::F16 => 2,
-            Self::F8E4M3 => 1,
+            Self::F8E4M3 | Self::I8 => 1,
         }
     }
 
@@ -36,6 +38,7 @@ impl DType {
             Self::BF16 => "BF16",
             Self::F16 => "F16",
             Self::F8E4M3 => "F8_E4M3",
+            Self::I8 => "I8",
             Self::U32 => "U32",
         }
     }
@@ -49,14 +52,14 @@ impl fmt::Display for DType {
 
 /// A dtype name that no operation here can read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("dtype {0} is not supported (F32, BF16, F16, F8_E4M3 and U32 are)")]
+#[error("dtype {0} is not supported (F32, BF16, F16, F8_E4M3, I8 and U32 are)")]
 pub struct UnknownDType(pub String);
 
 impl FromStr for DType {
     type Err = UnknownDType;
 
     fn from_str(name: &str) -> Result<Self, UnknownDType> {
-        [Self::F32, Self::BF16, Self::F16, Self::F8E4M3, Self::U32]
+        [Self::F32, Self::BF16, Self::F16, Self::F8E4M3, Self::I8, Self::U32]
             .into_iter()
             .find(|d| d.name() == name)
             .ok_or_else(|| UnknownDType(name.to_owned()))

@@ -168,6 +168,9 @@ fn out_of_memory(requested_bytes: usize, what: String, left: Option<usize>) -> B
     BackendError::OutOfMemory { device: "cpu".to_owned(), what, requested_bytes, hint }
 }
 
+const ALL_FORMATS: [WeightFormat; 4] =
+    [WeightFormat::Dense, WeightFormat::Fp8Block, WeightFormat::Int8Group, WeightFormat::Int4Group];
+
 impl Backend for Cpu {
     type Buffer = Buffer;
     type Graph = Infallible;
@@ -188,7 +191,8 @@ impl Backend for Cpu {
             } else {
                 vec![DType::F32, DType::BF16]
             },
-            weight_formats: vec![WeightFormat::Dense, WeightFormat::Fp8Block, WeightFormat::Int4Group],
+            weight_formats: ALL_FORMATS.to_vec(),
+            expert_formats: ALL_FORMATS.to_vec(),
             attention: vec![AttentionKind::Mla, AttentionKind::Gqa],
             cache_dtypes: vec![DType::F32, DType::BF16, DType::F8E4M3],
             fp8_activations: false,

@@ -58,6 +58,8 @@ pub(crate) struct Workspace {
     pub(crate) x: Floats,
     /// A widened norm weight, or the hidden state of the experts.
     pub(crate) y: Floats,
+    /// The hidden state of the experts in another order.
+    pub(crate) z: Floats,
     /// Pairs of tokens and experts, grouped.
     pub(crate) pairs: crate::ops::experts::Pairs,
 }

@@ -3,6 +3,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
+use half::f16;
 use r1_backend::Tensor;
 use r1_core::DType;
 
@@ -185,6 +186,20 @@ impl<'a> Mat<'a> {
     /// Row `i` of a U32 matrix, in place.
     pub(crate) fn u32_row(&self, i: usize) -> &'a [u32] {
         assert_eq!(self.dtype, DType::U32, "rows are not U32");
+        // SAFETY: the row exists, is aligned, and nobody writes it during 'a.
+        unsafe { std::slice::from_raw_parts(self.row(i).cast(), self.cols) }
+    }
+
+    /// Row `i` of an F16 matrix, in place.
+    pub(crate) fn f16_row(&self, i: usize) -> &'a [f16] {
+        assert_eq!(self.dtype, DType::F16, "rows are not F16");
+        // SAFETY: the row exists, is aligned, and nobody writes it during 'a.
+        unsafe { std::slice::from_raw_parts(self.row(i).cast(), self.cols) }
+    }
+
+    /// Row `i` of a BF16 matrix as bits, in place.
+    pub(crate) fn bf16_row(&self, i: usize) -> &'a [u16] {
+        assert_eq!(self.dtype, DType::BF16, "rows are not BF16");
         // SAFETY: the row exists, is aligned, and nobody writes it during 'a.
         unsafe { std::slice::from_raw_parts(self.row(i).cast(), self.cols) }
     }

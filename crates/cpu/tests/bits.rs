@@ -3,13 +3,14 @@
 mod support;
 
 use r1_backend::{
-    Activation, Backend, Batch, Experts, GroupScore, Groups, HeadForm, HeadWeight, HostSlice, Int4Group,
-    LatentCache, LogprobsOut, MlpWeights, RopeTable, Routing, RowSampling, SamplingBatch, ScoreFunction,
-    Tensor, Weight,
+    Activation, Backend, Batch, Experts, GroupScore, Groups, HeadForm, HeadWeight, HostSlice, LatentCache,
+    LogprobsOut, MlpWeights, RopeTable, Routing, RowSampling, SamplingBatch, ScoreFunction, Tensor, Weight,
 };
 use r1_core::DType;
 use r1_cpu::Cpu;
-use support::{FORMATS, Random, assert_close, bits, cpu, every_isa, ids, read, read_ids, tensor, weight};
+use support::{
+    FORMATS, Random, assert_close, bits, cpu, every_isa, ids, int4, read, read_ids, tensor, weight,
+};
 
 /// Sizes past every blocking constant: spans of K, token blocks, rows per task, and none a multiple of a vector.
 const LINEAR: [[usize; 3]; 4] = [[33, 70, 300], [130, 37, 2100], [5, 131, 1031], [64, 7, 1024]];
@@ -20,6 +21,7 @@ fn linear_rows_are_those_of_single_tokens() {
         let mut random = Random(1);
         for format in FORMATS {
             for [tokens, n, k] in LINEAR {
+                let k = if format.0 == DType::U32 { k.next_multiple_of(8) } else { k };
                 let what = format!("{} [{tokens}, {k}] x [{n}, {k}] {format:?}", cpu.describe());
                 let (w, values) = weight(&cpu, &mut random, [n, k], format);
                 let host = random.floats(tokens * k);
@@ -57,15 +59,7 @@ fn int4_linear_rows_are_those_of_single_tokens() {
         for [tokens, n, k, group] in INT4 {
             let run = |cpu: &Cpu, rows: std::ops::Range<usize>| {
                 let mut random = Random(8);
-                let groups = k.div_ceil(group);
-                let words: Vec<u32> = (0..n * k / 8).map(|_| random.word() as u32).collect();
-                let zeros: Vec<f32> = (0..n * groups).map(|_| random.below(16) as f32).collect();
-                let w = Weight::Int4Group(Int4Group {
-                    codes: ids(cpu, &words, &[n, k / 8]),
-                    zeros: tensor(cpu, &zeros, &[n, groups], DType::F16),
-                    scales: tensor(cpu, &random.floats(n * groups), &[n, groups], DType::F16),
-                    group,
-                });
+                let (w, _) = int4(cpu, &mut random, [n, k], group);
                 let x = tensor(cpu, &random.floats(tokens * k), &[tokens, k], DType::BF16);
                 let out = cpu.alloc(&[rows.len(), n], DType::F32).expect("room");
                 cpu.linear(&Activation::dense(x.rows(rows)), &w, &out);
@@ -87,7 +81,8 @@ fn int4_linear_rows_are_those_of_single_tokens() {
 fn per_head_rows_are_those_of_single_tokens() {
     for cpu in every_isa(2) {
         let mut random = Random(2);
-        for format in FORMATS {
+        // Those in groups are for linears and experts alone.
+        for format in FORMATS.into_iter().filter(|(dtype, _)| !matches!(dtype, DType::I8 | DType::U32)) {
             for form in [HeadForm::RowsIn, HeadForm::RowsOut] {
                 let (tokens, heads, rows_per_head, k) = (9, 3, 90, 200);
                 let (weight, _) = weight(&cpu, &mut random, [heads * rows_per_head, k], format);
@@ -109,25 +104,38 @@ fn per_head_rows_are_those_of_single_tokens() {
     }
 }
 
-fn expert_weights(cpu: &Cpu, random: &mut Random, count: usize, [i, d]: [usize; 2]) -> Experts<Cpu> {
+/// One expert of each format.
+fn expert_weights(
+    cpu: &Cpu,
+    random: &mut Random,
+    formats: &[(DType, [usize; 2])],
+    [i, d]: [usize; 2],
+) -> Experts<Cpu> {
     let mut one = |size, format| weight(cpu, random, size, format).0;
-    let local = (0..count)
-        .map(|e| {
-            let format = FORMATS[e % FORMATS.len()];
-            MlpWeights { gate: one([i, d], format), up: one([i, d], format), down: one([d, i], format) }
+    let local = formats
+        .iter()
+        .map(|&format| MlpWeights {
+            gate: one([i, d], format),
+            up: one([i, d], format),
+            down: one([d, i], format),
         })
         .collect();
-    Experts::new(cpu, local, 2, count + 4).expect("no table is made")
+    Experts::new(cpu, local, 2, formats.len() + 4).expect("no table is made")
 }
 
 #[test]
 fn experts_rows_are_those_of_single_tokens() {
     for cpu in every_isa(2) {
-        for dtype in [DType::F32, DType::BF16] {
+        // Int4 rows are whole words.
+        for (dtype, formats, d) in [
+            (DType::F32, &FORMATS[..7], 70),
+            (DType::BF16, &FORMATS[..7], 70),
+            (DType::BF16, &FORMATS[..], 72),
+        ] {
             let mut random = Random(3);
             // More tokens than are worked on together, so that batches of them meet too.
-            let (tokens, k, [i, d], count) = (530, 3, [40, 70], 7);
-            let experts = expert_weights(&cpu, &mut random, count, [i, d]);
+            let (tokens, k, i, count) = (530, 3, 40, formats.len());
+            let experts = expert_weights(&cpu, &mut random, formats, [i, d]);
             // Some ids belong to other ranks; token 5 has one expert twice.
             let mut chosen: Vec<u32> = (0..tokens * k).map(|_| random.below(count + 4) as u32).collect();
             chosen[15..18].copy_from_slice(&[4, 4, 3]);

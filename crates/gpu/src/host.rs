@@ -54,7 +54,7 @@ pub(crate) fn narrow(dtype: DType, values: &[f32], bytes: &mut [u8], fnuz: bool)
             let quads = bytes.as_chunks_mut().0.iter_mut().zip(values);
             quads.for_each(|(bytes, x)| *bytes = x.to_le_bytes());
         }
-        DType::U32 => panic!("ids are no floats"),
+        DType::I8 | DType::U32 => panic!("{dtype} elements are not made from floats"),
     }
 }
 
@@ -74,6 +74,7 @@ pub(crate) fn widen(dtype: DType, bytes: &[u8], values: &mut [f32]) {
             let quads = values.iter_mut().zip(bytes.as_chunks().0);
             quads.for_each(|(x, &bytes)| *x = f32::from_le_bytes(bytes));
         }
+        DType::I8 => values.iter_mut().zip(bytes).for_each(|(x, &code)| *x = f32::from(code.cast_signed())),
         DType::U32 => panic!("ids are no floats"),
     }
 }

@@ -39,7 +39,7 @@ pub(crate) fn dtype_code(dtype: DType) -> u32 {
         DType::BF16 => 1,
         DType::F16 => 2,
         DType::F8E4M3 => 3,
-        DType::U32 => panic!("ids have no dtype code"),
+        DType::I8 | DType::U32 => panic!("{dtype} has no dtype code"),
     }
 }
 

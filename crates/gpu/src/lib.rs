@@ -199,6 +199,7 @@ impl Backend for Gpu {
             captures: true,
             batch_invariant: true,
             weight_formats: vec![WeightFormat::Dense, WeightFormat::Fp8Block, WeightFormat::Int4Group],
+            expert_formats: vec![WeightFormat::Dense, WeightFormat::Fp8Block],
             attention: vec![AttentionKind::Mla, AttentionKind::Gqa],
         }
     }

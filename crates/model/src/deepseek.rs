@@ -177,7 +177,7 @@ impl ModelOptions {
     /// Whether linears' inputs keep an FP8 form, and whether its scales are powers of two.
     pub(crate) fn activation_fp8(&self, config: &ModelConfig) -> Option<bool> {
         let quantization = config.quantization.as_ref()?;
-        (self.fp8 == Fp8Compute::WeightsAndActivations)
+        (self.fp8 == Fp8Compute::WeightsAndActivations && self.weights.needs().is_empty())
             .then(|| quantization.scale_fmt == r1_weights::ScaleFmt::Ue8m0)
     }
 }

@@ -10,16 +10,20 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use r1_backend::{
-    Backend, Communicator, Experts, GroupScore, Groups, HostTensor, MlpWeights, MoeWeights, QkvWeights,
-    QueryProjection, RopeTable, Routing, ScoreFunction, Tensor, Weight,
+    Backend, Capabilities, Communicator, Experts, GroupScore, Groups, HostTensor, Int4Group, MlpWeights,
+    MoeWeights, QkvWeights, QueryProjection, RopeTable, Routing, ScoreFunction, Tensor, Weight,
 };
 use r1_core::DType;
-use r1_weights::{Checkpoint, HostLinear, ModelConfig, Partition, ScoringFunc, TopkMethod};
+use r1_weights::{
+    Checkpoint, HostInt4, HostLinear, HostQuantized, ModelConfig, Partition, QuantizedFormat, ScoringFunc,
+    TopkMethod, quantizing_threads,
+};
 
 use crate::deepseek::{DeepSeek, Embedding, FeedForward, Head, Layer, Workspace};
 use crate::mla::Mla;
 use crate::{MlaForm, ModelError, ModelOptions, WeightFormat, shard};
 
+const LM_HEAD: &str = "lm_head";
 const FLOAT: &[DType] = &[DType::F32, DType::BF16, DType::F16];
 
 impl<B: Backend> DeepSeek<B> {
@@ -127,6 +131,7 @@ fn check<B: Backend>(backend: &B, config: &ModelConfig, options: &ModelOptions) 
         );
         return Err(ModelError::Unsupported { what: "FP8 activations (W8A8)".into(), why });
     }
+    check_quantization(backend.name(), &capabilities, config, options)?;
     if config.num_hidden_layers > config.first_k_dense_replace && config.moe.n_shared_experts == 0 {
         let why = "every published model of this architecture has shared experts".into();
         return Err(ModelError::Unsupported { what: "n_shared_experts 0".into(), why });
@@ -147,6 +152,27 @@ fn check<B: Backend>(backend: &B, config: &ModelConfig, options: &ModelOptions) 
         }
     }
     Ok(())
+}
+
+/// Refuses weights in groups where the device, or the model's sizes, do not have them.
+fn check_quantization(
+    device: &str,
+    capabilities: &Capabilities,
+    config: &ModelConfig,
+    options: &ModelOptions,
+) -> Result<(), ModelError> {
+    let taken = [&capabilities.weight_formats, &capabilities.expert_formats];
+    let is_taken = |format| taken.iter().all(|formats| formats.contains(format));
+    if !options.weights.needs().iter().all(is_taken) {
+        let flag = options.weights.flag();
+        return Err(ModelError::Unsupported {
+            what: format!("--quantization {flag}"),
+            why: format!(
+                "the device {device} does not multiply {flag} weights in linears and experts; --quantization {flag} runs on --device cpu"
+            ),
+        });
+    }
+    shard::check_quantized(config, options)
 }
 
 /// Refuses a KV cache that the device does not have.
@@ -238,8 +264,50 @@ impl<B: Backend> Loader<'_, B> {
         self.import(&host)
     }
 
-    /// `{prefix}.weight` `[n, k]`, or this rank's part of it.
+    /// `{prefix}.weight` `[n, k]`, or this rank's part of it, quantised where the options say so.
     fn linear(
+        &mut self,
+        prefix: &str,
+        n: usize,
+        k: usize,
+        partition: Partition,
+    ) -> Result<Weight<B>, ModelError> {
+        match self.options.weights.quantized(prefix == LM_HEAD) {
+            Some(format) => self.quantized(prefix, n, k, partition, format),
+            None => self.stored(prefix, n, k, partition),
+        }
+    }
+
+    fn quantized(
+        &mut self,
+        prefix: &str,
+        n: usize,
+        k: usize,
+        partition: Partition,
+        format: QuantizedFormat,
+    ) -> Result<Weight<B>, ModelError> {
+        let quant = self.config.quantization.as_ref();
+        let threads = quantizing_threads(self.options.world_size);
+        let host = self.checkpoint.quantized(prefix, n, k, quant, partition, format, threads)?;
+        self.size_bytes += host.size_bytes();
+        Ok(match host {
+            HostQuantized::Int8 { data, scales, group, offset } => Weight::Int8Group {
+                data: self.backend.import_matrix(&data)?,
+                scales: self.backend.import(&scales)?,
+                group,
+                offset,
+            },
+            HostQuantized::Int4(HostInt4 { codes, zeros, scales, group }) => Weight::Int4Group(Int4Group {
+                codes: self.backend.import_matrix(&codes)?,
+                zeros: self.backend.import(&zeros)?,
+                scales: self.backend.import(&scales)?,
+                group,
+            }),
+        })
+    }
+
+    /// As [`linear`](Loader::linear), never quantised.
+    fn stored(
         &mut self,
         prefix: &str,
         n: usize,
@@ -285,7 +353,7 @@ impl<B: Backend> Loader<'_, B> {
     fn lm_head(&mut self, embedding: Option<&Embedding<B>>) -> Result<Weight<B>, ModelError> {
         let (vocab, hidden) = (self.config.vocab_size, self.config.hidden_size);
         if !self.config.tie_word_embeddings {
-            return self.linear("lm_head", vocab, hidden, self.column());
+            return self.linear(LM_HEAD, vocab, hidden, self.column());
         }
         // The embedding's own memory where this stage has it; a later stage needs the table for its head alone.
         let data = match embedding {
@@ -324,7 +392,7 @@ impl<B: Backend> Loader<'_, B> {
             routed_scaling_factor: moe.routed_scaling_factor as f32,
         };
         let router =
-            self.linear(&format!("{prefix}.gate"), total, self.config.hidden_size, Partition::Replicated)?;
+            self.stored(&format!("{prefix}.gate"), total, self.config.hidden_size, Partition::Replicated)?;
         let bias = if biased {
             Some(self.bias(&format!("{prefix}.gate.e_score_correction_bias"), total)?)
         } else {
@@ -371,7 +439,7 @@ impl<B: Backend> Loader<'_, B> {
         let kv_a = format!("{attn}.kv_a_proj_with_mqa");
         let kv_a = self.linear(&kv_a, c.kv_cache_dim(), hidden, Partition::Replicated)?;
         let kv_width = heads * (c.qk_nope_head_dim + c.v_head_dim);
-        let kv_b = self.linear(&format!("{attn}.kv_b_proj"), kv_width, c.kv_lora_rank, self.column())?;
+        let kv_b = self.stored(&format!("{attn}.kv_b_proj"), kv_width, c.kv_lora_rank, self.column())?;
         let (w_uk, w_uv) = Mla::absorbed(&kv_b, c.qk_nope_head_dim, c.v_head_dim);
         let mla = Mla {
             qkv: QkvWeights { q, kv_a, eps },

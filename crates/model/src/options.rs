@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use r1_core::{DType, Rank};
-use r1_weights::ModelConfig;
+use r1_weights::{ModelConfig, QuantizedFormat};
 
 /// Which form of MLA a prefill takes. Decode is always absorbed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -25,6 +25,41 @@ pub enum WeightFormat {
     AsStored,
     /// FP8 widened to BF16 once, at load.
     WidenToBf16,
+    /// Linears, shared and routed experts, and the head quantised to int8 at load; `kv_b_proj`, which absorbed MLA reads head
+    /// by head, the router, norms and embedding (with a head that is tied to it) as the checkpoint stores them.
+    Int8,
+    /// As `Int8`, to int4; the head to int8.
+    Int4,
+}
+
+impl WeightFormat {
+    /// What a linear is quantised to, or the head.
+    pub(crate) fn quantized(self, is_head: bool) -> Option<QuantizedFormat> {
+        match self {
+            Self::AsStored | Self::WidenToBf16 => None,
+            Self::Int4 if !is_head => Some(QuantizedFormat::Int4),
+            Self::Int8 | Self::Int4 => Some(QuantizedFormat::Int8),
+        }
+    }
+
+    /// The formats of a quantised model's linears.
+    pub(crate) fn needs(self) -> &'static [r1_backend::WeightFormat] {
+        use r1_backend::WeightFormat::{Int4Group, Int8Group};
+        match self {
+            Self::AsStored | Self::WidenToBf16 => &[],
+            Self::Int8 => &[Int8Group],
+            Self::Int4 => &[Int4Group, Int8Group],
+        }
+    }
+
+    /// As `--quantization` names it.
+    pub(crate) fn flag(self) -> &'static str {
+        match self {
+            Self::AsStored | Self::WidenToBf16 => "none",
+            Self::Int8 => "int8",
+            Self::Int4 => "int4",
+        }
+    }
 }
 
 /// How FP8 weights meet activations.

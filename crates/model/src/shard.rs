@@ -1,8 +1,10 @@
 //! How many bytes of weights a rank holds, from names and shapes alone: known before a byte of them is read.
 
-use r1_weights::{Checkpoint, ExpectedTensor, ModelConfig, TensorKind, expected_tensors};
+use std::ops::Range;
 
-use crate::{ModelOptions, WeightFormat};
+use r1_weights::{Checkpoint, ExpectedTensor, ModelConfig, QuantizedFormat, TensorKind, expected_tensors};
+
+use crate::{ModelError, ModelOptions, WeightFormat};
 
 /// Which part of a tensor a rank holds, as [`load`](crate::load) cuts it.
 enum Cut {
@@ -54,6 +56,49 @@ pub(crate) fn weight_bytes(checkpoint: &Checkpoint, config: &ModelConfig, option
         .sum()
 }
 
+/// What a tensor is quantised to at load.
+fn quantized(options: &ModelOptions, tensor: &ExpectedTensor) -> Option<QuantizedFormat> {
+    match tensor.kind {
+        TensorKind::Linear if tensor.name.contains(".kv_b_proj.") => None,
+        TensorKind::Linear | TensorKind::ExpertLinear => options.weights.quantized(false),
+        TensorKind::Head => options.weights.quantized(true),
+        _ => None,
+    }
+}
+
+/// Rows, and which columns, of a matrix a rank holds.
+fn part(options: &ModelOptions, cut: &Cut, tensor: &ExpectedTensor) -> (usize, Range<usize>) {
+    let (rank, world) = (options.rank.0, options.world_size);
+    let (rows, columns) = (tensor.shape[0], tensor.shape[1]);
+    match cut {
+        Cut::All => (rows, 0..columns),
+        Cut::Rows => (rows / world, 0..columns),
+        Cut::Columns => (rows, rank * (columns / world)..(rank + 1) * (columns / world)),
+    }
+}
+
+/// Refuses a quantisation whose format a tensor of this model cannot have.
+pub(crate) fn check_quantized(config: &ModelConfig, options: &ModelOptions) -> Result<(), ModelError> {
+    if options.weights.needs().is_empty() {
+        return Ok(());
+    }
+    for tensor in expected_tensors(config) {
+        let Some(format) = quantized(options, &tensor) else { continue };
+        let (_, columns) = part(options, &cut(&tensor), &tensor);
+        if !format.takes(&columns) {
+            let flag = options.weights.flag();
+            return Err(ModelError::Unsupported {
+                what: format!("--quantization {flag} of {}", tensor.name),
+                why: format!(
+                    "rank {} of {} holds its columns {columns:?}, and int4 rows are whole words of 8; take int8, or another --tp",
+                    options.rank, options.world_size
+                ),
+            });
+        }
+    }
+    Ok(())
+}
+
 fn tensor_bytes(
     checkpoint: &Checkpoint,
     config: &ModelConfig,
@@ -64,6 +109,10 @@ fn tensor_bytes(
     let values: usize = tensor.shape.iter().product();
     let cut = cut(tensor);
     let held = if matches!(cut, Cut::All) { values } else { values / world };
+    if let Some(format) = quantized(options, tensor) {
+        let (rows, columns) = part(options, &cut, tensor);
+        return format.size_bytes(rows, &columns);
+    }
     let stored = checkpoint.info(&tensor.name).expect("a verified checkpoint holds it");
     if tensor.kind == TensorKind::CorrectionBias {
         // Held as F32, whatever it is stored as.

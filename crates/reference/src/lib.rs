@@ -129,6 +129,9 @@ fn gather_rows(x: &View, rows: &View, out: &View) -> candle::Result<()> {
     write(out, &read_stored(x)?.index_select(&read_stored(rows)?, 0)?)
 }
 
+const ALL_FORMATS: [WeightFormat; 4] =
+    [WeightFormat::Dense, WeightFormat::Fp8Block, WeightFormat::Int8Group, WeightFormat::Int4Group];
+
 impl Backend for Reference {
     /// Flat, of the stored dtype.
     type Buffer = Tensor;
@@ -145,7 +148,8 @@ impl Backend for Reference {
     fn capabilities(&self) -> Capabilities {
         Capabilities {
             activation_dtypes: vec![r1_core::DType::F32, r1_core::DType::BF16],
-            weight_formats: vec![WeightFormat::Dense, WeightFormat::Fp8Block, WeightFormat::Int4Group],
+            weight_formats: ALL_FORMATS.to_vec(),
+            expert_formats: ALL_FORMATS.to_vec(),
             attention: vec![AttentionKind::Mla, AttentionKind::Gqa],
             cache_dtypes: vec![r1_core::DType::F32, r1_core::DType::BF16, r1_core::DType::F8E4M3],
             fp8_activations: true,

@@ -15,6 +15,8 @@ pub(crate) fn candle_dtype(dtype: r1_core::DType) -> DType {
         r1_core::DType::BF16 => DType::BF16,
         r1_core::DType::F16 => DType::F16,
         r1_core::DType::F8E4M3 => DType::F8E4M3,
+        // candle has no I8: the bits.
+        r1_core::DType::I8 => DType::U8,
         r1_core::DType::U32 => DType::U32,
     }
 }
@@ -75,7 +77,12 @@ pub(crate) fn read_stored(view: &View) -> Result<Tensor> {
 
 /// The values, widened to F32.
 pub(crate) fn read(view: &View) -> Result<Tensor> {
-    read_stored(view)?.to_dtype(DType::F32)
+    let values = read_stored(view)?.to_dtype(DType::F32)?;
+    if view.dtype() == r1_core::DType::I8 {
+        let is_negative = values.ge(128.0)?.to_dtype(DType::F32)?;
+        return values - (is_negative * 256.0)?;
+    }
+    Ok(values)
 }
 
 /// Token ids, positions, rows.
@@ -87,6 +94,9 @@ pub(crate) fn read_u32(view: &View) -> Result<Vec<u32>> {
 pub(crate) fn write(view: &View, values: &Tensor) -> Result<()> {
     if values.dims() != view.shape() {
         candle_core::bail!("result of shape {:?} for a tensor of shape {:?}", values.dims(), view.shape());
+    }
+    if view.dtype() == r1_core::DType::I8 {
+        candle_core::bail!("codes of int8 weights are imported, not computed");
     }
     let flat = values.to_dtype(candle_dtype(view.dtype()))?.flatten_all()?.contiguous()?;
     let (starts, len) = runs(view);
@@ -123,6 +133,15 @@ mod tests {
                 "code {code:#04x} reads {value}, not {want}"
             );
         }
+    }
+
+    #[test]
+    fn every_int8_code_is_read_in_two_s_complement() {
+        let codes: Vec<u8> = (0..=255).collect();
+        let view = import(&HostTensor::from_vec(codes, &[256], r1_core::DType::I8)).unwrap();
+        let want: Vec<f32> = (0..=255u8).map(|bits| f32::from(bits.cast_signed())).collect();
+        assert_eq!(read(&view).unwrap().to_vec1::<f32>().unwrap(), want);
+        assert!(write(&view, &read(&view).unwrap()).is_err());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Weights and FP8 activations as F32 matrices. Knows the block formats, no operation.
+//! Weights and FP8 activations as F32 matrices. Knows the formats, no operation.
 
 use candle_core::{D, Device, Result, Tensor};
 use r1_backend::{Activation, Fp8Activation, Int4Group, Weight};
@@ -24,6 +24,10 @@ pub(crate) fn dequantized(w: &Weight<Reference>) -> Result<Tensor> {
             };
             let scales = read(scales)?.index_select(&block_of(0)?, 0)?.index_select(&block_of(1)?, 1)?;
             read(data)? * scales
+        }
+        Weight::Int8Group { data, scales, group, offset } => {
+            let group_of = (0..data.dim(1)).map(|i| ((i + offset) / group) as u32);
+            read(data)? * read(scales)?.index_select(&Tensor::from_iter(group_of, &Device::Cpu)?, 1)?
         }
         Weight::Int4Group(w) => dequantized_int4(w),
     }

@@ -245,6 +245,19 @@ pub enum WeightsError {
         /// The folder.
         dir: PathBuf,
     },
+    /// A weight that codes in groups cannot stand for.
+    #[error(
+        "{tensor}: row {row} holds values up to {largest}, which cannot be quantized (NaN, infinite, or too large for the scales); \
+         load the checkpoint as stored"
+    )]
+    Unquantizable {
+        /// The tensor.
+        tensor: String,
+        /// The row, counted in this rank's shard.
+        row: usize,
+        /// Its largest magnitude; NaN where it holds one.
+        largest: f32,
+    },
     /// The checkpoint and config.json disagree about more than one tensor.
     #[error("the checkpoint disagrees with config.json about {total} tensors:{}", Lines(problems, *total))]
     Disagrees {

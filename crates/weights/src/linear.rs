@@ -127,7 +127,7 @@ impl HostLinear {
     }
 }
 
-/// The values of an F32, BF16, F16 or F8_E4M3 tensor (without any scale), whatever its address's alignment.
+/// The values of an F32, BF16, F16, F8_E4M3 or I8 tensor (without any scale), whatever its address's alignment.
 ///
 /// # Panics
 /// On U32, which holds ids and no values.
@@ -138,6 +138,7 @@ pub fn widen_to_f32(tensor: &HostTensor) -> Vec<f32> {
         DType::BF16 => pairs(|b| half::bf16::from_le_bytes(b).to_f32()),
         DType::F16 => pairs(|b| half::f16::from_le_bytes(b).to_f32()),
         DType::F8E4M3 => tensor.bytes().iter().map(|&b| f8e4m3_to_f32(b)).collect(),
+        DType::I8 => tensor.bytes().iter().map(|&b| f32::from(b.cast_signed())).collect(),
         DType::U32 => panic!("widen_to_f32: U32 tensors hold ids"),
     }
 }
@@ -213,14 +214,14 @@ pub(crate) fn scale_shape(n: usize, k: usize, block: [usize; 2]) -> [usize; 2] {
 
 /// A partition as a range: `(start, len)`.
 #[derive(Clone, Copy)]
-enum Cut {
+pub(crate) enum Cut {
     All,
     Rows(usize, usize),
     Columns(usize, usize),
 }
 
 impl Cut {
-    fn new(tensor: &str, n: usize, k: usize, partition: Partition) -> Result<Self, WeightsError> {
+    pub(crate) fn new(tensor: &str, n: usize, k: usize, partition: Partition) -> Result<Self, WeightsError> {
         let share = |dim, size: usize, rank: usize, world: usize| {
             assert!(rank < world, "{tensor}: rank {rank} of {world}");
             if size.is_multiple_of(world) {

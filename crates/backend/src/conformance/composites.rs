@@ -19,9 +19,13 @@ use crate::{
 
 const EPS: f32 = 1e-6;
 
-/// Formats of weight that models mix with activations of `dtype`.
-fn formats(dtype: DType) -> [Format; 2] {
-    [Format::Dense(dtype), Format::Fp8([100, 70])]
+/// Formats of weight that models mix with activations of `dtype`: those in groups where the backend takes them everywhere.
+fn formats<B: Backend>(backend: &B, dtype: DType) -> Vec<Format> {
+    let taken = backend.capabilities().expert_formats;
+    let mut formats = vec![Format::Dense(dtype), Format::Fp8([100, 70])];
+    let grouped = [Format::Int8 { group: 32, offset: 20 }, Format::Int4 { group: 32 }];
+    formats.extend(grouped.into_iter().filter(|format| taken.contains(&format.kind())));
+    formats
 }
 
 /// Between a fused body and the default one; FP8 activations may fall on neighbouring codes.
@@ -37,7 +41,7 @@ fn cases<B: Backend>(
 ) {
     seeded(check_name, |random| {
         for dtype in backend.capabilities().activation_dtypes {
-            for format in formats(dtype) {
+            for format in formats(backend, dtype) {
                 for fp8 in fp8_forms(backend) {
                     for rows in [1, 5, 40] {
                         check(random, dtype, format, fp8, rows);
@@ -169,7 +173,7 @@ fn check_add_rms_norm<B: Backend>(
 /// [`Backend::linear_add_norm`], of one rank and of two.
 pub fn linear_add_norm<B: Backend>(backend: &B) {
     cases(backend, "linear_add_norm", |random, dtype, format, fp8, rows| {
-        let (from, dim) = (70, 136);
+        let (from, dim) = (format.width(70), 136);
         let x = input(backend, random, &[rows, from], dtype, fp8);
         let (w, _) = weight(backend, random, [dim, from], format);
         let (norm, _) = imported(backend, random, &[dim], dtype, 1.0);
@@ -248,7 +252,7 @@ fn mlp_scratch<B: Backend>(
 /// [`Backend::mlp`].
 pub fn mlp_composite<B: Backend>(backend: &B) {
     cases(backend, "mlp_composite", |random, dtype, format, fp8, rows| {
-        let (dim, width) = (136, 70);
+        let (dim, width) = (136, format.width(70));
         let x = input(backend, random, &[rows, dim], dtype, fp8);
         let (w, _) = mlp(backend, random, [dim, width], format);
         let run = |default: bool| {
@@ -269,7 +273,7 @@ pub fn mlp_composite<B: Backend>(backend: &B) {
 /// [`Backend::moe_layer`].
 pub fn moe_layer<B: Backend>(backend: &B) {
     cases(backend, "moe_layer", |random, dtype, format, fp8, rows| {
-        let (dim, width, total, top_k) = (136, 70, 8, 3);
+        let (dim, width, total, top_k) = (136, format.width(70), 8, 3);
         let x = input(backend, random, &[rows, dim], dtype, fp8);
         let (router, _) = weight(backend, random, [total, dim], Format::Dense(dtype));
         let bias = random.normals(total, 0.2);

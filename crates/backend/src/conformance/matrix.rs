@@ -58,7 +58,7 @@ pub fn linear_fp8_activations<B: Backend>(backend: &B) {
                         settle(backend, "linear");
                         let met = match format {
                             Format::Fp8(_) => x.dequantized(backend).expect("an FP8 form"),
-                            Format::Dense(_) => x.dense.host.clone(),
+                            _ => x.dense.host.clone(),
                         };
                         let want = naive::linear(&met, &values, k);
                         let what = format!("linear [{rows}, {k}] FP8 × [{n}, {k}] {format:?} → {dtype}");

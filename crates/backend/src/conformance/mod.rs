@@ -16,7 +16,7 @@ mod composites;
 mod decoder_layer;
 mod dense;
 mod gqa;
-mod int4;
+mod grouped;
 mod matrix;
 mod memory;
 mod mla_composites;
@@ -37,7 +37,7 @@ pub use composites::{add_rms_norm, capture, linear_add_norm, mla_qkv, mlp_compos
 pub use decoder_layer::decoder_layer;
 pub use dense::{add, embed, feed_tokens, gather_rows, quantize, rms_norm, rms_norm_range, silu_mul};
 pub use gqa::{gqa_attention, gqa_batch_equals_alone, rope_cache_gqa};
-pub use int4::linear_int4;
+pub use grouped::{experts_int4, experts_int8, linear_int4, linear_int8};
 pub use matrix::{linear, linear_fp8_activations, per_head};
 pub use memory::{alloc_is_zeroed, alloc_refuses, import, read_back, traffic_honours_views, upload_rounds};
 pub use mla_composites::{mla_absorb, mla_attend};
@@ -75,11 +75,11 @@ macro_rules! conformance_tests {
         $crate::conformance_tests! { @each $backend;
             alloc_is_zeroed alloc_refuses import upload_rounds traffic_honours_views read_back
             feed_tokens embed rms_norm rms_norm_range quantize silu_mul add gather_rows
-            linear linear_fp8_activations linear_int4 per_head
+            linear linear_fp8_activations linear_int8 linear_int4 per_head
             rope_cache mla_attention mla_attention_range gather_latent mla_attention_expanded
             absorbed_equals_expanded batch_equals_alone chunked_equals_whole padding
             rope_cache_gqa gqa_attention gqa_batch_equals_alone
-            route route_ties route_not_finite experts
+            route route_ties route_not_finite experts experts_int8 experts_int4
             sample sample_single sample_penalties sample_edges sample_ignores_batch sample_distribution logprobs
             add_rms_norm linear_add_norm mla_qkv mla_absorb mla_attend mlp_composite moe_layer capture
             shape_panics

@@ -173,7 +173,7 @@ pub fn experts<B: Backend>(backend: &B) {
     });
 }
 
-fn check_experts<B: Backend>(
+pub(super) fn check_experts<B: Backend>(
     backend: &B,
     random: &mut Random,
     dtype: DType,

@@ -25,6 +25,7 @@ pub(super) fn round_to(dtype: DType, value: f64) -> f64 {
     let value = value as f32;
     match dtype {
         DType::F32 | DType::U32 => f64::from(value),
+        DType::I8 => f64::from(value).round_ties_even().clamp(-127.0, 127.0),
         DType::BF16 => bf16::from_f32(value).to_f64(),
         DType::F16 => f16::from_f32(value).to_f64(),
         DType::F8E4M3 => {
@@ -34,13 +35,13 @@ pub(super) fn round_to(dtype: DType, value: f64) -> f64 {
     }
 }
 
-/// The bytes of `values`, which `dtype` holds exactly. Not for E4M3, whose weights are drawn as codes.
+/// The bytes of `values`, which `dtype` holds exactly. Not for E4M3 and I8, whose weights are drawn as codes.
 pub(super) fn to_bytes(dtype: DType, values: &[f64]) -> Vec<u8> {
     match dtype {
         DType::F32 => values.iter().flat_map(|v| (*v as f32).to_le_bytes()).collect(),
         DType::BF16 => values.iter().flat_map(|v| bf16::from_f64(*v).to_le_bytes()).collect(),
         DType::F16 => values.iter().flat_map(|v| f16::from_f64(*v).to_le_bytes()).collect(),
-        DType::F8E4M3 | DType::U32 => unreachable!("no bytes of {dtype} from numbers"),
+        DType::F8E4M3 | DType::I8 | DType::U32 => unreachable!("no bytes of {dtype} from numbers"),
     }
 }
 

@@ -35,7 +35,7 @@ pub fn shape_panics<B: Backend>(backend: &B) {
         attention(backend, random);
         routing_and_sampling(backend, random);
         super::gqa::shape_panics(backend, random);
-        super::int4::shape_panics(backend, random);
+        super::grouped::shape_panics(backend, random);
     });
 }
 

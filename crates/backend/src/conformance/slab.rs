@@ -7,7 +7,10 @@ use r1_core::DType;
 
 use super::random::Random;
 use super::rounding::{e4m3, round_to, to_bytes};
-use crate::{Activation, Backend, Fp8Activation, HostSlice, HostSliceMut, HostTensor, Tensor, Weight};
+use crate::{
+    Activation, Backend, Fp8Activation, HostSlice, HostSliceMut, HostTensor, Int4Group, Tensor, Weight,
+    WeightFormat,
+};
 
 /// Poison of integer tensors: no row, no slot, no token.
 const GARBAGE: u32 = 0xFFFF_FFF1;
@@ -221,6 +224,31 @@ pub(super) enum Format {
     Dense(DType),
     /// Blocks of 128 × 128, the first cut off at this row and column.
     Fp8([usize; 2]),
+    /// 8-bit codes in groups of this many, the first cut off at this column.
+    Int8 {
+        group: usize,
+        offset: usize,
+    },
+    /// 4-bit codes in groups of this many; K is a multiple of 8.
+    Int4 {
+        group: usize,
+    },
+}
+
+impl Format {
+    pub(super) fn kind(self) -> WeightFormat {
+        match self {
+            Self::Dense(_) => WeightFormat::Dense,
+            Self::Fp8(_) => WeightFormat::Fp8Block,
+            Self::Int8 { .. } => WeightFormat::Int8Group,
+            Self::Int4 { .. } => WeightFormat::Int4Group,
+        }
+    }
+
+    /// A width that it has: `width`, or the next one where rows are whole words.
+    pub(super) fn width(self, width: usize) -> usize {
+        if matches!(self, Self::Int4 { .. }) { width.next_multiple_of(8) } else { width }
+    }
 }
 
 pub(super) const FORMATS: [Format; 5] = [
@@ -247,6 +275,8 @@ pub(super) fn weight<B: Backend>(
             let host = host_tensor(&to_bytes(dtype, &values), &[n, k], dtype, 0);
             (Weight::Dense { data: backend.import_matrix(&host).expect("import_matrix") }, values)
         }
+        Format::Int8 { group, offset } => int8(backend, random, [n, k], group, offset),
+        Format::Int4 { group } => int4(backend, random, [n, k], group),
         Format::Fp8(offset) => {
             let codes: Vec<u8> = (0..n * k)
                 .map(|_| {
@@ -280,4 +310,65 @@ pub(super) fn weight<B: Backend>(
             (weight, values)
         }
     }
+}
+
+fn int8<B: Backend>(
+    backend: &B,
+    random: &mut Random,
+    [n, k]: [usize; 2],
+    group: usize,
+    offset: usize,
+) -> (Weight<B>, Vec<f64>) {
+    let codes: Vec<i8> = (0..n * k).map(|_| (random.below(255) as i32 - 127) as i8).collect();
+    let groups = (k + offset).div_ceil(group);
+    // Codes have a root mean square of about 73.
+    let spread = 1.0 / (k as f64).sqrt() / 73.0;
+    let scales: Vec<f64> =
+        (0..n * groups).map(|_| round_to(DType::F32, spread * random.uniform(0.25, 2.0))).collect();
+    let scale = |i: usize| scales[i / k * groups + (i % k + offset) / group];
+    let values = codes.iter().enumerate().map(|(i, &code)| f64::from(code) * scale(i)).collect();
+    let bytes: Vec<u8> = codes.iter().map(|code| code.cast_unsigned()).collect();
+    let data = host_tensor(&bytes, &[n, k], DType::I8, 1);
+    let scales = host_tensor(&to_bytes(DType::F32, &scales), &[n, groups], DType::F32, 0);
+    let weight = Weight::Int8Group {
+        data: backend.import_matrix(&data).expect("import_matrix"),
+        scales: backend.import(&scales).expect("import"),
+        group,
+        offset,
+    };
+    (weight, values)
+}
+
+fn int4<B: Backend>(
+    backend: &B,
+    random: &mut Random,
+    [n, k]: [usize; 2],
+    group: usize,
+) -> (Weight<B>, Vec<f64>) {
+    let groups = k.div_ceil(group);
+    let words: Vec<u32> = (0..n * k / 8).map(|_| random.next() as u32).collect();
+    let zeros: Vec<f64> = (0..n * groups).map(|_| random.below(17) as f64).collect();
+    let spread = 1.0 / (k as f64).sqrt() / 6.0;
+    let scales: Vec<f64> =
+        (0..n * groups).map(|_| round_to(DType::F16, spread * random.uniform(0.25, 2.0))).collect();
+    let value = |i: usize| {
+        let (row, col) = (i / k, i % k);
+        let code = words[i / 8] >> (4 * (col % 8)) & 15;
+        let group = row * groups + col / group;
+        (f64::from(code) - zeros[group]) * scales[group]
+    };
+    let values = (0..n * k).map(value).collect();
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let codes = host_tensor(&bytes, &[n, k / 8], DType::U32, random.below(2));
+    let per_group = |values: &[f64]| {
+        let host = host_tensor(&to_bytes(DType::F16, values), &[n, groups], DType::F16, 0);
+        backend.import(&host).expect("import")
+    };
+    let weight = Int4Group {
+        codes: backend.import_matrix(&codes).expect("import_matrix"),
+        zeros: per_group(&zeros),
+        scales: per_group(&scales),
+        group,
+    };
+    (Weight::Int4Group(weight), values)
 }

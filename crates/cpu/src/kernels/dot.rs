@@ -52,6 +52,17 @@ impl<'a> XRows<'a> {
         self.index.map_or(self.mat.rows, <[u32]>::len)
     }
 
+    pub(super) fn dtype(&self) -> DType {
+        self.mat.dtype
+    }
+
+    /// # Panics
+    /// When the rows are not of this type and length.
+    pub(super) fn check(&self, dtype: DType, cols: usize) {
+        let Mat { dtype: has, cols: len, .. } = self.mat;
+        assert!(has == dtype && len == cols, "inputs are {len} {has}, not {cols} {dtype}");
+    }
+
     pub(super) fn row<T>(&self, t: usize) -> *const T {
         debug_assert_eq!(self.mat.dtype.size_bytes(), size_of::<T>());
         self.mat.row(self.index.map_or(t, |index| index[t] as usize)).cast()

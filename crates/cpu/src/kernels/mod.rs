@@ -5,7 +5,9 @@ mod combine;
 mod dot;
 mod pair_combine;
 mod pair_dot;
+mod pair_int4;
 mod pair_rows;
+mod product;
 
 use r1_backend::Weight;
 use r1_core::DType;
@@ -16,7 +18,9 @@ use crate::view::{In, Mat};
 pub(crate) use combine::Combine;
 pub(crate) use dot::{MatMul, TileSize, XRows};
 pub(crate) use pair_combine::{InColumns, PairCombine};
+pub(crate) use pair_int4::{DIFFERENCES, by_chunks, padded};
 pub(crate) use pair_rows::PairRows;
+pub(crate) use product::{AnyRows, AnyWeight, InputForm, Product};
 
 /// Runs `$body` with `$E` bound to the element type of `$dtype`.
 macro_rules! with_elem {
@@ -38,13 +42,17 @@ macro_rules! with_elem {
                 type $E = crate::simd::F8;
                 $body
             }
+            r1_core::DType::I8 => {
+                type $E = i8;
+                $body
+            }
             r1_core::DType::U32 => panic!("a U32 tensor where a weight is expected"),
         }
     };
 }
 pub(crate) use with_elem;
 
-/// A weight's tensors, borrowed.
+/// A weight's tensors, borrowed: of any format but int4.
 pub(crate) struct WeightIn<'a> {
     data: In<'a>,
     scales: Option<(In<'a>, [usize; 2], [usize; 2])>,
@@ -59,8 +67,12 @@ impl<'a> WeightIn<'a> {
                 data: In::new(op, arg, data),
                 scales: Some((In::new(op, arg, scales), *block, *offset)),
             },
+            Weight::Int8Group { data, scales, group, offset } => Self {
+                data: In::new(op, arg, data),
+                scales: Some((In::new(op, arg, scales), [1, *group], [0, *offset])),
+            },
             Weight::Int4Group(_) => unreachable!(
-                "{op}: {arg} is an int4 weight, which the check of shapes lets through to `ops::int4` alone"
+                "{op}: {arg} is an int4 weight, which the check of shapes lets through to `Product` alone"
             ),
         }
     }
@@ -93,12 +105,13 @@ impl<'a> WeightRows<'a> {
         match self.data.dtype {
             DType::BF16 => self.scales.is_none(),
             DType::F8E4M3 => true,
+            DType::I8 => self.scales.is_some(),
             DType::F32 | DType::F16 | DType::U32 => false,
         }
     }
 }
 
-/// Scales of blocks of an FP8 weight.
+/// Scales of blocks of an FP8 weight, or of the groups of an int8 one: blocks of one row.
 #[derive(Clone, Copy)]
 pub(crate) struct Scales<'a> {
     values: Mat<'a>,

@@ -17,19 +17,19 @@ use super::{WeightRows, XRows};
 use crate::simd::{Codes, F8, MAX_LANES, PairKernel, Pairs};
 
 /// Up to so many tokens the weight streams through registers.
-const STREAMED_TOKENS: usize = 8;
+pub(super) const STREAMED_TOKENS: usize = 8;
 /// Weight rows of a register tile without scales: 24 sums for 8 weights and 3 inputs loaded.
-const ROWS: usize = 8;
+pub(super) const ROWS: usize = 8;
 /// Weight rows of a register tile with scales, which needs twice the sums.
-const SCALED_ROWS: usize = 4;
+pub(super) const SCALED_ROWS: usize = 4;
 /// Tokens of a register tile.
-const TOKENS: usize = 3;
+pub(super) const TOKENS: usize = 3;
 /// Tokens that share one pass over the weight rows of a task; a multiple of `TOKENS`.
-const TOKEN_BLOCK: usize = 96;
+pub(super) const TOKEN_BLOCK: usize = 96;
 /// Columns of K per pass: eight rows of it are half of a 32 KiB L1.
 const SPAN: usize = 1024;
 /// Numbers between rows in L1 beyond a span: rows a power of two apart would fall into the same few sets of the cache.
-const PADDING: usize = 32;
+pub(super) const PADDING: usize = 32;
 /// Bytes between rows of which a cache of 32 KiB holds no eight.
 const SET_STRIDE: usize = 4096;
 
@@ -71,6 +71,7 @@ impl PairKernel for PairMul<'_> {
             (DType::BF16, false) => self.typed::<S, bf16, false>(s),
             (DType::F8E4M3, true) => self.typed::<S, F8, true>(s),
             (DType::F8E4M3, false) => self.typed::<S, F8, false>(s),
+            (DType::I8, true) => self.typed::<S, i8, true>(s),
             (dtype, _) => panic!("weights {dtype} that pairs are not made for"),
         }
     }
@@ -78,10 +79,10 @@ impl PairKernel for PairMul<'_> {
 
 /// A stretch of columns that register tiles run over: the first block of scales may be cut.
 #[derive(Clone, Copy)]
-struct Columns {
-    len: usize,
-    first: usize,
-    block: usize,
+pub(super) struct Columns {
+    pub(super) len: usize,
+    pub(super) first: usize,
+    pub(super) block: usize,
 }
 
 impl PairMul<'_> {
@@ -265,21 +266,21 @@ impl<E: Codes> PairKernel for Widen<E> {
 /// Whoever makes one promises that `columns.len` numbers can be read at every `w` and from column `col` of every token, a scale
 /// per block at every `scales` if `SCALED`, that `R` vectors per token, tokens rounded up to whole tiles, can be read and
 /// written at `total` unless the pass is first and last, and that the outputs can be written.
-struct Block<'a, const R: usize, const SCALED: bool> {
-    w: [*const u16; R],
-    x: XRows<'a>,
-    tokens: Range<usize>,
-    col: usize,
-    scales: [*const f32; R],
-    columns: Columns,
+pub(super) struct Block<'a, const R: usize, const SCALED: bool> {
+    pub(super) w: [*const u16; R],
+    pub(super) x: XRows<'a>,
+    pub(super) tokens: Range<usize>,
+    pub(super) col: usize,
+    pub(super) scales: [*const f32; R],
+    pub(super) columns: Columns,
     /// Bytes that will be wanted next.
-    next: *const u8,
-    next_len: usize,
-    first: bool,
-    last: bool,
-    total: *mut f32,
-    y: *mut f32,
-    ldy: usize,
+    pub(super) next: *const u8,
+    pub(super) next_len: usize,
+    pub(super) first: bool,
+    pub(super) last: bool,
+    pub(super) total: *mut f32,
+    pub(super) y: *mut f32,
+    pub(super) ldy: usize,
 }
 
 impl<const R: usize, const SCALED: bool> PairKernel for Block<'_, R, SCALED> {
@@ -386,7 +387,7 @@ impl<const R: usize, const SCALED: bool> Block<'_, R, SCALED> {
 /// # Safety
 /// `R` floats can be written at `y + t * ldy` for every `t`.
 #[inline(always)]
-unsafe fn finish<S: Pairs, const R: usize, const T: usize>(
+pub(super) unsafe fn finish<S: Pairs, const R: usize, const T: usize>(
     s: S,
     total: &[[S::V; T]; R],
     y: *mut f32,

@@ -2,13 +2,13 @@
 
 use std::ops::Range;
 
-use r1_backend::{Activation, Experts, Tensor, Weight, shape};
+use r1_backend::{Activation, Experts, MlpWeights, Tensor, Weight, shape};
 use r1_core::DType;
 
 use super::linear::weight_chunks;
-use super::{Chunks, refuse_fp8, widened};
+use super::{Chunks, input_form, inputs, refuse_fp8};
 use crate::Cpu;
-use crate::kernels::{MatMul, TileSize, WeightIn, WeightRows, XRows};
+use crate::kernels::{AnyRows, AnyWeight, InputForm, Product, XRows};
 use crate::pool::Pool;
 use crate::scratch::Workspace;
 use crate::simd::{Kernel, Simd, slice};
@@ -94,11 +94,10 @@ pub(crate) fn experts(
     let Some(width) = experts.local.first().map(|expert| expert.gate.out_features()) else { return };
     let mut engine = cpu.engine();
     let crate::Engine { pool, workspace } = &mut *engine;
-    let Workspace { x: x_room, y: hidden_room, pairs } = workspace;
-    // One form for all experts of the layer: what a token meets may not depend on who else is there.
-    let in_pairs = x.mat().dtype == DType::BF16 && cpu.isa.has_pairs() && all_have_pairs(experts);
-    let x = if in_pairs { x.mat() } else { widened(cpu.isa, pool, x.mat(), x_room) };
-    let hidden_dtype = if in_pairs { DType::BF16 } else { DType::F32 };
+    let Workspace { x: x_room, y: hidden_room, z: ordered_room, pairs } = workspace;
+    let [x_form, hidden_form] = forms(cpu, x.mat().dtype, experts);
+    let x = inputs(cpu.isa, pool, x.mat(), x_form, x_room);
+    let hidden_dtype = if hidden_form == InputForm::F32 { DType::F32 } else { DType::BF16 };
     let batches = Chunks::new(x.rows, TOKENS);
     for tokens in (0..batches.count()).map(|batch| batches.range(batch)) {
         pairs.group(&ids, tokens.clone(), experts.first, experts.local.len());
@@ -108,18 +107,24 @@ pub(crate) fn experts(
         let room = hidden_room.get(pairs.token.len() * width);
         let hidden = MatMut::scratch(room, hidden_dtype, pairs.token.len(), width);
         gate_up(cpu, pool, experts, pairs, x, hidden);
-        down(cpu, pool, experts, pairs, hidden.readable(), tokens, weights, out);
+        let hidden = inputs(cpu.isa, pool, hidden.readable(), hidden_form, ordered_room);
+        down(cpu, pool, experts, pairs, hidden, tokens, weights, out);
     }
 }
 
-fn all_have_pairs(experts: &Experts<Cpu>) -> bool {
-    experts.local.iter().all(|expert| {
-        [&expert.gate, &expert.up, &expert.down].iter().all(|w| match w {
-            Weight::Dense { data } => data.dtype() == DType::BF16,
-            Weight::Fp8Block { .. } => true,
-            Weight::Int4Group(_) => false,
-        })
-    })
+/// What the products want of inputs and of the hidden state: one form for all experts of the layer, since what a token meets may
+/// not depend on who else is there.
+fn forms(cpu: &Cpu, x: DType, experts: &Experts<Cpu>) -> [InputForm; 2] {
+    let of = |w: &Weight<Cpu>| input_form(cpu.isa, x, w);
+    let Some(first) = experts.local.first() else { return [InputForm::F32; 2] };
+    let forms = [of(&first.gate), of(&first.down)];
+    let alike = |expert: &MlpWeights<Cpu>| {
+        of(&expert.gate) == forms[0] && of(&expert.up) == forms[0] && of(&expert.down) == forms[1]
+    };
+    if forms.contains(&InputForm::F32) || !experts.local.iter().all(alike) {
+        return [InputForm::F32; 2];
+    }
+    forms
 }
 
 /// `hidden[pair] = silu(gate x) * (up x)`.
@@ -134,43 +139,42 @@ fn gate_up(
     let width = hidden.cols;
     let active = pairs.active.len();
     let chunks = {
-        let w = WeightIn::new(OP, "experts.gate", &experts.local[pairs.active[0] as usize].gate);
         let mean_pairs = pairs.token.len().div_ceil(active);
-        weight_chunks(&w.rows(), width, mean_pairs, cpu.threads.div_ceil(active))
+        weight_chunks(x.cols, width, mean_pairs, cpu.threads.div_ceil(active))
     };
     pool.run(active * chunks.count(), &|task, scratch| {
         let expert = pairs.active[task / chunks.count()];
         let weights = &experts.local[expert as usize];
-        let gate = WeightIn::new(OP, "experts.gate", &weights.gate);
-        let up = WeightIn::new(OP, "experts.up", &weights.up);
+        let gate = AnyWeight::new(OP, "experts.gate", &weights.gate);
+        let up = AnyWeight::new(OP, "experts.up", &weights.up);
         let w = [gate.rows(), up.rows()];
         let (rows, range) = (chunks.range(task % chunks.count()), pairs.of(expert));
-        let tile = w.each_ref().map(|w| TileSize::floats(w, rows.len(), range.len()));
+        let product = w.each_ref().map(|w| w.scratch_floats(rows.len(), range.len()));
         let y = rows.len() * range.len();
-        let bufs = scratch.floats.parts([tile[0].max(tile[1]), y, y]);
+        let bufs = scratch.floats.parts([product[0].max(product[1]), y, y]);
         let x = XRows::gathered(x, &pairs.token[range.clone()]);
         cpu.isa.run(GateUp { w, rows, x, first: range.start, hidden, bufs });
     });
 }
 
 struct GateUp<'a> {
-    w: [WeightRows<'a>; 2],
+    w: [AnyRows<'a>; 2],
     rows: Range<usize>,
     x: XRows<'a>,
     /// The expert's first pair.
     first: usize,
     hidden: MatMut<'a>,
-    /// The tile, gates and ups.
+    /// The product's scratch, gates and ups.
     bufs: [&'a mut [f32]; 3],
 }
 
 impl Kernel for GateUp<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let [tile, gate, up] = self.bufs;
+        let [scratch, gate, up] = self.bufs;
         let len = self.rows.len();
         for (w, y) in self.w.into_iter().zip([&mut *gate, &mut *up]) {
-            s.call(MatMul { w, rows: self.rows.clone(), x: self.x, y, ldy: len, tile });
+            s.call(Product { w, rows: self.rows.clone(), x: self.x, y, ldy: len, scratch });
         }
         for i in 0..self.x.len() {
             let (gate, up) = (&gate[i * len..][..len], &mut up[i * len..][..len]);
@@ -195,11 +199,11 @@ fn down(
     let chunks = Chunks::new(out.cols, OUT_COLS);
     pool.run(chunks.count(), &|task, scratch| {
         let cols = chunks.range(task);
-        let tile = pairs.active.iter().map(|&expert| {
-            let w = WeightIn::new(OP, "experts.down", &experts.local[expert as usize].down);
-            TileSize::floats(&w.rows(), cols.len(), pairs.of(expert).len())
+        let product = pairs.active.iter().map(|&expert| {
+            let w = AnyWeight::new(OP, "experts.down", &experts.local[expert as usize].down);
+            w.rows().scratch_floats(cols.len(), pairs.of(expert).len())
         });
-        let sizes = [tile.max().unwrap_or(0), hidden.rows * cols.len(), cols.len(), cols.len()];
+        let sizes = [product.max().unwrap_or(0), hidden.rows * cols.len(), cols.len(), cols.len()];
         let bufs = scratch.floats.parts(sizes);
         cpu.isa.run(Down { experts, pairs, hidden, tokens: tokens.clone(), weights, cols, out, bufs });
     });
@@ -213,21 +217,21 @@ struct Down<'a> {
     weights: Mat<'a>,
     cols: Range<usize>,
     out: MatMut<'a>,
-    /// The tile, the pairs' results, a token's sum and what `out` held.
+    /// The product's scratch, the pairs' results, a token's sum and what `out` held.
     bufs: [&'a mut [f32]; 4],
 }
 
 impl Kernel for Down<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let [tile, y, sum, held] = self.bufs;
+        let [scratch, y, sum, held] = self.bufs;
         let len = self.cols.len();
         for &expert in &self.pairs.active {
-            let w = WeightIn::new(OP, "experts.down", &self.experts.local[expert as usize].down);
+            let w = AnyWeight::new(OP, "experts.down", &self.experts.local[expert as usize].down);
             let range = self.pairs.of(expert);
             let x = XRows::range(self.hidden, range.clone());
             let y = &mut y[range.start * len..];
-            s.call(MatMul { w: w.rows(), rows: self.cols.clone(), x, y, ldy: len, tile });
+            s.call(Product { w: w.rows(), rows: self.cols.clone(), x, y, ldy: len, scratch });
         }
         let k = self.weights.cols;
         for (i, t) in self.tokens.enumerate() {

@@ -5,7 +5,6 @@ pub(crate) mod expanded;
 pub(crate) mod experts;
 pub(crate) mod gqa;
 pub(crate) mod host;
-pub(crate) mod int4;
 pub(crate) mod latent;
 pub(crate) mod linear;
 pub(crate) mod logprobs;
@@ -20,16 +19,16 @@ mod tile;
 
 use std::ops::Range;
 
-use r1_backend::Activation;
+use r1_backend::{Activation, Weight};
 use r1_core::DType;
 
 use crate::Cpu;
 use crate::isa::Available;
-use crate::kernels::WeightRows;
+use crate::kernels::{InputForm, by_chunks, padded};
 use crate::pool::Pool;
 use crate::scratch::Floats;
 use crate::simd::{Kernel, Simd};
-use crate::view::{Mat, Shared};
+use crate::view::{Mat, MatMut, Shared};
 
 /// Elements that are worth a task of their own: handing one out costs about a microsecond.
 const TASK_ELEMENTS: usize = 8192;
@@ -72,15 +71,35 @@ impl Chunks {
     }
 }
 
-/// `x` as a product with `w` takes it: BF16 where the machine multiplies it in pairs, else F32 in place or widened into `room`.
+/// What products with a weight want of inputs of this type.
+fn input_form(isa: Available, x: DType, w: &Weight<Cpu>) -> InputForm {
+    if x == DType::BF16 && isa.has_pairs() { InputForm::of(w) } else { InputForm::F32 }
+}
+
+/// `x` in that form: in place where it has it, else in `room`.
 fn inputs<'a>(
     isa: Available,
     pool: &mut Pool,
     x: Mat<'a>,
-    w: &WeightRows<'_>,
+    form: InputForm,
     room: &'a mut Floats,
 ) -> Mat<'a> {
-    if x.dtype == DType::BF16 && isa.has_pairs() && w.has_pairs() { x } else { widened(isa, pool, x, room) }
+    match form {
+        InputForm::F32 => widened(isa, pool, x, room),
+        InputForm::Pairs => x,
+        InputForm::Chunks => {
+            let cols = padded(x.cols);
+            let out = MatMut::scratch(room.get(x.rows * cols / 2), DType::BF16, x.rows, cols);
+            let chunks = Chunks::rows(x.rows, x.cols, pool.threads());
+            pool.run(chunks.count(), &|task, _| {
+                for row in chunks.range(task) {
+                    // SAFETY: every row belongs to one task.
+                    by_chunks(x.bf16_row(row), unsafe { out.row_mut::<u16>(row) });
+                }
+            });
+            out.readable()
+        }
+    }
 }
 
 /// `mat` in F32: in place, or widened into `room`.

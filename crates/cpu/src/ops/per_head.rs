@@ -8,7 +8,7 @@ use r1_core::DType;
 use super::linear::{Linear, weight_chunks};
 use super::{Chunks, TASKS_PER_THREAD};
 use crate::Cpu;
-use crate::kernels::{Combine, InColumns, PairRows, TileSize, WeightIn, WeightRows, XRows};
+use crate::kernels::{AnyRows, Combine, InColumns, PairRows, TileSize, WeightIn, WeightRows, XRows};
 use crate::simd::{Kernel, Simd};
 use crate::view::{Cube, CubeMut, In, Mat, MatMut, Out};
 
@@ -30,7 +30,7 @@ pub(crate) fn per_head(cpu: &Cpu, x: &Tensor<Cpu>, w: &HeadWeight<Cpu>, out: &Te
 /// `out[t, h, r] = W_h[r, :] · x[t, h, :]`.
 fn rows_out(cpu: &Cpu, x: Cube<'_>, weight: WeightRows<'_>, w: &HeadWeight<Cpu>, out: CubeMut<'_>) {
     let [tokens, heads, k] = x.shape;
-    let chunks = weight_chunks(&weight, w.rows.len(), tokens, cpu.threads.div_ceil(heads.max(1)));
+    let chunks = weight_chunks(k, w.rows.len(), tokens, cpu.threads.div_ceil(heads.max(1)));
     cpu.engine().pool.run(heads * chunks.count(), &|task, scratch| {
         let (head, rows) = (task / chunks.count(), chunks.range(task % chunks.count()));
         let first = head * w.rows_per_head + w.rows.start;
@@ -60,7 +60,7 @@ impl Kernel for HeadRows<'_> {
         let pairs = S::PAIRS && self.x.dtype == DType::BF16 && self.w.has_pairs();
         let x = XRows::all(if pairs { self.x } else { dense(s, self.x, self.x_buf) });
         let (w, rows, out) = (self.w, self.rows, self.out);
-        Linear { w, rows, x, out, col: self.first, bufs: [self.tile, self.y] }.run(s);
+        Linear { w: AnyRows::Plain(w), rows, x, out, col: self.first, bufs: [self.tile, self.y] }.run(s);
     }
 }
 

@@ -139,6 +139,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> __m256 {
+        // SAFETY: the caller allows the reads, `self` the instructions.
+        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
+    }
+
+    #[inline(always)]
     unsafe fn load_f8(self, p: *const u8) -> __m256 {
         // SAFETY: the caller allows the reads, `self` the instructions.
         unsafe { f8_to_f32(_mm_loadl_epi64(p.cast()), self) }

@@ -147,6 +147,12 @@ impl<const PAIRS: bool> Simd for Avx512<PAIRS> {
     }
 
     #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> __m512 {
+        // SAFETY: the caller allows the reads, `self` the instructions.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
+    }
+
+    #[inline(always)]
     unsafe fn load_f8(self, p: *const u8) -> __m512 {
         // SAFETY: the caller allows the reads, `self` the instructions.
         unsafe { _mm512_cvtph_ps(f8_as_f16(_mm_loadu_si128(p.cast()), self)) }

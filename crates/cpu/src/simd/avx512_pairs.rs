@@ -4,6 +4,8 @@
 use std::arch::x86_64::*;
 
 use super::Avx512;
+use crate::kernels::DIFFERENCES;
+
 use super::avx512::has;
 use super::pairs::{ByteTable, PairKernel, Pairs};
 
@@ -14,16 +16,26 @@ pub(crate) struct Table {
     low: [__m512i; 2],
 }
 
+/// 0, 1, 2, …
+const ENTRIES: [u16; 32] = {
+    let mut entries = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        entries[i] = i as u16;
+        i += 1;
+    }
+    entries
+};
+
 impl Avx512<true> {
-    /// BF16 numbers of 64 sign-and-magnitude codes, whose order `in_order` has prepared.
+    /// BF16 numbers of 64 codes, whose order `in_order` has prepared: the bits 0 to 6 of `magnitudes` and the sign bit of `signs`.
     #[inline(always)]
-    fn look_up(self, table: Table, codes: __m512i) -> [__m512bh; 2] {
+    fn look_up(self, table: Table, magnitudes: __m512i, signs: __m512i) -> [__m512bh; 2] {
         has!({
-            // Indices are taken modulo 128: the sign does not matter.
-            let low = _mm512_permutex2var_epi8(table.low[0], codes, table.low[1]);
-            let high = _mm512_permutex2var_epi8(table.high[0], codes, table.high[1]);
-            // high | codes & 0x80
-            let high = _mm512_ternarylogic_epi32::<0xf8>(high, codes, _mm512_set1_epi8(-128));
+            let low = _mm512_permutex2var_epi8(table.low[0], magnitudes, table.low[1]);
+            let high = _mm512_permutex2var_epi8(table.high[0], magnitudes, table.high[1]);
+            // high | signs & 0x80
+            let high = _mm512_ternarylogic_epi32::<0xf8>(high, signs, _mm512_set1_epi8(-128));
             [pairs(_mm512_unpacklo_epi8(low, high)), pairs(_mm512_unpackhi_epi8(low, high))]
         })
     }
@@ -134,14 +146,58 @@ impl Pairs for Avx512<true> {
     unsafe fn load_f8_pairs(self, table: Table, p: *const u8) -> [__m512bh; 2] {
         // SAFETY: the caller allows the reads, `self` the instruction.
         let codes = unsafe { _mm512_loadu_si512(p.cast()) };
-        self.look_up(table, self.in_order(codes))
+        let codes = self.in_order(codes);
+        self.look_up(table, codes, codes)
     }
 
     #[inline(always)]
     unsafe fn load_f8_pairs_n(self, table: Table, p: *const u8, n: usize) -> [__m512bh; 2] {
         // SAFETY: the caller allows `n` reads, the mask hides the rest, `self` has the instruction. Code 0 is zero.
         let codes = unsafe { _mm512_maskz_loadu_epi8((1 << n) - 1, p.cast()) };
-        self.look_up(table, self.in_order(codes))
+        let codes = self.in_order(codes);
+        self.look_up(table, codes, codes)
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16_n(self, p: *const u16, n: usize) -> __m512 {
+        // SAFETY: the caller allows `n` reads, the mask hides the rest, `self` has the instructions.
+        unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(((1_u32 << n) - 1) as u16, p.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_int4_pairs(self, p: *const u8, len: usize, zero: f32) -> [__m512bh; 4] {
+        // SAFETY: the caller allows the reads, the mask hides the rest, `self` has the instructions.
+        unsafe {
+            let words = if len == 64 {
+                _mm512_loadu_si512(p.cast())
+            } else {
+                _mm512_maskz_loadu_epi8((1 << len) - 1, p.cast())
+            };
+            // Entry c of the table, and c + 16, since a look-up sees one bit of the next code: the number c - zero.
+            let entries = _mm512_and_si512(_mm512_loadu_si512(ENTRIES.as_ptr().cast()), _mm512_set1_epi16(15));
+            let index = _mm512_sub_epi16(entries, _mm512_set1_epi16(zero as i16 - 16));
+            let table = _mm512_permutexvar_epi16(index, _mm512_loadu_si512(DIFFERENCES.as_ptr().cast()));
+            [
+                pairs(_mm512_permutexvar_epi16(words, table)),
+                pairs(_mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(words), table)),
+                pairs(_mm512_permutexvar_epi16(_mm512_srli_epi16::<8>(words), table)),
+                pairs(_mm512_permutexvar_epi16(_mm512_srli_epi16::<12>(words), table)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8_pairs(self, table: Table, p: *const i8) -> [__m512bh; 2] {
+        // SAFETY: the caller allows the reads, `self` the instructions.
+        let codes = self.in_order(unsafe { _mm512_loadu_si512(p.cast()) });
+        self.look_up(table, has!(_mm512_abs_epi8(codes)), codes)
+    }
+
+    #[inline(always)]
+    unsafe fn load_i8_pairs_n(self, table: Table, p: *const i8, n: usize) -> [__m512bh; 2] {
+        // SAFETY: the caller allows `n` reads, the mask hides the rest, `self` has the instructions. Code 0 is zero.
+        let codes = self.in_order(unsafe { _mm512_maskz_loadu_epi8((1 << n) - 1, p.cast()) });
+        self.look_up(table, has!(_mm512_abs_epi8(codes)), codes)
     }
 }
 

@@ -79,6 +79,17 @@ impl Elem for f16 {
     }
 }
 
+impl Elem for i8 {
+    const FACTOR: f32 = 1.0;
+    const IS_F32: bool = false;
+
+    #[inline(always)]
+    unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::V {
+        // SAFETY: the same contract.
+        unsafe { s.load_i8(p) }
+    }
+}
+
 /// An F8 E4M3 code.
 #[derive(Clone, Copy, Default)]
 #[repr(transparent)]

@@ -86,6 +86,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// See [`Simd::load`].
     unsafe fn load_f16(self, p: *const u16) -> Self::V;
+    /// Two's complement.
+    /// # Safety
+    /// See [`Simd::load`].
+    unsafe fn load_i8(self, p: *const i8) -> Self::V;
     /// E4M3 codes as their values times 2^-8. NaN codes may come out as ±1.875: see [`Simd::has_f8_nan`].
     /// # Safety
     /// See [`Simd::load`].

@@ -61,6 +61,23 @@ pub(crate) trait Pairs: Simd {
     /// # Safety
     /// `n` codes can be read at `p`.
     unsafe fn load_f8_pairs_n(self, table: Self::Table, p: *const u8, n: usize) -> [Self::P; 2];
+    /// As [`Simd::load_f16`] of the first `n <= LANES` numbers, zeros elsewhere.
+    /// # Safety
+    /// `n` numbers can be read at `p`.
+    unsafe fn load_f16_n(self, p: *const u16, n: usize) -> Self::V;
+    /// Four vectors of 4-bit codes less `zero`, a whole number from 0 to 16: number `i` of vector `j` is bits `4 j..` of the 16-bit
+    /// word `i`. Past `len` bytes, codes are 0.
+    /// # Safety
+    /// `len <= 2 * PAIR_LANES` bytes can be read at `p`.
+    unsafe fn load_int4_pairs(self, p: *const u8, len: usize, zero: f32) -> [Self::P; 4];
+    /// Two vectors of int8 codes, in order. -128 is none of them.
+    /// # Safety
+    /// `2 * PAIR_LANES` codes can be read at `p`.
+    unsafe fn load_i8_pairs(self, table: Self::Table, p: *const i8) -> [Self::P; 2];
+    /// The first `n < 2 * PAIR_LANES` codes, zeros elsewhere.
+    /// # Safety
+    /// `n` codes can be read at `p`.
+    unsafe fn load_i8_pairs_n(self, table: Self::Table, p: *const i8, n: usize) -> [Self::P; 2];
 }
 
 /// The BF16 numbers of 128 magnitudes, upper and lower bytes apart.
@@ -146,5 +163,32 @@ impl Codes for F8 {
     unsafe fn load_n<S: Pairs>(s: S, table: S::Table, p: *const Self, n: usize) -> [S::P; 2] {
         // SAFETY: the same contract; F8 is its byte.
         unsafe { s.load_f8_pairs_n(table, p.cast(), n) }
+    }
+}
+
+const fn i8_magnitudes() -> [f32; 128] {
+    let mut values = [0.0; 128];
+    let mut code = 0;
+    while code < 128 {
+        values[code as usize] = code as f32;
+        code += 1;
+    }
+    values
+}
+
+impl Codes for i8 {
+    const STEP_VECTORS: usize = 2;
+    const TABLE: ByteTable = ByteTable::new(i8_magnitudes());
+
+    #[inline(always)]
+    unsafe fn load<S: Pairs>(s: S, table: S::Table, p: *const Self) -> [S::P; 2] {
+        // SAFETY: the same contract.
+        unsafe { s.load_i8_pairs(table, p) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_n<S: Pairs>(s: S, table: S::Table, p: *const Self, n: usize) -> [S::P; 2] {
+        // SAFETY: the same contract.
+        unsafe { s.load_i8_pairs_n(table, p, n) }
     }
 }

@@ -120,6 +120,12 @@ impl Simd for Portable {
     }
 
     #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> V {
+        // SAFETY: the caller allows `LANES` reads.
+        unsafe { p.cast::<[i8; LANES]>().read_unaligned() }.map(f32::from)
+    }
+
+    #[inline(always)]
     unsafe fn load_f8(self, p: *const u8) -> V {
         // SAFETY: the caller allows `LANES` reads.
         unsafe { p.cast::<[u8; LANES]>().read_unaligned() }.map(|code| F8_TABLE[code as usize])

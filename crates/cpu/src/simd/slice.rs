@@ -239,6 +239,7 @@ pub(crate) unsafe fn read<S: Simd>(s: S, src: *const u8, dtype: DType, dst: &mut
                     *value = e4m3_to_f32(*src.add(i));
                 }
             }
+            DType::I8 => widen(s, src.cast::<i8>(), dst),
             DType::U32 => panic!("a U32 tensor where floats are expected"),
         }
     }
@@ -276,7 +277,7 @@ pub(crate) unsafe fn write<S: Simd>(s: S, src: &[f32], dst: *mut u8, dtype: DTyp
                     *dst.add(i) = f32_to_e4m3(value);
                 }
             }
-            DType::U32 => panic!("floats for a U32 tensor"),
+            DType::I8 | DType::U32 => panic!("floats for a tensor of {dtype}"),
         }
     }
 }

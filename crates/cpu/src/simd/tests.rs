@@ -76,6 +76,11 @@ impl Kernel for Widening {
                 // The fast form may miss NaN only where it says so.
                 assert!(ulps(fast[i], want) == 0 || want.is_nan() && nan, "code {code}");
             }
+            // SAFETY: as above.
+            let signed = lanes(s, unsafe { s.load_i8(chunk.as_ptr().cast()) });
+            for (value, code) in signed.iter().zip(chunk) {
+                assert_eq!(*value, f32::from(code.cast_signed()), "I8 code {code}");
+            }
         }
         for bits in (0..=u16::MAX).collect::<Vec<_>>().chunks_exact(S::LANES) {
             // SAFETY: a chunk has `LANES` values.

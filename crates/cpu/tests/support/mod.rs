@@ -1,7 +1,7 @@
 //! Random tensors for the tests of this crate.
 #![allow(dead_code)] // each test file uses its part
 
-use r1_backend::{Backend, HostSlice, HostSliceMut, HostTensor, Tensor, Weight};
+use r1_backend::{Backend, HostSlice, HostSliceMut, HostTensor, Int4Group, Tensor, Weight};
 use r1_core::DType;
 use r1_cpu::{Cpu, CpuOptions, Isa};
 
@@ -68,14 +68,20 @@ pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|v| v.to_bits()).collect()
 }
 
-/// Formats of weights, with where an FP8 block is cut.
-pub(crate) const FORMATS: [(DType, [usize; 2]); 5] = [
+/// Formats of weights, with where an FP8 block or an int8 group is cut.
+pub(crate) const FORMATS: [(DType, [usize; 2]); 8] = [
     (DType::F32, [0, 0]),
     (DType::BF16, [0, 0]),
     (DType::F16, [0, 0]),
     (DType::F8E4M3, [0, 0]),
     (DType::F8E4M3, [37, 51]),
+    (DType::I8, [0, 0]),
+    (DType::I8, [0, 51]),
+    // Int4.
+    (DType::U32, [0, 0]),
 ];
+/// Inputs per scale of the weights in groups.
+const GROUP: usize = 64;
 
 /// A weight `[n, k]` and the values it stands for.
 pub(crate) fn weight(
@@ -84,6 +90,11 @@ pub(crate) fn weight(
     [n, k]: [usize; 2],
     (dtype, offset): (DType, [usize; 2]),
 ) -> (Weight<Cpu>, Vec<f32>) {
+    match dtype {
+        DType::I8 => return int8(cpu, random, [n, k], offset[1]),
+        DType::U32 => return int4(cpu, random, [n, k], GROUP),
+        _ => {}
+    }
     let data = tensor(cpu, &random.floats(n * k), &[n, k], dtype);
     let mut values = read(cpu, &data);
     if dtype != DType::F8E4M3 {
@@ -96,6 +107,44 @@ pub(crate) fn weight(
     }
     let scales = tensor(cpu, &scales, &[rows, cols], DType::F32);
     (Weight::Fp8Block { data, scales, block: [128, 128], offset }, values)
+}
+
+fn int8(cpu: &Cpu, random: &mut Random, [n, k]: [usize; 2], offset: usize) -> (Weight<Cpu>, Vec<f32>) {
+    let codes: Vec<i8> = (0..n * k).map(|_| (random.below(255) as i32 - 127) as i8).collect();
+    let groups = (k + offset).div_ceil(GROUP);
+    let scales: Vec<f32> = (0..n * groups).map(|_| (random.float().abs() + 0.1) / 127.0).collect();
+    let scale = |i: usize| scales[i / k * groups + (i % k + offset) / GROUP];
+    let values = codes.iter().enumerate().map(|(i, &code)| f32::from(code) * scale(i)).collect();
+    let bytes = codes.into_iter().map(i8::cast_unsigned).collect();
+    let data = cpu.import_matrix(&HostTensor::from_vec(bytes, &[n, k], DType::I8)).expect("import");
+    let scales = tensor(cpu, &scales, &[n, groups], DType::F32);
+    (Weight::Int8Group { data, scales, group: GROUP, offset }, values)
+}
+
+/// `k` is a multiple of 8.
+pub(crate) fn int4(
+    cpu: &Cpu,
+    random: &mut Random,
+    [n, k]: [usize; 2],
+    group: usize,
+) -> (Weight<Cpu>, Vec<f32>) {
+    let groups = k.div_ceil(group);
+    let words: Vec<u32> = (0..n * k / 8).map(|_| random.word() as u32).collect();
+    let zeros: Vec<f32> = (0..n * groups).map(|_| random.below(16) as f32).collect();
+    // Values of about one, as those of the other formats.
+    let scales: Vec<f32> = random.floats(n * groups).into_iter().map(|scale| scale / 8.0).collect();
+    let scales = tensor(cpu, &scales, &[n, groups], DType::F16);
+    let held = read(cpu, &scales);
+    let value = |i: usize| {
+        let (row, col) = (i / k, i % k);
+        let code = (words[i / 8] >> (4 * (col % 8)) & 15) as f32;
+        let group = row * groups + col / group;
+        (code - zeros[group]) * held[group]
+    };
+    let values = (0..n * k).map(value).collect();
+    let codes = ids(cpu, &words, &[n, k / 8]);
+    let zeros = tensor(cpu, &zeros, &[n, groups], DType::F16);
+    (Weight::Int4Group(Int4Group { codes, zeros, scales, group }), values)
 }
 
 /// A host tensor of F8 codes.

@@ -164,8 +164,8 @@ fn data_type(dtype: DType, is_summed: bool) -> Result<c_int, DriverError> {
         DType::BF16 => Ok(9),
         DType::F16 => Ok(6),
         DType::U32 => Ok(3),
-        DType::F8E4M3 if !is_summed => Ok(1),
-        DType::F8E4M3 => {
+        DType::F8E4M3 | DType::I8 if !is_summed => Ok(1),
+        DType::F8E4M3 | DType::I8 => {
             Err(DriverError::Call { call: "a sum over ranks", why: format!("{dtype} is not summed") })
         }
     }

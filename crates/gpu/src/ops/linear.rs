@@ -147,7 +147,14 @@ pub(super) struct Operand<'a> {
 
 impl<'a> Operand<'a> {
     /// What the weights of a linear meet: the FP8 form where both have one.
+    ///
+    /// # Panics
+    /// When the weight is int8: the capabilities say that there are no such kernels.
     pub(super) fn of_linear(x: &'a Activation<Gpu>, w: &Weight<Gpu>) -> Self {
+        assert!(
+            !matches!(w, Weight::Int8Group { .. }),
+            "linear: w is an int8 weight, which a GPU does not take"
+        );
         let (x, scales) = match (&x.fp8, w) {
             (Some(Fp8Activation { data, scales, .. }), Weight::Fp8Block { .. }) => (data, Some(scales)),
             _ => (&x.dense, None),
@@ -191,6 +198,7 @@ fn weight_args(operand: &Operand<'_>, w: &Weight<Gpu>, out: &Tensor<Gpu>) -> Wei
             offset: offset.map(|size| size as u32),
             ..args
         },
+        Weight::Int8Group { .. } => unreachable!("an operand has no int8 weight"),
         Weight::Int4Group(Int4Group { zeros, scales, group, .. }) => WeightArgs {
             scales: ptr(scales),
             zeros: ptr(zeros),
@@ -212,6 +220,7 @@ fn steps_are_aligned(operand: &Operand<'_>, w: &Weight<Gpu>) -> bool {
     const INT4_LANES: usize = 32;
     match w {
         Weight::Dense { .. } => true,
+        Weight::Int8Group { .. } => unreachable!("an operand has no int8 weight"),
         Weight::Int4Group(w) => w.group.is_multiple_of(INT4_LANES),
         Weight::Fp8Block { block, offset, .. } if operand.transposed => {
             let rows = [block[0], offset[0] + operand.first_row, operand.rows_per_head];
@@ -512,7 +521,7 @@ pub(super) fn head_launch(
         Weight::Fp8Block { block, offset, .. } => {
             [block[1], offset[1]].iter().all(|x| x.is_multiple_of(STEP))
         }
-        Weight::Int4Group(_) => false,
+        Weight::Int8Group { .. } | Weight::Int4Group(_) => false,
     };
     let kernel = match Kind::of(x.dtype(), w.data().dtype()) {
         Kind::W8 => "mla_finish_w8",

@@ -4,6 +4,7 @@ mod checkpoint;
 mod config;
 mod dummy;
 mod linear;
+mod quantize;
 mod refused;
 mod support;
 mod verify;

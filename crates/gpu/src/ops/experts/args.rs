@@ -33,7 +33,7 @@ impl Matrix {
                 block.map(|size| size as u32),
                 offset.map(|size| size as u32),
             ),
-            Weight::Int4Group(_) => unreachable!("the table refuses int4 experts"),
+            Weight::Int8Group { .. } | Weight::Int4Group(_) => unreachable!("the table refuses them"),
         };
         Self {
             data: ptr(data),
@@ -135,7 +135,7 @@ pub(super) struct ExpertsArgs {
 // SAFETY: the twin of experts::Args.
 unsafe impl Args for ExpertsArgs {}
 
-/// Whether the kernels take it: they have no 4-bit weights, and multiply gate and up side by side, in the same steps.
+/// Whether the kernels take it: they have no weights in groups, and multiply gate and up side by side, in the same steps.
 pub(super) fn is_supported(mlp: &MlpWeights<Gpu>) -> bool {
     let is_pair = match (&mlp.gate, &mlp.up) {
         (Weight::Dense { data: gate }, Weight::Dense { data: up }) => gate.dtype() == up.dtype(),
@@ -145,7 +145,7 @@ pub(super) fn is_supported(mlp: &MlpWeights<Gpu>) -> bool {
         ) => gate[1] == up[1] && gate_offset[1] == up_offset[1],
         _ => false,
     };
-    is_pair && !matches!(mlp.down, Weight::Int4Group(_))
+    is_pair && matches!(mlp.down, Weight::Dense { .. } | Weight::Fp8Block { .. })
 }
 
 /// The addresses and formats of a layer's experts, as the kernels read them.
@@ -157,7 +157,7 @@ pub(crate) fn expert_table(gpu: &Gpu, local: &[MlpWeights<Gpu>]) -> Result<Tenso
     }
     if let Some(index) = local.iter().position(|mlp| !is_supported(mlp)) {
         return Err(refused(format!(
-            "expert {index} is int4, or its gate and up differ in format; convert it to FP8 blocks or BF16"
+            "expert {index} is int8 or int4, or its gate and up differ in format; convert it to FP8 blocks or BF16"
         )));
     }
     let matrices = local.iter().map(Expert::new).flat_map(|expert| [expert.gate, expert.up, expert.down]);

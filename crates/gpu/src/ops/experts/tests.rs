@@ -60,7 +60,7 @@ fn gate_and_up_of_different_formats_are_refused() {
     let dense = |dtype| Weight::Dense { data: gpu.alloc(&[4, 4], dtype).expect("room") };
     let mlp = MlpWeights { gate: dense(DType::BF16), up: dense(DType::F32), down: dense(DType::BF16) };
     let refused = Experts::new(&gpu, vec![mlp], 0, 1).err().expect("refused").to_string();
-    assert!(refused.contains("expert 0 is int4, or its gate and up differ in format"), "{refused}");
+    assert!(refused.contains("expert 0 is int8 or int4, or its gate and up differ in format"), "{refused}");
 }
 
 #[test]
