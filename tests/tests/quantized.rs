@@ -81,6 +81,9 @@ fn of_replies(logits: &[f32], questions: &[usize], seqs: &[Vec<u32>], vocab_size
     kept
 }
 
+/// Of its own replies int8 would choose every token, int4 0.9988 of them. Logits move by 0.024 and 0.18 on average; the perplexity
+/// of questions and replies, 4.560, becomes 4.562 and 4.585. (One place that every question has holds a tie within 0.001, so
+/// questions are left out of the choices.)
 #[test]
 fn the_bundled_model_means_the_same() {
     let (seqs, questions): (Vec<_>, Vec<_>) = replies().into_iter().unzip();
@@ -89,21 +92,20 @@ fn the_bundled_model_means_the_same() {
     let vocab_size = stored.len() / tokens;
     let before = perplexity(&stored, &seqs, vocab_size);
     for (format, agree, mean_abs, worse) in
-        [(WeightFormat::Int8, 0.99, 0.1, 1.01), (WeightFormat::Int4, 0.9, 1.0, 1.2)]
+        [(WeightFormat::Int8, 0.995, 0.05, 1.003), (WeightFormat::Int4, 0.99, 0.4, 1.02)]
     {
         let found = logits(&cpu(), load(format), &tiny_dir(), &seqs);
         let (gap, after) = (Gap::between(&found, &stored, vocab_size), perplexity(&found, &seqs, vocab_size));
         let replied = |logits: &[f32]| of_replies(logits, &questions, &seqs, vocab_size);
         let choices = Gap::between(&replied(&found), &replied(&stored), vocab_size);
-        println!(
-            "{format:?}: {gap:?}, replies {choices:?}, perplexity {before:.4} -> {after:.4}, {tokens} tokens"
-        );
         assert!(choices.argmax_agree >= agree && gap.mean_abs < mean_abs, "{format:?}: {gap:?}, {choices:?}");
         assert!(after < before * worse, "{format:?}: perplexity {before} becomes {after}");
         assert!(gap.mean_abs > 1e-3, "{format:?}: {gap:?} is not what quantising does");
     }
 }
 
+/// On random weights, which no training made robust, logits move by 0.010 to 0.022 (int8) and 0.15 to 0.40 (int4) of their
+/// standard deviation, and in the oracle in the same way.
 #[test]
 fn the_toys_mean_the_same() {
     for name in [
@@ -118,10 +120,9 @@ fn the_toys_mean_the_same() {
         let golden = Golden::open(name);
         let (ids, expected) = (vec![golden.input_ids()], golden.logits("logits"));
         let (vocab_size, std) = (expected.len() / ids[0].len(), golden.fact("/logits_std"));
-        for (format, most) in FORMATS.into_iter().zip([0.05, 0.8]) {
+        for (format, most) in FORMATS.into_iter().zip([0.04, 0.6]) {
             let on_cpu = logits(&cpu(), load(format), &golden.dir, &ids);
             let gap = Gap::between(&on_cpu, &expected, vocab_size);
-            println!("{name} {format:?}: mean {:.4} of std, {gap:?}", gap.mean_abs / std);
             assert!(gap.mean_abs < most * std, "{name} {format:?}: {gap:?}");
             let oracle = logits(&Arc::new(Reference::new()), load(format), &golden.dir, &ids);
             let gap = Gap::between(&on_cpu, &oracle, vocab_size);

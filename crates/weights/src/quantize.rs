@@ -235,7 +235,7 @@ pub fn quantizing_threads(ranks: usize) -> usize {
 
 /// `x` to the nearest whole number, ties to even, for `|x| < 2^22`: plain additions, which compilers make vectors of where
 /// `round_ties_even` would be a call.
-#[inline(always)]
+#[inline]
 fn rounded(x: f32) -> f32 {
     (x + ROUND) - ROUND
 }

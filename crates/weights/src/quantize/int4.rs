@@ -107,7 +107,7 @@ impl Group {
 }
 
 /// Where a value lies from 0 to 15, not rounded.
-#[inline(always)]
+#[inline]
 fn scaled(value: f32, inverse: f32, zero: f32) -> f32 {
     (value * inverse + zero).clamp(0.0, MAX_CODE)
 }
