@@ -37,7 +37,16 @@ fn the_bytes_of_every_shard_are_known_before_it_is_read() {
         for tie_word_embeddings in [false, true] {
             let config = ModelConfig { tie_word_embeddings, ..ModelConfig::open(&dir).expect("config.json") };
             for &world in worlds {
-                for weights in [WeightFormat::AsStored, WeightFormat::WidenToBf16] {
+                let all = [
+                    WeightFormat::AsStored,
+                    WeightFormat::WidenToBf16,
+                    WeightFormat::Int8,
+                    WeightFormat::Int4,
+                ];
+                for weights in all {
+                    if weights == WeightFormat::Int4 && world > int4_ranks(name) {
+                        continue;
+                    }
                     for layers in [None, Some([0, 1]), Some([1, config.num_hidden_layers])] {
                         let load = Load { weights, layers, ..Load::f32(MlaForm::Absorbed) };
                         for comm in Local::group(world, 0) {
@@ -50,6 +59,11 @@ fn the_bytes_of_every_shard_are_known_before_it_is_read() {
             }
         }
     }
+}
+
+/// Ranks whose shards of every linear are whole words of int4 codes.
+fn int4_ranks(name: &str) -> usize {
+    if name == "toy_v3_fp8" { 2 } else { 1 }
 }
 
 fn compare(

@@ -12,6 +12,12 @@ pub trait HostBytes: Send + Sync {
     /// All bytes.
     fn bytes(&self) -> &[u8];
 
+    /// Whether they are memory of this process, which the system no longer counts as free, and not pages of a file, which it
+    /// does.
+    fn is_resident(&self) -> bool {
+        false
+    }
+
     /// Tells the owner that `range` was copied elsewhere and its pages may leave memory.
     /// Reading the range afterwards is allowed and gives the same bytes.
     fn discard(&self, _range: Range<usize>) {}
@@ -20,6 +26,10 @@ pub trait HostBytes: Send + Sync {
 impl HostBytes for Vec<u8> {
     fn bytes(&self) -> &[u8] {
         self
+    }
+
+    fn is_resident(&self) -> bool {
+        true
     }
 }
 

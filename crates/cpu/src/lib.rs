@@ -223,7 +223,9 @@ impl Backend for Cpu {
         let bytes = host.bytes();
         let in_place = bytes.as_ptr().addr().is_multiple_of(host.dtype().size_bytes());
         let buffer = if in_place {
-            self.mapped_bytes.fetch_add(bytes.len(), Ordering::Relaxed);
+            if !host.owner().0.is_resident() {
+                self.mapped_bytes.fetch_add(bytes.len(), Ordering::Relaxed);
+            }
             Buffer::host(host.clone())
         } else {
             let what = || format!("a copy of misaligned weights {:?} {}", host.shape(), host.dtype());
