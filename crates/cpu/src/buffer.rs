@@ -57,7 +57,7 @@ impl Buffer {
         let storage = if size_bytes == 0 {
             Storage::Empty
         } else {
-            let region = Region::zeroed(size_bytes)?;
+            let region = Region::zeroed(size_bytes, PageSize::Huge)?;
             meter.fetch_add(size_bytes, Ordering::Relaxed);
             Storage::Owned { region, len: size_bytes, meter: meter.clone() }
         };
@@ -118,9 +118,18 @@ impl Drop for Buffer {
     }
 }
 
+/// What large regions ask the system for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PageSize {
+    /// Huge pages, where there are any.
+    Huge,
+    /// The smallest, whatever the system would do by itself.
+    Small,
+}
+
 /// Owned bytes, zeroed when made.
-struct Region {
-    start: NonNull<u8>,
+pub(crate) struct Region {
+    pub(crate) start: NonNull<u8>,
     origin: Origin,
 }
 
@@ -136,7 +145,7 @@ enum Origin {
 
 impl Region {
     /// Large regions are mapped: pages come zeroed when first touched, huge ones where the system has them.
-    fn zeroed(size_bytes: usize) -> Option<Self> {
+    pub(crate) fn zeroed(size_bytes: usize, pages: PageSize) -> Option<Self> {
         #[cfg(unix)]
         if size_bytes >= HUGE_PAGE {
             let len = size_bytes.checked_add(HUGE_PAGE)?;
@@ -151,12 +160,20 @@ impl Region {
             // SAFETY: the mapping is one huge page longer than what is used of it.
             let start = unsafe { base.add(base.align_offset(HUGE_PAGE)) };
             #[cfg(target_os = "linux")]
-            // SAFETY: the range lies inside the new mapping; the call is advice and changes no content.
-            unsafe {
-                libc::madvise(start.as_ptr().cast(), size_bytes, libc::MADV_HUGEPAGE)
-            };
+            {
+                let advice = match pages {
+                    PageSize::Huge => libc::MADV_HUGEPAGE,
+                    PageSize::Small => libc::MADV_NOHUGEPAGE,
+                };
+                // SAFETY: the range lies inside the new mapping; the call is advice and changes no content.
+                unsafe { libc::madvise(start.as_ptr().cast(), size_bytes, advice) };
+            }
+            #[cfg(not(target_os = "linux"))]
+            let _ = pages;
             return Some(Self { start, origin: Origin::Pages { base, len } });
         }
+        #[cfg(not(unix))]
+        let _ = pages;
         let layout = Layout::from_size_align(size_bytes, ALIGN).ok()?;
         // SAFETY: the size is not zero.
         let start = NonNull::new(unsafe { alloc_zeroed(layout) })?;

@@ -11,6 +11,7 @@
 #![allow(clippy::cast_ptr_alignment)]
 
 mod buffer;
+mod ceiling;
 mod isa;
 mod kernels;
 mod memory;
@@ -33,6 +34,7 @@ use r1_backend::{
 use r1_core::DType;
 
 pub use buffer::Buffer;
+pub use ceiling::{ComputeCeiling, ReadCeiling, ReadFrom};
 pub use isa::Isa;
 
 use buffer::Meter;
