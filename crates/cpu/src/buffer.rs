@@ -57,7 +57,7 @@ impl Buffer {
         let storage = if size_bytes == 0 {
             Storage::Empty
         } else {
-            let region = Region::zeroed(size_bytes, PageSize::Huge)?;
+            let region = Region::zeroed(size_bytes, Pages::Huge)?;
             meter.fetch_add(size_bytes, Ordering::Relaxed);
             Storage::Owned { region, len: size_bytes, meter: meter.clone() }
         };
@@ -118,13 +118,34 @@ impl Drop for Buffer {
     }
 }
 
-/// What large regions ask the system for.
+/// Pages that a mapping asks the system for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum PageSize {
-    /// Huge pages, where there are any.
+pub enum Pages {
+    /// Huge ones, where there are any.
     Huge,
-    /// The smallest, whatever the system would do by itself.
+    /// The smallest.
     Small,
+    /// What the system gives by itself.
+    Any,
+}
+
+/// Asks for the pages. The system need not follow.
+///
+/// # Safety
+/// The range lies inside one mapping.
+#[cfg(unix)]
+pub(crate) unsafe fn advise_pages(start: NonNull<u8>, len: usize, pages: Pages) {
+    #[cfg(target_os = "linux")]
+    if let Some(advice) = match pages {
+        Pages::Huge => Some(libc::MADV_HUGEPAGE),
+        Pages::Small => Some(libc::MADV_NOHUGEPAGE),
+        Pages::Any => None,
+    } {
+        // SAFETY: the caller says that the range is a mapping's; the call is advice and changes no content.
+        unsafe { libc::madvise(start.as_ptr().cast(), len, advice) };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (start, len, pages);
 }
 
 /// Owned bytes, zeroed when made.
@@ -145,7 +166,7 @@ enum Origin {
 
 impl Region {
     /// Large regions are mapped: pages come zeroed when first touched, huge ones where the system has them.
-    pub(crate) fn zeroed(size_bytes: usize, pages: PageSize) -> Option<Self> {
+    pub(crate) fn zeroed(size_bytes: usize, pages: Pages) -> Option<Self> {
         #[cfg(unix)]
         if size_bytes >= HUGE_PAGE {
             let len = size_bytes.checked_add(HUGE_PAGE)?;
@@ -159,17 +180,8 @@ impl Region {
             let base = NonNull::new(base.cast::<u8>())?;
             // SAFETY: the mapping is one huge page longer than what is used of it.
             let start = unsafe { base.add(base.align_offset(HUGE_PAGE)) };
-            #[cfg(target_os = "linux")]
-            {
-                let advice = match pages {
-                    PageSize::Huge => libc::MADV_HUGEPAGE,
-                    PageSize::Small => libc::MADV_NOHUGEPAGE,
-                };
-                // SAFETY: the range lies inside the new mapping; the call is advice and changes no content.
-                unsafe { libc::madvise(start.as_ptr().cast(), size_bytes, advice) };
-            }
-            #[cfg(not(target_os = "linux"))]
-            let _ = pages;
+            // SAFETY: the range lies inside the new mapping.
+            unsafe { advise_pages(start, size_bytes, pages) };
             return Some(Self { start, origin: Origin::Pages { base, len } });
         }
         #[cfg(not(unix))]

@@ -10,7 +10,7 @@ use std::time::Instant;
 use crate::Cpu;
 #[cfg(target_arch = "x86_64")]
 use crate::Isa;
-use crate::buffer::{PageSize, Region};
+use crate::buffer::{Pages, Region, advise_pages};
 use crate::simd::{Kernel, Simd};
 
 /// Bytes that a task reads: long enough that handing tasks out costs nothing beside it.
@@ -29,13 +29,11 @@ const PASSES: usize = 7;
 /// Where bytes lie that are read.
 #[derive(Clone, Copy, Debug)]
 pub enum ReadFrom<'a> {
-    /// Memory of the process in huge pages, where the system gives them.
-    HugePages,
-    /// Memory of the process in the smallest pages.
-    SmallPages,
+    /// Memory of the process.
+    Memory(Pages),
     /// A mapping of a file whose bytes are in the page cache: as many of the file's first bytes as are asked for, each four of
     /// which are 1.0 as an F32.
-    File(&'a File),
+    File(&'a File, Pages),
 }
 
 /// How fast memory is read.
@@ -70,9 +68,8 @@ impl Cpu {
         let no_room =
             || io::Error::new(io::ErrorKind::OutOfMemory, format!("no room for {size_bytes} bytes"));
         let memory = match from {
-            ReadFrom::HugePages => Ones::new(size_bytes, PageSize::Huge).ok_or_else(no_room)?,
-            ReadFrom::SmallPages => Ones::new(size_bytes, PageSize::Small).ok_or_else(no_room)?,
-            ReadFrom::File(file) => Ones::map(file, size_bytes)?,
+            ReadFrom::Memory(pages) => Ones::new(size_bytes, pages).ok_or_else(no_room)?,
+            ReadFrom::File(file, pages) => Ones::map(file, size_bytes, pages)?,
         };
         let right = AtomicBool::new(true);
         let mut engine = self.engine();
@@ -215,7 +212,7 @@ enum Ones {
 unsafe impl Sync for Ones {}
 
 impl Ones {
-    fn new(len: usize, pages: PageSize) -> Option<Self> {
+    fn new(len: usize, pages: Pages) -> Option<Self> {
         let region = Region::zeroed(len, pages)?;
         // SAFETY: the region is ours, starts on a page and has that many floats.
         unsafe { std::slice::from_raw_parts_mut(region.start.as_ptr().cast::<f32>(), len / 4) }.fill(1.0);
@@ -223,7 +220,7 @@ impl Ones {
     }
 
     #[cfg(unix)]
-    fn map(file: &File, len: usize) -> io::Result<Self> {
+    fn map(file: &File, len: usize, pages: Pages) -> io::Result<Self> {
         use std::os::fd::AsRawFd;
         if file.metadata()?.len() < len as u64 {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("the file has no {len} bytes")));
@@ -236,11 +233,13 @@ impl Ones {
             return Err(io::Error::last_os_error());
         }
         let start = NonNull::new(start.cast::<u8>()).expect("a mapping is not at zero");
+        // SAFETY: the range is the new mapping.
+        unsafe { advise_pages(start, len, pages) };
         Ok(Self::File { start, len })
     }
 
     #[cfg(not(unix))]
-    fn map(_file: &File, _len: usize) -> io::Result<Self> {
+    fn map(_file: &File, _len: usize, _pages: Pages) -> io::Result<Self> {
         Err(io::Error::new(io::ErrorKind::Unsupported, "files are mapped on Unix alone"))
     }
 
@@ -324,12 +323,19 @@ mod tests {
         let file = File::open(&path).expect("the file again");
         std::fs::remove_file(&path).expect("removed");
         for cpu in cpus() {
-            for from in [ReadFrom::HugePages, ReadFrom::SmallPages, ReadFrom::File(&file)] {
+            for from in [
+                ReadFrom::Memory(Pages::Huge),
+                ReadFrom::Memory(Pages::Small),
+                ReadFrom::File(&file, Pages::Any),
+                ReadFrom::File(&file, Pages::Small),
+            ] {
                 let ceiling = cpu.read_ceiling(from, READ_TASK_BYTES).expect("memory");
                 assert!(ceiling.bytes_per_s > 0.0 && ceiling.bytes_per_s.is_finite(), "{ceiling:?}");
                 assert!(ceiling.huge_share.is_none_or(|share| (0.0..=1.0).contains(&share)), "{ceiling:?}");
             }
-            let error = cpu.read_ceiling(ReadFrom::File(&file), 2 * READ_TASK_BYTES).expect_err("too short");
+            let error = cpu
+                .read_ceiling(ReadFrom::File(&file, Pages::Any), 2 * READ_TASK_BYTES)
+                .expect_err("too short");
             assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
             let ceilings = cpu.compute_ceilings();
             assert!(
@@ -348,7 +354,7 @@ mod tests {
         let file = File::open(&path).expect("the file again");
         std::fs::remove_file(&path).expect("removed");
         let cpu = cpus().next().expect("portable code runs everywhere");
-        drop(cpu.read_ceiling(ReadFrom::File(&file), READ_TASK_BYTES));
+        drop(cpu.read_ceiling(ReadFrom::File(&file, Pages::Any), READ_TASK_BYTES));
     }
 
     #[test]

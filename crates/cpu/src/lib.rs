@@ -33,7 +33,7 @@ use r1_backend::{
 };
 use r1_core::DType;
 
-pub use buffer::Buffer;
+pub use buffer::{Buffer, Pages};
 pub use ceiling::{ComputeCeiling, ReadCeiling, ReadFrom};
 pub use isa::Isa;
 
