@@ -1,7 +1,12 @@
-//! Kernels of the CPU backend at DeepSeek-V3's sizes: achieved bandwidth against what the memory gives, and candle's
-//! matrix product of the same run beside ours.
+//! Kernels of the CPU backend, at the sizes of DeepSeek-V3 and of a model a hundredth as large ("mid"): achieved bandwidth and
+//! arithmetic against what this machine gives, and candle's matrix product of the same run beside ours.
+//!
+//! In a model every weight is cold when its turn comes, so small operands are there several times and take turns.
 #![forbid(unsafe_code)]
 #![allow(missing_docs)] // criterion's macros make public functions
+
+use std::collections::BTreeSet;
+use std::time::Duration;
 
 use candle_core::{Device, Tensor as CandleTensor};
 use criterion::{Criterion, criterion_group, criterion_main};
@@ -9,13 +14,20 @@ use r1_backend::{
     Activation, Backend, Batch, Experts, HostSlice, LatentCache, MlpWeights, RowSampling, SamplingBatch,
     Tensor, Weight,
 };
-use r1_benches::{Machine, Random};
+use r1_benches::{Machine, Random, Work};
 use r1_core::DType;
 use r1_cpu::Cpu;
 
-/// Rows and columns of V3's q_b_proj: 37.7 M weights, larger than any cache.
-const N: usize = 24_576;
-const K: usize = 1_536;
+/// Element type of activations.
+const ACTIVATION: DType = DType::F32;
+/// Weights that take turns are together at least so large that no cache holds them.
+const COLD_BYTES: usize = 128 << 20;
+const BLOCK_SIZE: usize = 64;
+/// `kv_lora_rank`, `qk_rope_head_dim`, `qk_nope_head_dim` and `v_head_dim` of V3 and of mid.
+const LATENT: usize = 512;
+const ROPE: usize = 64;
+const NOPE: usize = 128;
+const VALUE: usize = 128;
 
 fn weight(cpu: &Cpu, random: &mut Random, n: usize, k: usize, dtype: DType) -> Weight<Cpu> {
     let data = random.tensor(cpu, &[n, k], dtype);
@@ -26,129 +38,289 @@ fn weight(cpu: &Cpu, random: &mut Random, n: usize, k: usize, dtype: DType) -> W
     Weight::Fp8Block { data, scales, block: [128, 128], offset: [0, 0] }
 }
 
-fn filled(cpu: &Cpu, random: &mut Random, shape: &[usize]) -> Tensor<Cpu> {
-    let tensor = cpu.alloc(shape, DType::F32).expect("memory");
+fn filled(cpu: &Cpu, random: &mut Random, shape: &[usize], dtype: DType) -> Tensor<Cpu> {
+    let tensor = cpu.alloc(shape, dtype).expect("memory");
     cpu.upload(HostSlice::F32(&random.f32s(tensor.num_elements())), &tensor);
     tensor
 }
 
-fn linear(c: &mut Criterion) {
-    let machine = Machine::measure();
+fn u32s(cpu: &Cpu, values: &[u32], shape: &[usize]) -> Tensor<Cpu> {
+    let tensor = cpu.alloc(&[values.len()], DType::U32).expect("memory");
+    cpu.upload(HostSlice::U32(values), &tensor);
+    tensor.reshape(shape)
+}
+
+/// Gives the items one after the other, again and again.
+fn in_turns<'a, T>(items: &'a [T]) -> impl FnMut() -> &'a T {
+    let mut turn = 0;
+    move || {
+        turn = (turn + 1) % items.len();
+        &items[turn]
+    }
+}
+
+/// Name, rows, columns, element types, and numbers of tokens.
+type Matrix = (&'static str, usize, usize, &'static [DType], &'static [usize]);
+
+fn linear(c: &mut Criterion, machine: &Machine) {
     let (cpu, mut random) = (&machine.cpu, Random::new(1));
-    for dtype in [DType::F8E4M3, DType::BF16, DType::F32] {
-        let w = weight(cpu, &mut random, N, K, dtype);
-        for rows in [1, 4, 64] {
-            let x = Activation::dense(filled(cpu, &mut random, &[rows, K]));
-            let out = cpu.alloc(&[rows, N], DType::F32).expect("memory");
-            let name = format!("{dtype} {N}x{K}, {rows} rows");
-            let took = machine.bench(c, "linear", &name, w.size_bytes(), || cpu.linear(&x, &w, &out));
-            println!("{name}: {:.1} GFLOP/s\n", (2 * rows * N * K) as f64 / took.as_secs_f64() / 1e9);
+    let all: &[usize] = &[1, 8, 64, 512];
+    let shapes: [Matrix; 7] = [
+        ("V3's q_b", 24_576, 1_536, &[DType::F8E4M3, DType::BF16, DType::F32], all),
+        ("V3's expert down", 7_168, 2_048, &[DType::F8E4M3, DType::BF16], all),
+        ("mid's q_b", 3_072, 512, &[DType::F8E4M3, DType::BF16], all),
+        ("mid's o", 1_024, 2_048, &[DType::F8E4M3, DType::BF16], all),
+        ("mid's dense gate", 2_816, 1_024, &[DType::F8E4M3, DType::BF16], all),
+        ("mid's q_a", 512, 1_024, &[DType::F8E4M3, DType::BF16], all),
+        // A head has rows of sequences alone.
+        ("mid's head", 129_280, 1_024, &[DType::BF16], &[1, 8]),
+    ];
+    for (what, n, k, dtypes, rows) in shapes {
+        for &dtype in dtypes {
+            let first = weight(cpu, &mut random, n, k, dtype);
+            let bytes = first.size_bytes();
+            let more = (1..COLD_BYTES.div_ceil(bytes)).map(|_| weight(cpu, &mut random, n, k, dtype));
+            let weights: Vec<_> = std::iter::once(first).chain(more.collect::<Vec<_>>()).collect();
+            for &rows in rows.iter().filter(|&&rows| dtype != DType::F32 || rows == 1 || rows == 64) {
+                let x = Activation::dense(filled(cpu, &mut random, &[rows, k], ACTIVATION));
+                let out = cpu.alloc(&[rows, n], ACTIVATION).expect("memory");
+                let mut next = in_turns(&weights);
+                let name = format!("{what} {n}x{k} {dtype}, rows {rows}");
+                let work = Work { bytes, flops: 2 * rows * n * k };
+                machine.bench(c, "linear", &name, work, || cpu.linear(&x, next(), &out));
+            }
         }
     }
-    let b = CandleTensor::from_vec(random.f32s(N * K), (N, K), &Device::Cpu)
+    candle(c, machine, &mut random, 24_576, 1_536);
+}
+
+fn candle(c: &mut Criterion, machine: &Machine, random: &mut Random, n: usize, k: usize) {
+    let b = CandleTensor::from_vec(random.f32s(n * k), (n, k), &Device::Cpu)
         .and_then(|w| w.t())
         .expect("a matrix");
     for rows in [1, 64] {
-        let a = CandleTensor::from_vec(random.f32s(rows * K), (rows, K), &Device::Cpu).expect("a matrix");
-        let name = format!("candle F32 {N}x{K}, {rows} rows");
-        let took = machine.bench(c, "linear", &name, N * K * 4, || {
+        let a = CandleTensor::from_vec(random.f32s(rows * k), (rows, k), &Device::Cpu).expect("a matrix");
+        let name = format!("candle {n}x{k} F32, rows {rows}");
+        machine.bench(c, "linear", &name, Work { bytes: n * k * 4, flops: 2 * rows * n * k }, || {
             std::hint::black_box(a.matmul(&b).expect("a product"));
         });
-        println!("{name}: {:.1} GFLOP/s\n", (2 * rows * N * K) as f64 / took.as_secs_f64() / 1e9);
     }
 }
 
-fn experts(c: &mut Criterion) {
-    let machine = Machine::measure();
+struct MoeShape {
+    name: &'static str,
+    hidden: usize,
+    width: usize,
+    total: usize,
+    top_k: usize,
+    dtype: DType,
+    tokens: &'static [usize],
+}
+
+fn experts(c: &mut Criterion, machine: &Machine) {
+    let all: &[usize] = &[1, 8, 512];
+    let mid = MoeShape {
+        name: "mid, 6 of 64",
+        hidden: 1024,
+        width: 512,
+        total: 64,
+        top_k: 6,
+        dtype: DType::BF16,
+        tokens: all,
+    };
+    let v3 = MoeShape {
+        name: "V3, 8 of 8",
+        hidden: 7168,
+        width: 2048,
+        total: 8,
+        top_k: 8,
+        dtype: DType::F8E4M3,
+        tokens: &[1, 8, 64],
+    };
+    for shape in [MoeShape { dtype: DType::F8E4M3, ..mid }, mid, v3] {
+        some_experts(c, machine, &shape);
+    }
+}
+
+fn some_experts(c: &mut Criterion, machine: &Machine, shape: &MoeShape) {
+    let &MoeShape { name, hidden, width, total, top_k, dtype, tokens } = shape;
     let (cpu, mut random) = (&machine.cpu, Random::new(2));
-    let (hidden, width, total, top_k) = (7168, 2048, 8, 8);
-    let local: Vec<_> = (0..total)
-        .map(|_| MlpWeights {
-            gate: weight(cpu, &mut random, width, hidden, DType::F8E4M3),
-            up: weight(cpu, &mut random, width, hidden, DType::F8E4M3),
-            down: weight(cpu, &mut random, hidden, width, DType::F8E4M3),
-        })
-        .collect();
-    let bytes: usize =
-        local.iter().map(|e| e.gate.size_bytes() + e.up.size_bytes() + e.down.size_bytes()).sum();
+    let mlp = |random: &mut Random| MlpWeights {
+        gate: weight(cpu, random, width, hidden, dtype),
+        up: weight(cpu, random, width, hidden, dtype),
+        down: weight(cpu, random, hidden, width, dtype),
+    };
+    let local: Vec<_> = (0..total).map(|_| mlp(&mut random)).collect();
+    let expert_bytes = local[0].gate.size_bytes() + local[0].up.size_bytes() + local[0].down.size_bytes();
     let experts = Experts::new(cpu, local, 0, total).expect("no table is made");
-    let x = Activation::dense(filled(cpu, &mut random, &[1, hidden]));
-    let ids = cpu.alloc(&[1, top_k], DType::U32).expect("memory");
-    cpu.upload(HostSlice::U32(&[3, 1, 4, 0, 5, 2, 6, 7]), &ids);
-    let weights = filled(cpu, &mut random, &[1, top_k]);
-    let out = cpu.alloc(&[1, hidden], DType::F32).expect("memory");
-    machine.bench(c, "experts", "8 of V3's experts, 1 row", bytes, || {
-        cpu.experts(&x, &ids, &weights, &experts, &out);
+    for &tokens in tokens {
+        // Other experts each time, so that few of them are in a cache still.
+        let choices: Vec<(Tensor<Cpu>, usize)> = (0..8)
+            .map(|_| {
+                let ids: Vec<u32> = (0..tokens).flat_map(|_| distinct(&mut random, top_k, total)).collect();
+                let used = ids.iter().collect::<BTreeSet<_>>().len();
+                (u32s(cpu, &ids, &[tokens, top_k]), used)
+            })
+            .collect();
+        let used = choices.iter().map(|(_, used)| used).sum::<usize>() / choices.len();
+        let x = Activation::dense(filled(cpu, &mut random, &[tokens, hidden], ACTIVATION));
+        let weights = filled(cpu, &mut random, &[tokens, top_k], DType::F32);
+        let out = cpu.alloc(&[tokens, hidden], ACTIVATION).expect("memory");
+        let mut next = in_turns(&choices);
+        let work = Work { bytes: used * expert_bytes, flops: 2 * tokens * top_k * 3 * hidden * width };
+        machine.bench(c, "experts", &format!("{name} {dtype}, tokens {tokens}"), work, || {
+            cpu.experts(&x, &next().0, &weights, &experts, &out);
+        });
+    }
+}
+
+/// `n` different numbers below `below`.
+fn distinct(random: &mut Random, n: usize, below: usize) -> Vec<u32> {
+    let mut all: Vec<u32> = (0..below as u32).collect();
+    for i in 0..n {
+        let other = i + random.next_u64() as usize % (below - i);
+        all.swap(i, other);
+    }
+    all.truncate(n);
+    all
+}
+
+/// Sequences with `rows` new tokens each, the last of `context`, in blocks that lie backwards.
+fn batch(cpu: &Cpu, seqs: usize, rows: usize, context: usize) -> Batch<Cpu> {
+    let (blocks, is_decode) = (context.div_ceil(BLOCK_SIZE), rows == 1);
+    let table: Vec<u32> = (0..(seqs * blocks) as u32).rev().collect();
+    let new = || (0..seqs).flat_map(|seq| (context - rows..context).map(move |position| (seq, position)));
+    let positions: Vec<u32> = new().map(|(_, position)| position as u32).collect();
+    let slot = |(seq, position): (usize, usize)| {
+        table[seq * blocks + position / BLOCK_SIZE] * BLOCK_SIZE as u32 + (position % BLOCK_SIZE) as u32
+    };
+    let slots: Vec<u32> = new().map(slot).collect();
+    let starts = |each: usize| -> Vec<u32> { (0..=seqs).map(|seq| (seq * each) as u32).collect() };
+    Batch {
+        positions: u32s(cpu, &positions, &[seqs * rows]),
+        slots: u32s(cpu, &slots, &[seqs * rows]),
+        query_start: u32s(cpu, &starts(rows), &[seqs + 1]),
+        context_len: u32s(cpu, &vec![context as u32; seqs], &[seqs]),
+        context_start: u32s(cpu, &starts(context), &[seqs + 1]),
+        block_table: u32s(cpu, &table, &[seqs, blocks]),
+        num_tokens: seqs * rows,
+        num_seqs: seqs,
+        num_decodes: if is_decode { seqs } else { 0 },
+        prefill_context_tokens: if is_decode { 0 } else { seqs * context },
+        max_context_len: context,
+    }
+}
+
+fn attention(c: &mut Criterion, machine: &Machine) {
+    let f32 = DType::F32;
+    for (heads, seqs, context, caches) in [
+        (128, 1, 512, &[f32, DType::BF16][..]),
+        (128, 1, 4096, &[f32, DType::BF16, DType::F8E4M3]),
+        (16, 1, 512, &[f32, DType::BF16]),
+        (16, 8, 512, &[f32, DType::BF16]),
+        (16, 1, 4096, &[f32, DType::BF16, DType::F8E4M3]),
+    ] {
+        for &dtype in caches {
+            let name = format!("decode, {heads} heads, {seqs} x {context} tokens, {dtype} cache");
+            absorbed(c, machine, heads, &batch(&machine.cpu, seqs, 1, context), dtype, &name);
+        }
+    }
+    for (heads, rows) in [(16, 512), (128, 512)] {
+        let batch = batch(&machine.cpu, 1, rows, rows);
+        expanded(c, machine, heads, &batch, &format!("prefill expanded, {heads} heads, {rows} tokens"));
+    }
+    let batch = batch(&machine.cpu, 1, 512, 512);
+    absorbed(c, machine, 16, &batch, ACTIVATION, "prefill absorbed, 16 heads, 512 tokens");
+}
+
+/// Pairs of a row and a token that it sees.
+fn seen(batch: &Batch<Cpu>) -> usize {
+    let (rows, context) = (batch.num_tokens / batch.num_seqs, batch.max_context_len);
+    batch.num_seqs * (context - rows + 1..=context).sum::<usize>()
+}
+
+fn absorbed(
+    c: &mut Criterion,
+    machine: &Machine,
+    heads: usize,
+    batch: &Batch<Cpu>,
+    dtype: DType,
+    name: &str,
+) {
+    let (cpu, mut random) = (&machine.cpu, Random::new(3));
+    let (rows, context) = (batch.num_tokens, batch.num_seqs * batch.max_context_len);
+    let q_latent = filled(cpu, &mut random, &[rows, heads, LATENT], ACTIVATION);
+    let q_rope = filled(cpu, &mut random, &[rows, heads, ROPE], ACTIVATION);
+    let out = cpu.alloc(&[rows, heads, LATENT], ACTIVATION).expect("memory");
+    let blocks = context.div_ceil(BLOCK_SIZE);
+    let cache = LatentCache::alloc(cpu, dtype, [blocks, BLOCK_SIZE], LATENT, ROPE).expect("memory");
+    let mut fill = |part: &Tensor<Cpu>| {
+        cpu.upload(HostSlice::F32(&random.f32s(part.num_elements())), part);
+    };
+    fill(&cache.data);
+    cache.fp8.iter().for_each(|fp8| [&fp8.scales, &fp8.rope].into_iter().for_each(&mut fill));
+    let work = Work {
+        bytes: context * r1_backend::latent_bytes_per_token(dtype, LATENT, ROPE),
+        flops: 2 * seen(batch) * heads * (2 * LATENT + ROPE),
+    };
+    machine.bench(c, "mla_attention", name, work, || {
+        cpu.mla_attention(&q_latent, &q_rope, &cache, batch, 0..batch.num_seqs, 0.1, &out);
     });
 }
 
-fn attention(c: &mut Criterion) {
-    let machine = Machine::measure();
-    let (cpu, mut random) = (&machine.cpu, Random::new(3));
-    let (heads, latent, rope, block_size, context) = (128, 512, 64, 64, 4096);
-    let num_blocks = context / block_size;
-    let u32s = |values: &[u32]| {
-        let tensor = cpu.alloc(&[values.len()], DType::U32).expect("memory");
-        cpu.upload(HostSlice::U32(values), &tensor);
-        tensor
+fn expanded(c: &mut Criterion, machine: &Machine, heads: usize, batch: &Batch<Cpu>, name: &str) {
+    let (cpu, mut random) = (&machine.cpu, Random::new(6));
+    let (rows, context) = (batch.num_tokens, batch.max_context_len);
+    let q = filled(cpu, &mut random, &[rows, heads, NOPE + ROPE], ACTIVATION);
+    let kv = filled(cpu, &mut random, &[context, heads, NOPE + VALUE], ACTIVATION);
+    let k_rope = filled(cpu, &mut random, &[context, ROPE], ACTIVATION);
+    let out = cpu.alloc(&[rows, heads, VALUE], ACTIVATION).expect("memory");
+    let size = ACTIVATION.size_bytes();
+    let work = Work {
+        bytes: size * (q.num_elements() + kv.num_elements() + k_rope.num_elements() + out.num_elements()),
+        flops: 2 * seen(batch) * heads * (NOPE + ROPE + VALUE),
     };
-    let table: Vec<u32> = (0..num_blocks as u32).rev().collect();
-    let batch = Batch {
-        positions: u32s(&[context as u32 - 1]),
-        slots: u32s(&[block_size as u32 - 1]),
-        query_start: u32s(&[0, 1]),
-        context_len: u32s(&[context as u32]),
-        context_start: u32s(&[0, context as u32]),
-        block_table: u32s(&table).reshape(&[1, num_blocks]),
-        num_tokens: 1,
-        num_seqs: 1,
-        num_decodes: 1,
-        prefill_context_tokens: 0,
-        max_context_len: context,
-    };
-    let q_latent = filled(cpu, &mut random, &[1, heads, latent]);
-    let q_rope = filled(cpu, &mut random, &[1, heads, rope]);
-    let out = cpu.alloc(&[1, heads, latent], DType::F32).expect("memory");
-    for dtype in [DType::F32, DType::BF16, DType::F8E4M3] {
-        let cache = LatentCache::alloc(cpu, dtype, [num_blocks, block_size], latent, rope).expect("memory");
-        let mut fill = |part: &Tensor<Cpu>| {
-            cpu.upload(HostSlice::F32(&random.f32s(part.num_elements())), part);
-        };
-        fill(&cache.data);
-        cache.fp8.iter().for_each(|fp8| [&fp8.scales, &fp8.rope].into_iter().for_each(&mut fill));
-        let name = format!("absorbed decode, {heads} heads, {context} tokens, {dtype} cache");
-        let bytes = context * r1_backend::latent_bytes_per_token(dtype, latent, rope);
-        let took = machine.bench(c, "mla_attention", &name, bytes, || {
-            cpu.mla_attention(&q_latent, &q_rope, &cache, &batch, 0..1, 0.1, &out);
-        });
-        let flops = 2 * context * heads * (2 * latent + rope);
-        println!("{name}: {:.1} GFLOP/s\n", flops as f64 / took.as_secs_f64() / 1e9);
-    }
+    machine.bench(c, "mla_attention", name, work, || {
+        cpu.mla_attention_expanded(&q, &kv, &k_rope, batch, 0..1, 0.1, &out);
+    });
 }
 
-fn small(c: &mut Criterion) {
-    let machine = Machine::measure();
+fn small(c: &mut Criterion, machine: &Machine) {
     let (cpu, mut random) = (&machine.cpu, Random::new(4));
     let (rows, hidden, vocab) = (64, 7168, 129_280);
-    let (x, out) =
-        (filled(cpu, &mut random, &[rows, hidden]), cpu.alloc(&[rows, hidden], DType::F32).expect("memory"));
+    let x = filled(cpu, &mut random, &[rows, hidden], ACTIVATION);
+    let out = cpu.alloc(&[rows, hidden], ACTIVATION).expect("memory");
     let (norm, out) = (random.tensor(cpu, &[hidden], DType::BF16), Activation::dense(out));
-    machine.bench(c, "rms_norm", "64 rows of 7168", 2 * rows * hidden * 4, || {
-        cpu.rms_norm(&x, &norm, 1e-6, &out);
-    });
+    let work = Work { bytes: 2 * rows * hidden * ACTIVATION.size_bytes(), flops: 0 };
+    machine.bench(c, "rms_norm", "64 rows of 7168", work, || cpu.rms_norm(&x, &norm, 1e-6, &out));
 
-    let logits = filled(cpu, &mut random, &[1, vocab]);
-    let drawn = cpu.alloc(&[1], DType::U32).expect("memory");
-    let row = RowSampling { temperature: 0.6, top_p: 0.95, seed: 7, ..RowSampling::greedy() };
-    let sampling = SamplingBatch { rows: vec![row], ..SamplingBatch::default() };
-    machine.bench(c, "sample", "1 row of 129280, temperature 0.6, top-p 0.95", vocab * 4, || {
-        cpu.sample(&logits, &sampling, &drawn);
-    });
+    for rows in [1, 8] {
+        let logits = filled(cpu, &mut random, &[rows, vocab], DType::F32);
+        let drawn = cpu.alloc(&[rows], DType::U32).expect("memory");
+        let drawing = RowSampling { temperature: 0.6, top_p: 0.95, seed: 7, ..RowSampling::greedy() };
+        for (how, row) in [("greedy", RowSampling::greedy()), ("temperature 0.6, top-p 0.95", drawing)] {
+            let sampling = SamplingBatch { rows: vec![row.clone(); rows], ..SamplingBatch::default() };
+            let name = format!("rows {rows} of {vocab}, {how}");
+            machine.bench(c, "sample", &name, Work { bytes: rows * vocab * 4, flops: 0 }, || {
+                cpu.sample(&logits, &sampling, &drawn);
+            });
+        }
+    }
+}
+
+fn all(c: &mut Criterion) {
+    let machine = Machine::measure();
+    for part in [linear, experts, attention, small] {
+        part(c, &machine);
+    }
 }
 
 criterion_group! {
     name = kernels;
-    config = Criterion::default().sample_size(10).warm_up_time(std::time::Duration::from_millis(500));
-    targets = linear, experts, attention, small
+    config = Criterion::default()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(200))
+        .measurement_time(Duration::from_millis(800));
+    targets = all
 }
 criterion_main!(kernels);

@@ -1,61 +1,95 @@
-//! Shared measuring code of the benches: the memory's ceiling, random tensors, and lines that set one against the other.
+//! Shared measuring code of the benches: the machine's ceilings, random tensors, and lines that set one against the other.
 #![forbid(unsafe_code)]
 
 mod model;
 mod synthetic;
 
 use std::cell::Cell;
-use std::hint::black_box;
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::process::Command;
-use std::thread;
 use std::time::{Duration, Instant};
 
-use criterion::{BenchmarkId, Criterion, Throughput};
+use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
 use r1_backend::{Backend, HostTensor, Tensor};
 use r1_core::DType;
-use r1_cpu::{Cpu, CpuOptions};
+use r1_cpu::{Cpu, CpuOptions, Pages, ReadCeiling, ReadFrom};
 
 pub use model::{INPUT_TOKENS, MAX_MODEL_LEN, MAX_NUM_SEQS, bundled, load, options};
 pub use synthetic::Synthetic;
 
 /// Bytes read to measure the ceiling: far more than any cache.
-const CEILING_BYTES: usize = 1 << 30;
+const CEILING_BYTES: usize = 512 << 20;
 
-/// The machine: what it is, and what its memory gives.
+/// The machine: what it is, and what its memory and its arithmetic give.
 pub struct Machine {
     /// The backend under test, on every core.
     pub cpu: Cpu,
-    /// Bytes per second that all cores together read from memory, best of several passes.
+    /// Bytes per second that all threads together read from memory, from the kind of pages that gives most.
     pub read_bytes_per_s: f64,
+    /// Multiplications and additions per second of all threads together, by the instruction that does most.
+    pub flops_per_s: f64,
+}
+
+/// What one run of an operation takes at least.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Work {
+    /// Bytes that must come from memory.
+    pub bytes: usize,
+    /// Multiplications and additions; 0 where they are not what counts.
+    pub flops: usize,
 }
 
 impl Machine {
-    /// Measures the ceiling and prints the header of the report.
+    /// Measures the ceilings and prints the header of the report.
     ///
     /// # Panics
-    /// When there is no CPU backend.
+    /// When there is no CPU backend, or no memory.
     pub fn measure() -> Self {
         let cpu = Cpu::new(CpuOptions { threads: None, isa: None }).expect("a CPU backend");
-        let threads = thread::available_parallelism().map_or(1, usize::from);
-        let read_bytes_per_s = read_ceiling(threads);
         println!("{}; git {}", cpu.describe(), git_hash());
-        println!("ceiling: {:.1} GB/s read by {threads} threads\n", read_bytes_per_s / 1e9);
-        Self { cpu, read_bytes_per_s }
+        let mut read_bytes_per_s = 0.0_f64;
+        let mut report = |what: &str, measured: io::Result<ReadCeiling>| match measured {
+            Ok(ReadCeiling { bytes_per_s, huge_share }) => {
+                let share = huge_share.map_or("unknown".into(), |share| format!("{:.0} %", share * 100.0));
+                println!("reading {what}: {:.2} GB/s ({share} of it in huge pages)", bytes_per_s / 1e9);
+                read_bytes_per_s = read_bytes_per_s.max(bytes_per_s);
+            }
+            Err(error) => println!("reading {what}: not measured: {error}"),
+        };
+        report("memory, huge pages", cpu.read_ceiling(ReadFrom::Memory(Pages::Huge), CEILING_BYTES));
+        report("memory, small pages", cpu.read_ceiling(ReadFrom::Memory(Pages::Small), CEILING_BYTES));
+        match file_of_ones(CEILING_BYTES) {
+            Ok(file) => {
+                let mapped = |pages| cpu.read_ceiling(ReadFrom::File(&file, pages), CEILING_BYTES);
+                report("a mapped file in the page cache", mapped(Pages::Any));
+                report("a mapped file in the page cache, small pages", mapped(Pages::Small));
+            }
+            Err(error) => println!("reading a mapped file: not measured: {error}"),
+        }
+        let compute = cpu.compute_ceilings();
+        for ceiling in &compute {
+            println!("{}: {:.0} GFLOP/s", ceiling.instruction, ceiling.flops_per_s / 1e9);
+        }
+        let flops_per_s = compute.iter().map(|ceiling| ceiling.flops_per_s).fold(0.0, f64::max);
+        println!("ceilings: {:.2} GB/s, {:.0} GFLOP/s\n", read_bytes_per_s / 1e9, flops_per_s / 1e9);
+        assert!(read_bytes_per_s > 0.0, "no memory for a bench");
+        Self { cpu, read_bytes_per_s, flops_per_s }
     }
 
-    /// Runs one criterion bench of an operation that moves `bytes`, and prints achieved against ceiling. Returns the best
-    /// time of one run.
+    /// Runs one criterion bench of an operation, and prints achieved against ceilings. Returns the best time of one run.
     pub fn bench(
         &self,
         c: &mut Criterion,
         group: &str,
         name: &str,
-        bytes: usize,
+        work: Work,
         mut run: impl FnMut(),
     ) -> Duration {
         let best = Cell::new(Duration::MAX);
         let mut group = c.benchmark_group(group);
-        group.throughput(Throughput::Bytes(bytes as u64));
+        // A long operation runs no more often than there are samples.
+        group.sampling_mode(SamplingMode::Flat).throughput(Throughput::Bytes(work.bytes as u64));
         group.bench_function(BenchmarkId::from_parameter(name), |bencher| {
             bencher.iter_custom(|iterations| {
                 let start = Instant::now();
@@ -68,15 +102,40 @@ impl Machine {
             });
         });
         group.finish();
-        let rate = bytes as f64 / best.get().as_secs_f64();
-        println!(
-            "{name}: {:.1} us, {:.2} GB/s, {:.2} of the ceiling\n",
-            best.get().as_secs_f64() * 1e6,
-            rate / 1e9,
-            rate / self.read_bytes_per_s
-        );
+        println!("{name}: {}\n", self.beside_ceilings(work, best.get()));
         best.get()
     }
+
+    /// The words of a report: time, rates, and their shares of the ceilings.
+    pub fn beside_ceilings(&self, work: Work, took: Duration) -> String {
+        let seconds = took.as_secs_f64();
+        let bytes_per_s = work.bytes as f64 / seconds;
+        let read = format!(
+            "{:.1} us; {:.2} GB/s, {:.2} of the read ceiling",
+            seconds * 1e6,
+            bytes_per_s / 1e9,
+            bytes_per_s / self.read_bytes_per_s
+        );
+        if work.flops == 0 {
+            return read;
+        }
+        let flops_per_s = work.flops as f64 / seconds;
+        let share = flops_per_s / self.flops_per_s;
+        format!("{read}; {:.1} GFLOP/s, {share:.2} of the multiply-add ceiling", flops_per_s / 1e9)
+    }
+}
+
+/// A file without a name that holds 1.0 as often as it takes, on disk, so that nothing is written any more while it is read.
+fn file_of_ones(size_bytes: usize) -> io::Result<File> {
+    let path = std::env::temp_dir().join(format!("r1-benches-{}", std::process::id()));
+    let mut file = File::options().read(true).write(true).create_new(true).open(&path)?;
+    fs::remove_file(&path)?;
+    let ones: Vec<u8> = std::iter::repeat_n(1.0_f32.to_le_bytes(), 1 << 20).flatten().collect();
+    for _ in 0..size_bytes / ones.len() {
+        file.write_all(&ones)?;
+    }
+    file.sync_data()?;
+    Ok(file)
 }
 
 /// The commit that is measured; `unknown` outside a checkout.
@@ -87,29 +146,6 @@ pub fn git_hash() -> String {
         .filter(|output| output.status.success())
         .and_then(|output| String::from_utf8(output.stdout).ok());
     hash.map_or_else(|| "unknown".into(), |hash| hash.trim().to_owned())
-}
-
-fn read_ceiling(threads: usize) -> f64 {
-    let data = vec![1_u64; CEILING_BYTES / 8];
-    let pass = || {
-        let start = Instant::now();
-        thread::scope(|scope| {
-            for part in data.chunks(data.len().div_ceil(threads)) {
-                scope.spawn(move || {
-                    // Sixteen independent sums, so that the additions are not what is measured.
-                    let mut sums = [0_u64; 16];
-                    for chunk in part.as_chunks::<16>().0 {
-                        for (sum, value) in sums.iter_mut().zip(chunk) {
-                            *sum = sum.wrapping_add(*value);
-                        }
-                    }
-                    black_box(sums);
-                });
-            }
-        });
-        CEILING_BYTES as f64 / start.elapsed().as_secs_f64()
-    };
-    (0..5).map(|_| pass()).fold(0.0, f64::max)
 }
 
 /// A seeded sequence of bytes, the same in every run.

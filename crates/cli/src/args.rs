@@ -108,6 +108,12 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) threads: Option<u16>,
 
+    /// Where weights lie on a CPU [default: in-place]. in-place: in the page cache, which other processes share and whose pages
+    /// are as large as the file system keeps them. huge-pages: matrices are copied into huge pages at the start and their pages in
+    /// the file given back: faster where the page cache has small pages.
+    #[arg(long, value_enum, value_name = "PLACE")]
+    pub(crate) weight_memory: Option<WeightMemory>,
+
     /// Most tokens of prompt and reply together [default: the model's].
     #[arg(long, alias = "context-length", value_name = "TOKENS")]
     pub(crate) max_model_len: Option<usize>,
@@ -300,6 +306,12 @@ pub(crate) enum Quantization {
     Fp8,
     Awq,
     Gptq,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WeightMemory {
+    InPlace,
+    HugePages,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

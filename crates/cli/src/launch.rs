@@ -13,7 +13,7 @@ use r1_model::{Fp8Compute, KvCacheFormat, MlaForm, ModelOptions, WeightFormat};
 use r1_reference::Reference;
 use r1_weights::QUANTIZED_GROUP;
 
-use crate::args::{Device, Dtype, ModelArgs, Quantization};
+use crate::args::{Device, Dtype, ModelArgs, Quantization, WeightMemory};
 use crate::source::Source;
 
 /// What runs a model, one device per rank; generic code goes through [`AnyDevice::with`].
@@ -55,6 +55,9 @@ impl AnyDevice {
 
     fn open_one(args: &ModelArgs, device: Device) -> Result<Self> {
         let ranks = args.tp;
+        if args.weight_memory.is_some() && device != Device::Cpu {
+            bail!("--weight-memory is for --device cpu; leave it out or take --device cpu");
+        }
         match device {
             Device::Auto => unreachable!("auto was decided"),
             Device::Cpu => {
@@ -65,8 +68,14 @@ impl AnyDevice {
                 }
                 // Ranks wait for each other, so they get equal shares.
                 let threads = (ranks > 1 || args.threads.is_some()).then_some((threads / ranks).max(1));
-                let open =
-                    || Ok(Arc::new(Cpu::new(CpuOptions { threads, isa: None })?.sharing_memory(ranks)));
+                let weights = match args.weight_memory {
+                    None | Some(WeightMemory::InPlace) => r1_cpu::WeightMemory::InPlace,
+                    Some(WeightMemory::HugePages) => r1_cpu::WeightMemory::HugePages,
+                };
+                let open = || {
+                    let cpu = Cpu::new(CpuOptions { threads, isa: None })?;
+                    Ok(Arc::new(cpu.sharing_memory(ranks).with_weights(weights)))
+                };
                 Ok(Self::Cpu((0..ranks).map(|_| open()).collect::<Result<_>>()?))
             }
             Device::Reference if args.threads.is_some() => {

@@ -11,6 +11,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use r1_backend::HostTensor;
 
+use crate::pool::Pool;
+
 /// Alignment of owned memory: a cache line, so that rows of common sizes start on one.
 const ALIGN: usize = 64;
 /// Size and alignment of huge pages; large buffers ask for them.
@@ -30,7 +32,18 @@ pub struct Buffer {
 const WRITER: usize = usize::MAX;
 
 enum Storage {
-    Owned { region: Region, len: usize, meter: Meter },
+    Owned {
+        region: Region,
+        len: usize,
+        meter: Meter,
+    },
+    /// Part of a region that others share.
+    Part {
+        region: Arc<Region>,
+        offset: usize,
+        len: usize,
+        meter: Meter,
+    },
     Host(HostTensor),
     Empty,
 }
@@ -43,7 +56,7 @@ unsafe impl Sync for Buffer {}
 impl std::fmt::Debug for Buffer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let kind = match &self.storage {
-            Storage::Owned { len, .. } => format!("{len} bytes"),
+            Storage::Owned { len, .. } | Storage::Part { len, .. } => format!("{len} bytes"),
             Storage::Host(host) => format!("{host:?} in place"),
             Storage::Empty => "empty".to_owned(),
         };
@@ -57,7 +70,7 @@ impl Buffer {
         let storage = if size_bytes == 0 {
             Storage::Empty
         } else {
-            let region = Region::zeroed(size_bytes)?;
+            let region = Region::zeroed(size_bytes, Pages::Huge)?;
             meter.fetch_add(size_bytes, Ordering::Relaxed);
             Storage::Owned { region, len: size_bytes, meter: meter.clone() }
         };
@@ -75,6 +88,29 @@ impl Buffer {
         Some(buffer)
     }
 
+    /// A read-only copy of `bytes` in huge pages, made by all threads of `pool`; `None` when the system has no room.
+    pub(crate) fn in_huge_pages(
+        bytes: &[u8],
+        slabs: &mut Slabs,
+        pool: &mut Pool,
+        meter: &Meter,
+    ) -> Option<Self> {
+        /// What a thread copies before it takes more.
+        const TASK_BYTES: usize = 1 << 20;
+        let (region, offset) = slabs.take(bytes.len())?;
+        let to = Shared(region.start.as_ptr().wrapping_add(offset));
+        pool.run(bytes.len().div_ceil(TASK_BYTES), &|task, _| {
+            let part = &bytes[task * TASK_BYTES..bytes.len().min((task + 1) * TASK_BYTES)];
+            // SAFETY: `take` gave a range of that length to this call alone, and tasks write disjoint parts of it.
+            unsafe {
+                std::ptr::copy_nonoverlapping(part.as_ptr(), to.at(task * TASK_BYTES), part.len());
+            }
+        });
+        meter.fetch_add(bytes.len(), Ordering::Relaxed);
+        let storage = Storage::Part { region, offset, len: bytes.len(), meter: meter.clone() };
+        Some(Self { storage, read_only: true, borrows: AtomicUsize::new(0) })
+    }
+
     /// The host's bytes in place, read-only.
     pub(crate) fn host(host: HostTensor) -> Self {
         Self { storage: Storage::Host(host), read_only: true, borrows: AtomicUsize::new(0) }
@@ -84,6 +120,7 @@ impl Buffer {
     fn memory(&self) -> (*mut u8, usize) {
         match &self.storage {
             Storage::Owned { region, len, .. } => (region.start.as_ptr(), *len),
+            Storage::Part { region, offset, len, .. } => (region.start.as_ptr().wrapping_add(*offset), *len),
             Storage::Host(host) => (host.bytes().as_ptr().cast_mut(), host.bytes().len()),
             Storage::Empty => (std::ptr::without_provenance_mut(HUGE_PAGE), 0),
         }
@@ -112,17 +149,95 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if let Storage::Owned { len, meter, .. } = &self.storage {
+        if let Storage::Owned { len, meter, .. } | Storage::Part { len, meter, .. } = &self.storage {
             meter.fetch_sub(*len, Ordering::Relaxed);
         }
     }
 }
 
+/// A pointer that several threads write behind, each its own range.
+struct Shared(*mut u8);
+
+// SAFETY: whoever follows the pointer says why nobody else writes there.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    fn at(&self, offset: usize) -> *mut u8 {
+        self.0.wrapping_add(offset)
+    }
+}
+
+/// Regions of huge pages that many weights share: most weights are smaller than a huge page.
+#[derive(Default)]
+pub(crate) struct Slabs {
+    /// The region that is being filled, its size, and how much of it is taken.
+    open: Option<(Arc<Region>, usize, usize)>,
+}
+
+impl Slabs {
+    /// Sizes of a region; a larger weight gets one of its own.
+    const SLAB_BYTES: usize = 32 * HUGE_PAGE;
+
+    /// Bytes that nobody else gets: a region and where in it they begin, a multiple of `ALIGN`.
+    fn take(&mut self, size_bytes: usize) -> Option<(Arc<Region>, usize)> {
+        let fits = |taken: usize, len: usize| taken.checked_add(size_bytes).is_some_and(|end| end <= len);
+        if let Some((region, len, taken)) = &mut self.open
+            && fits(*taken, *len)
+        {
+            let offset = *taken;
+            *taken = (offset + size_bytes).next_multiple_of(ALIGN);
+            return Some((region.clone(), offset));
+        }
+        let len = size_bytes.max(Self::SLAB_BYTES);
+        // A region's memory is touched, by the threads that copy, not before it is filled.
+        let region = Arc::new(Region::zeroed(len, Pages::Huge)?);
+        if size_bytes < Self::SLAB_BYTES {
+            self.open = Some((region.clone(), len, size_bytes.next_multiple_of(ALIGN)));
+        }
+        Some((region, 0))
+    }
+}
+
+/// Pages that a mapping asks the system for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pages {
+    /// Huge ones, where there are any.
+    Huge,
+    /// The smallest.
+    Small,
+    /// What the system gives by itself.
+    Any,
+}
+
+/// Asks for the pages. The system need not follow.
+///
+/// # Safety
+/// The range lies inside one mapping.
+#[cfg(unix)]
+pub(crate) unsafe fn advise_pages(start: NonNull<u8>, len: usize, pages: Pages) {
+    #[cfg(target_os = "linux")]
+    if let Some(advice) = match pages {
+        Pages::Huge => Some(libc::MADV_HUGEPAGE),
+        Pages::Small => Some(libc::MADV_NOHUGEPAGE),
+        Pages::Any => None,
+    } {
+        // SAFETY: the caller says that the range is a mapping's; the call is advice and changes no content.
+        unsafe { libc::madvise(start.as_ptr().cast(), len, advice) };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (start, len, pages);
+}
+
 /// Owned bytes, zeroed when made.
-struct Region {
-    start: NonNull<u8>,
+pub(crate) struct Region {
+    pub(crate) start: NonNull<u8>,
     origin: Origin,
 }
+
+// SAFETY: a region is an address range of its own; what is done with the memory is said where it is reached.
+unsafe impl Send for Region {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Region {}
 
 enum Origin {
     Heap(Layout),
@@ -136,7 +251,7 @@ enum Origin {
 
 impl Region {
     /// Large regions are mapped: pages come zeroed when first touched, huge ones where the system has them.
-    fn zeroed(size_bytes: usize) -> Option<Self> {
+    pub(crate) fn zeroed(size_bytes: usize, pages: Pages) -> Option<Self> {
         #[cfg(unix)]
         if size_bytes >= HUGE_PAGE {
             let len = size_bytes.checked_add(HUGE_PAGE)?;
@@ -150,13 +265,12 @@ impl Region {
             let base = NonNull::new(base.cast::<u8>())?;
             // SAFETY: the mapping is one huge page longer than what is used of it.
             let start = unsafe { base.add(base.align_offset(HUGE_PAGE)) };
-            #[cfg(target_os = "linux")]
-            // SAFETY: the range lies inside the new mapping; the call is advice and changes no content.
-            unsafe {
-                libc::madvise(start.as_ptr().cast(), size_bytes, libc::MADV_HUGEPAGE)
-            };
+            // SAFETY: the range lies inside the new mapping.
+            unsafe { advise_pages(start, size_bytes, pages) };
             return Some(Self { start, origin: Origin::Pages { base, len } });
         }
+        #[cfg(not(unix))]
+        let _ = pages;
         let layout = Layout::from_size_align(size_bytes, ALIGN).ok()?;
         // SAFETY: the size is not zero.
         let start = NonNull::new(unsafe { alloc_zeroed(layout) })?;
@@ -256,5 +370,30 @@ mod tests {
         let copied = Buffer::copied(&[1, 2, 3], &Meter::default()).expect("room");
         assert_eq!(copied.write().err(), Some(WriteRefused::ReadOnly));
         assert_eq!(copied.read().expect("free").len, 3);
+    }
+
+    #[test]
+    fn weights_share_huge_pages_without_overlap() {
+        let (meter, mut slabs) = (Meter::default(), Slabs::default());
+        let mut pool = Pool::new(3).expect("threads start");
+        let sizes = [1, 63, 64, 5 << 20, 3, (1 << 20) + 1, 70 << 20, 60 << 20, 8];
+        let of = |i: usize, size: usize| -> Vec<u8> { (0..size).map(|at| (at % 251 + i) as u8).collect() };
+        let buffers: Vec<Buffer> = sizes
+            .iter()
+            .enumerate()
+            .map(|(i, &size)| {
+                Buffer::in_huge_pages(&of(i, size), &mut slabs, &mut pool, &meter).expect("room")
+            })
+            .collect();
+        assert_eq!(meter.load(Ordering::Relaxed), sizes.iter().sum::<usize>());
+        for (i, (buffer, size)) in buffers.iter().zip(sizes).enumerate() {
+            assert_eq!(buffer.write().err(), Some(WriteRefused::ReadOnly));
+            let guard = buffer.read().expect("free");
+            assert!(guard.ptr.addr().is_multiple_of(ALIGN) && guard.len == size);
+            // SAFETY: the guard allows reading `len` bytes.
+            assert!(unsafe { std::slice::from_raw_parts(guard.ptr, size) } == of(i, size), "weight {i}");
+        }
+        drop(buffers);
+        assert_eq!(meter.load(Ordering::Relaxed), 0);
     }
 }

@@ -11,6 +11,7 @@
 #![allow(clippy::cast_ptr_alignment)]
 
 mod buffer;
+mod ceiling;
 mod isa;
 mod kernels;
 mod memory;
@@ -32,10 +33,11 @@ use r1_backend::{
 };
 use r1_core::DType;
 
-pub use buffer::Buffer;
+pub use buffer::{Buffer, Pages};
+pub use ceiling::{ComputeCeiling, ReadCeiling, ReadFrom};
 pub use isa::Isa;
 
-use buffer::Meter;
+use buffer::{Meter, Slabs};
 use isa::Available;
 use pool::Pool;
 use scratch::Workspace;
@@ -50,6 +52,17 @@ pub struct CpuOptions {
     pub threads: Option<usize>,
     /// Vector instructions; `None`: the best there are.
     pub isa: Option<Isa>,
+}
+
+/// Where weights lie.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WeightMemory {
+    /// Where they are in the host's memory, as a rule a mapped file: nothing is copied, and processes share the page cache.
+    /// Their pages are as large as the file system keeps them.
+    #[default]
+    InPlace,
+    /// Matrices are copied into huge pages when they are imported, by all threads, and their pages in the file given back.
+    HugePages,
 }
 
 /// Why a CPU backend could not be set up.
@@ -85,6 +98,8 @@ pub struct Cpu {
     isa: Available,
     threads: usize,
     engine: Mutex<Engine>,
+    weight_memory: WeightMemory,
+    slabs: Mutex<Slabs>,
     owned_bytes: Meter,
     /// Imported in place: pages of a file that the system counts as available, but that every step reads.
     mapped_bytes: AtomicUsize,
@@ -108,6 +123,8 @@ impl Cpu {
             isa,
             threads,
             engine: Mutex::new(Engine { pool, workspace: Workspace::default() }),
+            weight_memory: WeightMemory::default(),
+            slabs: Mutex::default(),
             owned_bytes: Meter::default(),
             mapped_bytes: AtomicUsize::new(0),
             budget_bytes: memory::available_bytes(),
@@ -123,6 +140,12 @@ impl Cpu {
     pub fn sharing_memory(self, backends: usize) -> Self {
         assert!(backends > 0, "this backend is one of them");
         Self { sharing: backends, ..self }
+    }
+
+    /// Says where matrices that are imported from now on shall lie.
+    #[must_use]
+    pub fn with_weights(self, weight_memory: WeightMemory) -> Self {
+        Self { weight_memory, ..self }
     }
 
     /// The instructions in use.
@@ -181,7 +204,11 @@ impl Backend for Cpu {
 
     fn describe(&self) -> String {
         let plural = if self.threads == 1 { "" } else { "s" };
-        format!("cpu: {}, {} thread{plural}", self.isa(), self.threads)
+        let weights = match self.weight_memory {
+            WeightMemory::InPlace => "",
+            WeightMemory::HugePages => ", weights copied into huge pages",
+        };
+        format!("cpu: {}, {} thread{plural}{weights}", self.isa(), self.threads)
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -236,6 +263,24 @@ impl Backend for Cpu {
             copy
         };
         Ok(Tensor::from_buffer(buffer, host.shape(), host.dtype()))
+    }
+
+    fn import_matrix(&self, host: &HostTensor) -> Result<Tensor<Self>, BackendError> {
+        if self.weight_memory == WeightMemory::InPlace || host.bytes().is_empty() {
+            return self.import(host);
+        }
+        let size_bytes = host.bytes().len();
+        let what = || {
+            let (shape, dtype) = (host.shape(), host.dtype());
+            format!("a copy in huge pages of weights {shape:?} {dtype}, which could stay in place")
+        };
+        self.check_room(size_bytes, &what)?;
+        let mut slabs = self.slabs.lock().unwrap_or_else(PoisonError::into_inner);
+        let copy =
+            Buffer::in_huge_pages(host.bytes(), &mut slabs, &mut self.engine().pool, &self.owned_bytes)
+                .ok_or_else(|| out_of_memory(size_bytes, what(), self.left_bytes()))?;
+        host.discard();
+        Ok(Tensor::from_buffer(copy, host.shape(), host.dtype()))
     }
 
     fn upload(&self, src: HostSlice<'_>, dst: &Tensor<Self>) {

@@ -1,5 +1,5 @@
-//! The conformance suite under every instruction set that this machine has, with one thread and with several, and a whole
-//! decoder layer against the oracle.
+//! The conformance suite under every instruction set that this machine has, with one thread and with several, with weights in
+//! place and copied into huge pages, and a whole decoder layer against the oracle.
 
 use r1_cpu::{Cpu, CpuOptions, Isa};
 
@@ -18,7 +18,7 @@ mod avx512 {
 }
 
 mod avx2 {
-    r1_backend::conformance_tests!(&super::cpu(r1_cpu::Isa::Avx2, 3), oracle: &r1_reference::Reference::new());
+    r1_backend::conformance_tests!(&super::cpu(r1_cpu::Isa::Avx2, 3).with_weights(r1_cpu::WeightMemory::HugePages), oracle: &r1_reference::Reference::new());
 }
 
 mod portable {

@@ -23,6 +23,10 @@ impl Mapping {
         // nobody truncates or rewrites a checkpoint while it is served is a condition of use, as with every program
         // that maps weights: a file cut short under the mapping raises SIGBUS, rewritten bytes change the weights.
         let map = unsafe { Mmap::map(&file)? };
+        // Weights are read whole and often: file systems that keep large folios then read and map them in huge pages. Others
+        // refuse the advice, and nothing changes.
+        #[cfg(target_os = "linux")]
+        let _refused = map.advise(memmap2::Advice::HugePage);
         Ok(Self(map))
     }
 }
