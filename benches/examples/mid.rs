@@ -14,7 +14,7 @@ fn main() {
     let options = ModelOptions {
         activation_dtype: DType::BF16,
         kv_cache: KvCacheFormat::Activations,
-        weights: WeightFormat::AsStored,
+        weights: match std::env::var("Q").as_deref() { Ok("int8") => WeightFormat::Int8, Ok("int4") => WeightFormat::Int4, _ => WeightFormat::AsStored },
         fp8: Fp8Compute::WeightOnly,
         mla_form: MlaForm::Auto,
         deterministic: false,
@@ -39,9 +39,11 @@ fn main() {
         pad_decodes: false,
         log_every_steps: u64::MAX,
     };
-    let cpu = Cpu::new(CpuOptions::default()).unwrap();
+    let cpu = Cpu::new(CpuOptions::default()).unwrap().with_weights(if std::env::var("H").is_ok() { r1_cpu::WeightMemory::HugePages } else { r1_cpu::WeightMemory::InPlace });
+    let start = std::time::Instant::now();
     let ranks = LocalRanks::in_host_memory(vec![Arc::new(cpu)], checkpoint, config, options);
     let mut b = OneBatchBench::new(Arc::new(ranks), &engine, &mut |_| {}).unwrap();
+    println!("loaded in {:.2} s", start.elapsed().as_secs_f64());
     for spec in &a[2..] {
         let v: Vec<usize> = spec.split('/').map(|x| x.parse().unwrap()).collect();
         let batch = OneBatch { batch_size: v[0], input_tokens: v[1], output_tokens: v[2] };
