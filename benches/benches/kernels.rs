@@ -292,7 +292,8 @@ fn small(c: &mut Criterion, machine: &Machine) {
     let out = cpu.alloc(&[rows, hidden], ACTIVATION).expect("memory");
     let (norm, out) = (random.tensor(cpu, &[hidden], DType::BF16), Activation::dense(out));
     let work = Work { bytes: 2 * rows * hidden * ACTIVATION.size_bytes(), flops: 0 };
-    machine.bench(c, "rms_norm", "64 rows of 7168", work, || cpu.rms_norm(&x, &norm, 1e-6, &out));
+    machine
+        .bench(c, "rms_norm", "64 rows of 7168, in the caches", work, || cpu.rms_norm(&x, &norm, 1e-6, &out));
 
     for rows in [1, 8] {
         let logits = filled(cpu, &mut random, &[rows, vocab], DType::F32);

@@ -205,7 +205,10 @@ def main():
                 sides["llama"].append({**run_llama(args, files[quant]), "load_average_before": before})
                 before = load_average()
                 sides["r1"].append({**run_r1(args, flags), "load_average_before": before})
-                print(f"round {i + 1} of {args.rounds}: {quant} done", flush=True)
+                last = [sides["llama"][-1], sides["r1"][-1]]
+                rates = ", ".join(f"{key} {last[0][key]:.1f} | {last[1][key]:.1f}" for _, key, _ in POINTS)
+                loads = " | ".join(f"{side['load_average_before']:.2f}" for side in last)
+                print(f"round {i + 1} of {args.rounds}, {quant}, llama.cpp | r1-serve: {rates}; load {loads}", flush=True)
         for pair, sides in zip(args.pairs, rounds):
             llama, ours = summary(sides["llama"]), summary(sides["r1"])
             print(f"\n{table(pair, llama, ours)}", flush=True)
