@@ -83,6 +83,17 @@ impl<B: Backend> Weight<B> {
         }
     }
 
+    /// Whether both have one format with one element type and groups of one size.
+    pub fn is_stored_like(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Dense { data: a }, Self::Dense { data: b }) => a.dtype() == b.dtype(),
+            (Self::Fp8Block { block: a, .. }, Self::Fp8Block { block: b, .. }) => a == b,
+            (Self::Int8Group { group: a, .. }, Self::Int8Group { group: b, .. }) => a == b,
+            (Self::Int4Group(a), Self::Int4Group(b)) => a.group == b.group,
+            _ => false,
+        }
+    }
+
     /// The matrix as it is stored, scales aside: codes of an int4 weight.
     pub fn data(&self) -> &Tensor<B> {
         match self {
@@ -221,8 +232,9 @@ pub struct Experts<B: Backend> {
     pub total: usize,
     /// Where they lie, as the device's own `experts` wants to know it; see [`Backend::expert_table`].
     pub table: Option<Tensor<B>>,
-    /// Nothing: makes `new` the one way here, which checks that all have one shape.
-    _checked: (),
+    /// Gates and ups are stored like the first gate, downs like the first down. Known once, since to look at hundreds of experts
+    /// would cost more than a step's work on the few that are chosen. Private, so that `new` is the one way here.
+    alike: bool,
 }
 
 impl<B: Backend> Experts<B> {
@@ -238,7 +250,16 @@ impl<B: Backend> Experts<B> {
     ) -> Result<Self, BackendError> {
         crate::shape::local_experts(&local);
         let table = backend.expert_table(&local)?;
-        Ok(Self { local, first, total, table, _checked: () })
+        let alike = local.iter().all(|expert| {
+            let MlpWeights { gate, down, .. } = &local[0];
+            gate.is_stored_like(&expert.gate) && gate.is_stored_like(&expert.up) && down.is_stored_like(&expert.down)
+        });
+        Ok(Self { local, first, total, table, alike })
+    }
+
+    /// Whether all gates and ups are stored alike, and all downs.
+    pub fn are_alike(&self) -> bool {
+        self.alike
     }
 }
 

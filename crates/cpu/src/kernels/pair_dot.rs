@@ -473,11 +473,39 @@ unsafe fn row<S: Pairs, E: Codes, const T: usize, const SCALED: bool>(
     columns: Columns,
 ) -> [S::V; T] {
     let step = E::STEP_VECTORS * S::PAIR_LANES;
+    // A product takes longer than fetching what it multiplies, so that a few tokens take two blocks at a time.
+    let twos = SCALED && T <= 4 && columns.block.is_multiple_of(step);
     let mut total = [s.zero(); T];
     let (mut i, mut end, mut block) = (0, columns.first, 0);
     // SAFETY: the caller's contract throughout: `i + step <= end <= len`; the ragged end reads what is left of the block.
     unsafe {
         while i < columns.len {
+            if twos && end - i == columns.block && end + columns.block <= columns.len {
+                let mut acc = [[s.zero(); T]; 2];
+                while i < end {
+                    for h in 0..2 {
+                        let i = i + h * columns.block;
+                        let wv = E::load(s, table, w.add(i));
+                        for j in 0..E::STEP_VECTORS {
+                            for t in 0..T {
+                                acc[h][t] =
+                                    s.dot(acc[h][t], wv[j], s.load_pairs(x[t].add(i + j * S::PAIR_LANES)));
+                            }
+                        }
+                    }
+                    i += step;
+                }
+                for h in 0..2 {
+                    let scale = s.splat(*scales.add(block + h));
+                    for t in 0..T {
+                        total[t] = s.fma(acc[h][t], scale, total[t]);
+                    }
+                }
+                i = end + columns.block;
+                block += 2;
+                end = (i + columns.block).min(columns.len);
+                continue;
+            }
             let mut acc = if SCALED { [s.zero(); T] } else { total };
             while i + step <= end {
                 let wv = E::load(s, table, w.add(i));

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use r1_backend::{Activation, Experts, MlpWeights, Tensor, Weight, shape};
+use r1_backend::{Activation, Experts, Tensor, shape};
 use r1_core::DType;
 
 use super::linear::weight_chunks;
@@ -115,16 +115,13 @@ pub(crate) fn experts(
 /// What the products want of inputs and of the hidden state: one form for all experts of the layer, since what a token meets may
 /// not depend on who else is there.
 fn forms(cpu: &Cpu, x: DType, experts: &Experts<Cpu>) -> [InputForm; 2] {
-    let of = |w: &Weight<Cpu>| input_form(cpu.isa, x, w);
-    let Some(first) = experts.local.first() else { return [InputForm::F32; 2] };
-    let forms = [of(&first.gate), of(&first.down)];
-    let alike = |expert: &MlpWeights<Cpu>| {
-        of(&expert.gate) == forms[0] && of(&expert.up) == forms[0] && of(&expert.down) == forms[1]
-    };
-    if forms.contains(&InputForm::F32) || !experts.local.iter().all(alike) {
-        return [InputForm::F32; 2];
+    match experts.local.first() {
+        Some(first) if experts.are_alike() => {
+            let forms = [&first.gate, &first.down].map(|w| input_form(cpu.isa, x, w));
+            if forms.contains(&InputForm::F32) { [InputForm::F32; 2] } else { forms }
+        }
+        _ => [InputForm::F32; 2],
     }
-    forms
 }
 
 /// `hidden[pair] = silu(gate x) * (up x)`.
