@@ -18,6 +18,9 @@ pub trait HostBytes: Send + Sync {
         false
     }
 
+    /// Tells the owner that `range` will be read soon, and again and again: a file is read now, so that no step waits for it.
+    fn will_read(&self, _range: Range<usize>) {}
+
     /// Tells the owner that `range` was copied elsewhere and its pages may leave memory.
     /// Reading the range afterwards is allowed and gives the same bytes.
     fn discard(&self, _range: Range<usize>) {}
@@ -107,6 +110,11 @@ impl HostTensor {
     /// Who keeps the bytes alive, and where in it they lie: for a backend that uses them in place.
     pub fn owner(&self) -> (&Arc<dyn HostBytes>, Range<usize>) {
         (&self.owner, self.range.clone())
+    }
+
+    /// Says that the bytes will be read where they are, soon and often.
+    pub fn will_read(&self) {
+        self.owner.will_read(self.range.clone());
     }
 
     /// Says that the bytes were copied and their pages may leave memory.

@@ -266,7 +266,10 @@ impl Backend for Cpu {
     }
 
     fn import_matrix(&self, host: &HostTensor) -> Result<Tensor<Self>, BackendError> {
-        if self.weight_memory == WeightMemory::InPlace || host.bytes().is_empty() {
+        // What the host has made for this call, codes of a quantized weight, say, costs one copy more and lies better then.
+        let made = host.owner().0.is_resident();
+        if host.bytes().is_empty() || self.weight_memory == WeightMemory::InPlace && !made {
+            host.will_read();
             return self.import(host);
         }
         let size_bytes = host.bytes().len();

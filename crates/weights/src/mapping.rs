@@ -36,6 +36,25 @@ impl HostBytes for Mapping {
         &self.0
     }
 
+    /// Reads the pages of `range` and maps them, where the system does that when told to (Linux from 5.14 on).
+    fn will_read(&self, range: Range<usize>) {
+        #[cfg(target_os = "linux")]
+        {
+            let start = range.start / page_size() * page_size();
+            let end = range.end.min(self.0.len());
+            if start < end {
+                // SAFETY: `start..end` lies inside the mapping, and `start` is a multiple of the page size. The call reads pages and
+                // changes no content. One that is refused, or fails as reading would, leaves the pages to their first reader.
+                unsafe {
+                    let at = self.0.as_ptr().add(start).cast_mut().cast();
+                    libc::madvise(at, end - start, libc::MADV_POPULATE_READ);
+                }
+            }
+        }
+        #[cfg(not(target_os = "linux"))]
+        let _ = range;
+    }
+
     /// Releases the whole pages inside `range`; a later read faults them in again from the file.
     fn discard(&self, range: Range<usize>) {
         let page = page_size();
@@ -82,6 +101,20 @@ mod tests {
 
     /// Counts pages of the mapping in memory, as the kernel reports them.
     #[cfg(target_os = "linux")]
+    #[test]
+    fn what_will_be_read_reads_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bytes");
+        let bytes: Vec<u8> = (0..9 * page_size() + 17).map(|i| (i % 253) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let map = Mapping::open(&path).unwrap();
+        for range in [0..bytes.len(), 1..2, 0..0, 100..2 * page_size(), page_size()..usize::MAX] {
+            map.discard(0..bytes.len());
+            map.will_read(range);
+            assert_eq!(map.bytes(), bytes);
+        }
+    }
+
     #[test]
     fn discard_releases_whole_pages_inside_the_range_only() {
         let resident = |map: &Mapping| -> usize {

@@ -387,7 +387,7 @@ impl<const R: usize, const SCALED: bool> Block<'_, R, SCALED> {
 /// # Safety
 /// `R` floats can be written at `y + t * ldy` for every `t`.
 #[inline(always)]
-pub(super) unsafe fn finish<S: Pairs, const R: usize, const T: usize>(
+unsafe fn finish<S: Pairs, const R: usize, const T: usize>(
     s: S,
     total: &[[S::V; T]; R],
     y: *mut f32,

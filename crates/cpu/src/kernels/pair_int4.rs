@@ -6,10 +6,10 @@
 
 use std::ops::Range;
 
-use half::{bf16, f16};
+use half::bf16;
 use r1_core::DType;
 
-use super::pair_dot::{Block, Columns, PADDING, ROWS, SCALED_ROWS, STREAMED_TOKENS, TOKEN_BLOCK, TOKENS, finish};
+use super::pair_dot::{Block, Columns, PADDING, ROWS, SCALED_ROWS, STREAMED_TOKENS, TOKEN_BLOCK, TOKENS};
 use super::product::Packed;
 use super::XRows;
 use crate::simd::{MAX_LANES, PairKernel, Pairs};
@@ -22,8 +22,6 @@ const CHUNK_BYTES: usize = 64;
 const VECTOR: usize = CHUNK / 4;
 /// Chunks per pass: eight rows of numbers are half of a 32 KiB L1.
 const SPAN: usize = 8;
-/// Groups whose scales are read together.
-const GROUPS: usize = 16;
 
 /// Columns of an input in the order of chunks, the last one filled up with zeros.
 pub(crate) fn padded(cols: usize) -> usize {
@@ -47,10 +45,10 @@ pub(crate) fn by_chunks(row: &[u16], out: &mut [u16]) {
 
 /// Floats of scratch for `rows` weight rows and any number of tokens.
 pub(super) fn scratch_floats(w: &Packed<'_>, rows: usize, tokens: usize) -> usize {
-    if tokens <= STREAMED_TOKENS {
-        return 0;
-    }
     let chunks = w.cols().div_ceil(CHUNK);
+    if tokens <= STREAMED_TOKENS {
+        return 2 * rows * chunks;
+    }
     let partial =
         if chunks > SPAN { rows * (tokens.min(TOKEN_BLOCK) + TOKENS) * MAX_LANES } else { 0 };
     near_floats(chunks) + partial
@@ -181,47 +179,45 @@ impl Int4Mul<'_> {
     }
 }
 
-/// The chunks of one row, four vectors at a time.
-struct Row<'a> {
-    w: Packed<'a>,
-    codes: &'a [u32],
-    zeros: &'a [f16],
-    scales: &'a [f16],
+/// The numbers of chunk `c` of row `n`, whose group has this zero. Past the row's end they are not zero, but the inputs are.
+#[inline(always)]
+fn chunk<S: Pairs>(s: S, codes: &[u32], c: usize, zero: u32) -> [S::P; 4] {
+    let bytes = size_of_val(codes);
+    let (start, len) = (c * CHUNK_BYTES, bytes - (c * CHUNK_BYTES).min(bytes));
+    // SAFETY: `len` bytes of the row are left.
+    unsafe { s.load_int4_pairs(codes.as_ptr().cast::<u8>().add(start), len.min(CHUNK_BYTES), zero) }
 }
 
-impl<'a> Row<'a> {
-    fn new(w: Packed<'a>, n: usize) -> Self {
-        Self { w, codes: w.codes.u32_row(n), zeros: w.zeros.f16_row(n), scales: w.scales.f16_row(n) }
-    }
-
-    /// The numbers of chunk `c`, whose group has this zero. Past the row's end they are not zero, but the inputs are.
-    #[inline(always)]
-    fn chunk<S: Pairs>(&self, s: S, c: usize, zero: f32) -> [S::P; 4] {
-        let start = c * CHUNK_BYTES;
-        let len = (self.codes.len() * size_of::<u32>() - start).min(CHUNK_BYTES);
-        // SAFETY: `len` bytes of the row are left; a zero is a whole number from 0 to 16.
-        unsafe { s.load_int4_pairs(self.codes.as_ptr().cast::<u8>().add(start), len, zero) }
-    }
-
-    /// Zeros and scales of the chunks `c..c + GROUPS`, as far as there are.
-    #[inline(always)]
-    fn groups<S: Pairs>(&self, s: S, c: usize, zeros: &mut [f32; GROUPS], scales: &mut [f32; GROUPS]) {
-        let per_group = self.w.group / CHUNK;
-        if per_group == 1 && S::LANES == GROUPS {
-            let n = (self.zeros.len() - c).min(GROUPS);
-            // SAFETY: `n` numbers are left of both rows, and both arrays have a vector.
-            unsafe {
-                s.store(zeros.as_mut_ptr(), s.load_f16_n(self.zeros.as_ptr().add(c).cast(), n));
-                s.store(scales.as_mut_ptr(), s.load_f16_n(self.scales.as_ptr().add(c).cast(), n));
-            }
-            return;
-        }
-        for i in 0..GROUPS {
-            let group = (c + i) / per_group;
-            if group < self.zeros.len() {
-                (zeros[i], scales[i]) = (self.zeros[group].to_f32(), self.scales[group].to_f32());
+/// Zeros and scales of the chunks `span` of row `n`.
+#[inline(always)]
+fn groups<S: Pairs>(
+    s: S,
+    w: &Packed<'_>,
+    n: usize,
+    span: &Range<usize>,
+    zeros: &mut [u32],
+    scales: &mut [f32],
+) {
+    let (row_zeros, row_scales) = (w.zeros.f16_row(n), w.scales.f16_row(n));
+    assert!(zeros.len() == span.len() && scales.len() == span.len(), "a zero and a scale per chunk");
+    let per_group = w.group / CHUNK;
+    let mut i = 0;
+    while i < span.len() {
+        // One group at a time where it has several chunks.
+        let group = (span.start + i) / per_group;
+        let n = if per_group == 1 { (span.len() - i).min(S::LANES) } else { 1 };
+        let (row_zeros, row_scales) = (&row_zeros[group..group + n], &row_scales[group..group + n]);
+        // SAFETY: both rows have `n` groups from here on, and so many chunks are left.
+        unsafe {
+            s.int4_zeros(row_zeros.as_ptr().cast(), n, zeros[i..].as_mut_ptr());
+            let v = s.load_f16_n(row_scales.as_ptr().cast(), n);
+            if n == S::LANES {
+                s.store(scales[i..].as_mut_ptr(), v);
+            } else {
+                s.store_n(scales[i..].as_mut_ptr(), n, v);
             }
         }
+        i += n;
     }
 }
 
@@ -238,12 +234,12 @@ struct Widen<'a> {
 impl PairKernel for Widen<'_> {
     #[inline(always)]
     fn run<S: Pairs>(self, s: S) {
-        let row = Row::new(self.w, self.n);
-        let (mut zeros, mut scales) = ([0.0; GROUPS], [0.0; GROUPS]);
-        row.groups(s, self.span.start, &mut zeros, &mut scales);
+        let codes = self.w.codes.u32_row(self.n);
+        let len = self.span.len();
+        let mut zeros = [0; SPAN];
+        groups(s, &self.w, self.n, &self.span, &mut zeros[..len], &mut self.scales[..len]);
         for (i, c) in self.span.enumerate() {
-            self.scales[i] = scales[i];
-            let v = row.chunk(s, c, zeros[i]);
+            let v = chunk(s, codes, c, zeros[i]);
             for j in 0..4 {
                 // SAFETY: whoever makes one promises room for the span.
                 unsafe { s.store_pairs(self.dst.add(i * CHUNK + j * VECTOR), v[j]) };
@@ -259,38 +255,93 @@ impl<const T: usize> PairKernel for Stream<'_, T> {
     #[inline(always)]
     fn run<S: Pairs>(self, s: S) {
         let mul = self.0;
-        let chunks = mul.w.cols().div_ceil(CHUNK);
+        let (chunks, rows) = (mul.w.cols().div_ceil(CHUNK), mul.rows.len());
         let mut x = [std::ptr::null::<u16>(); T];
         for t in 0..T {
             x[t] = mul.x.row::<u16>(t);
         }
-        for n in mul.rows.clone() {
-            let row = Row::new(mul.w, n);
-            let mut total = [[s.zero(); T]; 1];
-            let (mut zeros, mut scales) = ([0.0; GROUPS], [0.0; GROUPS]);
-            for c in 0..chunks {
-                if c.is_multiple_of(GROUPS) {
-                    row.groups(s, c, &mut zeros, &mut scales);
-                }
-                let v = row.chunk(s, c, zeros[c % GROUPS]);
-                let mut acc = [s.zero(); T];
-                for j in 0..4 {
-                    for t in 0..T {
-                        // SAFETY: every input has whole chunks, as many as the weight.
-                        let xv = unsafe { s.load_pairs(x[t].add(c * CHUNK + j * VECTOR)) };
-                        acc[t] = s.dot(acc[t], v[j], xv);
+        let (zeros, scales) = mul.tile[..2 * rows * chunks].split_at_mut(rows * chunks);
+        // SAFETY: both are 32 bits, and every bit pattern is a value of either.
+        let zeros = unsafe { std::slice::from_raw_parts_mut(zeros.as_mut_ptr().cast::<u32>(), zeros.len()) };
+        for (r, (zeros, scales)) in
+            zeros.chunks_exact_mut(chunks).zip(scales.chunks_exact_mut(chunks)).enumerate()
+        {
+            groups(s, &mul.w, mul.rows.start + r, &(0..chunks), zeros, scales);
+        }
+        let mut r = 0;
+        while r < rows {
+            let count = (rows - r).min(4);
+            let mut totals = [[s.zero(); T]; 4];
+            for i in 0..count {
+                let codes = mul.w.codes.u32_row(mul.rows.start + r + i);
+                let first = (r + i) * chunks;
+                let (zeros, scales) = (&zeros[first..first + chunks], &scales[first..first + chunks]);
+                totals[i] = sum_row(s, codes, zeros, scales, x);
+            }
+            for t in 0..T {
+                let y = &mut mul.y[t * mul.ldy + r..][..count];
+                if count == 4 {
+                    y.copy_from_slice(&s.sum4([totals[0][t], totals[1][t], totals[2][t], totals[3][t]]));
+                } else {
+                    for i in 0..count {
+                        y[i] = s.sum(totals[i][t]);
                     }
                 }
-                let scale = s.splat(scales[c % GROUPS]);
-                for t in 0..T {
-                    total[0][t] = s.fma(acc[t], scale, total[0][t]);
-                }
             }
-            let y = mul.y[n - mul.rows.start..].as_mut_ptr();
-            // SAFETY: the outputs were checked.
-            unsafe { finish::<S, 1, T>(s, &total, y, mul.ldy) };
+            r += count;
         }
     }
+}
+
+/// A weight row with `T` tokens, by lanes. Every `x` has as many chunks as there are zeros.
+#[inline(always)]
+fn sum_row<S: Pairs, const T: usize>(
+    s: S,
+    codes: &[u32],
+    zeros: &[u32],
+    scales: &[f32],
+    x: [*const u16; T],
+) -> [S::V; T] {
+    let mut total = [s.zero(); T];
+    let mut c = 0;
+    // A product takes longer than fetching what it multiplies, so that a few tokens take two chunks at a time.
+    while T <= 4 && c + 2 <= zeros.len() {
+        let mut acc = [[s.zero(); T]; 2];
+        let v = [chunk(s, codes, c, zeros[c]), chunk(s, codes, c + 1, zeros[c + 1])];
+        for j in 0..4 {
+            for h in 0..2 {
+                for t in 0..T {
+                    // SAFETY: the input has the chunk.
+                    let xv = unsafe { s.load_pairs(x[t].add((c + h) * CHUNK + j * VECTOR)) };
+                    acc[h][t] = s.dot(acc[h][t], v[h][j], xv);
+                }
+            }
+        }
+        for h in 0..2 {
+            let scale = s.splat(scales[c + h]);
+            for t in 0..T {
+                total[t] = s.fma(acc[h][t], scale, total[t]);
+            }
+        }
+        c += 2;
+    }
+    while c < zeros.len() {
+        let mut acc = [s.zero(); T];
+        let v = chunk(s, codes, c, zeros[c]);
+        for j in 0..4 {
+            for t in 0..T {
+                // SAFETY: the input has the chunk.
+                let xv = unsafe { s.load_pairs(x[t].add(c * CHUNK + j * VECTOR)) };
+                acc[t] = s.dot(acc[t], v[j], xv);
+            }
+        }
+        let scale = s.splat(scales[c]);
+        for t in 0..T {
+            total[t] = s.fma(acc[t], scale, total[t]);
+        }
+        c += 1;
+    }
+    total
 }
 
 /// BF16 numbers from -16 to 15: what a code less a zero may be.

@@ -16,12 +16,12 @@ pub(crate) struct Table {
     low: [__m512i; 2],
 }
 
-/// 0, 1, 2, …
+/// 0 to 15, twice.
 const ENTRIES: [u16; 32] = {
     let mut entries = [0; 32];
     let mut i = 0;
     while i < 32 {
-        entries[i] = i as u16;
+        entries[i] = i as u16 & 15;
         i += 1;
     }
     entries
@@ -165,7 +165,19 @@ impl Pairs for Avx512<true> {
     }
 
     #[inline(always)]
-    unsafe fn load_int4_pairs(self, p: *const u8, len: usize, zero: f32) -> [__m512bh; 4] {
+    unsafe fn int4_zeros(self, zeros: *const u16, n: usize, out: *mut u32) {
+        // SAFETY: the caller allows `n` reads and writes, the mask hides the rest, `self` has the instructions.
+        unsafe {
+            let less = _mm512_sub_epi32(_mm512_cvtps_epi32(self.load_f16_n(zeros, n)), _mm512_set1_epi32(16));
+            // Both halves of 32 bits.
+            let low = _mm512_and_si512(less, _mm512_set1_epi32(0xffff));
+            let twice = _mm512_or_si512(low, _mm512_slli_epi32::<16>(less));
+            _mm512_mask_storeu_epi32(out.cast(), ((1_u32 << n) - 1) as u16, twice);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_int4_pairs(self, p: *const u8, len: usize, zero: u32) -> [__m512bh; 4] {
         // SAFETY: the caller allows the reads, the mask hides the rest, `self` has the instructions.
         unsafe {
             let words = if len == 64 {
@@ -174,8 +186,8 @@ impl Pairs for Avx512<true> {
                 _mm512_maskz_loadu_epi8((1 << len) - 1, p.cast())
             };
             // Entry c of the table, and c + 16, since a look-up sees one bit of the next code: the number c - zero.
-            let entries = _mm512_and_si512(_mm512_loadu_si512(ENTRIES.as_ptr().cast()), _mm512_set1_epi16(15));
-            let index = _mm512_sub_epi16(entries, _mm512_set1_epi16(zero as i16 - 16));
+            let entries = _mm512_loadu_si512(ENTRIES.as_ptr().cast());
+            let index = _mm512_sub_epi16(entries, _mm512_set1_epi32(zero.cast_signed()));
             let table = _mm512_permutexvar_epi16(index, _mm512_loadu_si512(DIFFERENCES.as_ptr().cast()));
             [
                 pairs(_mm512_permutexvar_epi16(words, table)),

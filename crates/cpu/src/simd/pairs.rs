@@ -65,11 +65,16 @@ pub(crate) trait Pairs: Simd {
     /// # Safety
     /// `n` numbers can be read at `p`.
     unsafe fn load_f16_n(self, p: *const u16, n: usize) -> Self::V;
-    /// Four vectors of 4-bit codes less `zero`, a whole number from 0 to 16: number `i` of vector `j` is bits `4 j..` of the 16-bit
-    /// word `i`. Past `len` bytes, codes are 0.
+    /// The first `n <= LANES` zeros of groups, whole numbers from 0 to 16 as F16, as [`load_int4_pairs`](Self::load_int4_pairs) takes
+    /// them.
+    /// # Safety
+    /// `n` numbers can be read at `zeros` and written at `out`.
+    unsafe fn int4_zeros(self, zeros: *const u16, n: usize, out: *mut u32);
+    /// Four vectors of 4-bit codes less `zero`: number `i` of vector `j` is bits `4 j..` of the 16-bit word `i`. Past `len` bytes,
+    /// codes are 0.
     /// # Safety
     /// `len <= 2 * PAIR_LANES` bytes can be read at `p`.
-    unsafe fn load_int4_pairs(self, p: *const u8, len: usize, zero: f32) -> [Self::P; 4];
+    unsafe fn load_int4_pairs(self, p: *const u8, len: usize, zero: u32) -> [Self::P; 4];
     /// Two vectors of int8 codes, in order. -128 is none of them.
     /// # Safety
     /// `2 * PAIR_LANES` codes can be read at `p`.
