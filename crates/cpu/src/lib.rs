@@ -251,6 +251,7 @@ impl Backend for Cpu {
         let in_place = bytes.as_ptr().addr().is_multiple_of(host.dtype().size_bytes());
         let buffer = if in_place {
             if !host.owner().0.is_resident() {
+                host.will_read();
                 self.mapped_bytes.fetch_add(bytes.len(), Ordering::Relaxed);
             }
             Buffer::host(host.clone())
@@ -269,7 +270,6 @@ impl Backend for Cpu {
         // What the host has made for this call, codes of a quantized weight, say, costs one copy more and lies better then.
         let made = host.owner().0.is_resident();
         if host.bytes().is_empty() || self.weight_memory == WeightMemory::InPlace && !made {
-            host.will_read();
             return self.import(host);
         }
         let size_bytes = host.bytes().len();

@@ -60,6 +60,8 @@ pub(crate) struct Workspace {
     pub(crate) y: Floats,
     /// The hidden state of the experts in another order.
     pub(crate) z: Floats,
+    /// What the experts of a few pairs gave.
+    pub(crate) results: Floats,
     /// Pairs of tokens and experts, grouped.
     pub(crate) pairs: crate::ops::experts::Pairs,
 }

@@ -369,6 +369,13 @@ impl<'a> MatMut<'a> {
         unsafe { std::ptr::copy_nonoverlapping(from, to, src.cols * src.dtype.size_bytes()) };
     }
 
+    /// Rows `range`.
+    pub(crate) fn slice(&self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.rows, "rows {range:?} of {}", self.rows);
+        let ptr = self.ptr.wrapping_add(range.start * self.stride * self.dtype.size_bytes());
+        Self { ptr, rows: range.len(), ..*self }
+    }
+
     /// The same rows for reading, once nobody writes them any more.
     pub(crate) fn readable(self) -> Mat<'a> {
         let Self { ptr, dtype, rows, cols, stride, life: _ } = self;

@@ -36,7 +36,8 @@ const SET_STRIDE: usize = 4096;
 /// Floats of scratch for `rows` weight rows and any number of tokens.
 pub(super) fn scratch_floats(w: &WeightRows<'_>, rows: usize, tokens: usize) -> usize {
     if tokens <= STREAMED_TOKENS {
-        return 0;
+        // Room for the inputs where they would fall into each other's place in the cache.
+        return tokens * far_row(w.data.cols) / 2;
     }
     let partial =
         if w.data.cols > span_of(w) { rows * (tokens.min(TOKEN_BLOCK) + TOKENS) * MAX_LANES } else { 0 };
@@ -46,6 +47,11 @@ pub(super) fn scratch_floats(w: &WeightRows<'_>, rows: usize, tokens: usize) -> 
 /// Columns per pass, whole blocks of scales.
 fn span_of(w: &WeightRows<'_>) -> usize {
     w.scales.map_or(SPAN, |scales| (SPAN / scales.block[1]).max(1) * scales.block[1])
+}
+
+/// Numbers between inputs that were moved apart.
+fn far_row(cols: usize) -> usize {
+    cols.next_multiple_of(2 * MAX_LANES) + PADDING
 }
 
 /// Numbers between rows that were brought into L1.
@@ -423,8 +429,19 @@ impl<E: Codes, const T: usize, const SCALED: bool> PairKernel for Stream<'_, E, 
         let Self { mul, .. } = self;
         let columns = mul.columns(&(0..mul.w.data.cols));
         let mut x = [std::ptr::null::<u16>(); T];
+        let cols = mul.w.data.cols;
+        let ld = far_row(cols);
+        assert!(T * ld <= 2 * mul.tile.len(), "no room to move inputs apart");
+        let room = mul.tile.as_mut_ptr().cast::<u16>();
         for t in 0..T {
             x[t] = mul.x.row::<u16>(t);
+            let from_first = x[t].addr().abs_diff(x[0].addr());
+            if t > 0 && from_first.is_multiple_of(SET_STRIDE) {
+                let apart = room.wrapping_add(t * ld);
+                // SAFETY: the input has the columns, and the room, the task's own, a row for each.
+                unsafe { std::ptr::copy_nonoverlapping(x[t], apart, cols) };
+                x[t] = apart;
+            }
         }
         let table = s.table(&E::TABLE);
         let mut scales = std::ptr::null();

@@ -9,9 +9,9 @@ use std::ops::Range;
 use half::bf16;
 use r1_core::DType;
 
+use super::XRows;
 use super::pair_dot::{Block, Columns, PADDING, ROWS, SCALED_ROWS, STREAMED_TOKENS, TOKEN_BLOCK, TOKENS};
 use super::product::Packed;
-use super::XRows;
 use crate::simd::{MAX_LANES, PairKernel, Pairs};
 
 /// Columns of a chunk.
@@ -49,8 +49,7 @@ pub(super) fn scratch_floats(w: &Packed<'_>, rows: usize, tokens: usize) -> usiz
     if tokens <= STREAMED_TOKENS {
         return 2 * rows * chunks;
     }
-    let partial =
-        if chunks > SPAN { rows * (tokens.min(TOKEN_BLOCK) + TOKENS) * MAX_LANES } else { 0 };
+    let partial = if chunks > SPAN { rows * (tokens.min(TOKEN_BLOCK) + TOKENS) * MAX_LANES } else { 0 };
     near_floats(chunks) + partial
 }
 

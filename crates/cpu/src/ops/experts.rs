@@ -5,20 +5,22 @@ use std::ops::Range;
 use r1_backend::{Activation, Experts, Tensor, shape};
 use r1_core::DType;
 
-use super::linear::weight_chunks;
+use super::linear::{Linear, weight_chunks};
 use super::{Chunks, input_form, inputs, refuse_fp8};
 use crate::Cpu;
 use crate::kernels::{AnyRows, AnyWeight, InputForm, Product, XRows};
 use crate::pool::Pool;
-use crate::scratch::Workspace;
+use crate::scratch::{Floats, Workspace};
 use crate::simd::{Kernel, Simd, slice};
 use crate::view::{In, Mat, MatMut, Out};
 
 const OP: &str = "experts";
 /// Tokens that are worked on together: bounds the hidden state, which is kept for every pair.
 const TOKENS: usize = 512;
-/// Columns of the output per task.
+/// Columns of the output per task, where there are many pairs.
 const OUT_COLS: usize = 64;
+/// Pairs of which all results are kept before they are summed.
+const FEW_PAIRS: usize = 64;
 
 /// Pairs of a token and one of its experts, grouped by expert.
 #[derive(Default)]
@@ -94,7 +96,7 @@ pub(crate) fn experts(
     let Some(width) = experts.local.first().map(|expert| expert.gate.out_features()) else { return };
     let mut engine = cpu.engine();
     let crate::Engine { pool, workspace } = &mut *engine;
-    let Workspace { x: x_room, y: hidden_room, z: ordered_room, pairs } = workspace;
+    let Workspace { x: x_room, y: hidden_room, z: ordered_room, results: results_room, pairs } = workspace;
     let [x_form, hidden_form] = forms(cpu, x.mat().dtype, experts);
     let x = inputs(cpu.isa, pool, x.mat(), x_form, x_room);
     let hidden_dtype = if hidden_form == InputForm::F32 { DType::F32 } else { DType::BF16 };
@@ -108,7 +110,8 @@ pub(crate) fn experts(
         let hidden = MatMut::scratch(room, hidden_dtype, pairs.token.len(), width);
         gate_up(cpu, pool, experts, pairs, x, hidden);
         let hidden = inputs(cpu.isa, pool, hidden.readable(), hidden_form, ordered_room);
-        down(cpu, pool, experts, pairs, hidden, tokens, weights, out);
+        let sum = Sum { pairs, first_token: tokens.start, tokens: tokens.len(), weights, out };
+        down(cpu, pool, experts, pairs, hidden, sum, results_room);
     }
 }
 
@@ -182,69 +185,101 @@ impl Kernel for GateUp<'_> {
     }
 }
 
-/// `out[t] += Σ_j weights[t, j] * down(hidden[pair of (t, j)])`.
+/// `out[t] += Σ_j weights[t, j] * down(hidden[pair of (t, j)])`. Few pairs: expert by expert, in runs of rows as long as they can be,
+/// into `room`, then summed. Many: a task has the columns of all pairs, which stay near.
 fn down(
     cpu: &Cpu,
     pool: &mut Pool,
     experts: &Experts<Cpu>,
     pairs: &Pairs,
     hidden: Mat<'_>,
-    tokens: Range<usize>,
-    weights: Mat<'_>,
-    out: MatMut<'_>,
+    sum: Sum<'_>,
+    room: &mut Floats,
 ) {
-    let chunks = Chunks::new(out.cols, OUT_COLS);
+    let out_cols = sum.out.cols;
+    let of = |expert: u32| AnyWeight::new(OP, "experts.down", &experts.local[expert as usize].down);
+    if hidden.rows <= FEW_PAIRS {
+        let active = pairs.active.len();
+        let results = MatMut::scratch(room.get(hidden.rows * out_cols), DType::F32, hidden.rows, out_cols);
+        let mean_pairs = hidden.rows.div_ceil(active);
+        let chunks = weight_chunks(hidden.cols, out_cols, mean_pairs, cpu.threads.div_ceil(active));
+        pool.run(active * chunks.count(), &|task, scratch| {
+            let expert = pairs.active[task / chunks.count()];
+            let (w, range, rows) = (of(expert), pairs.of(expert), chunks.range(task % chunks.count()));
+            let (w, x) = (w.rows(), XRows::range(hidden, range.clone()));
+            let bufs = scratch.floats.parts([w.scratch_floats(rows.len(), x.len()), rows.len() * x.len()]);
+            cpu.isa.run(Linear { w, rows, x, out: results.slice(range), col: 0, bufs });
+        });
+        let results = results.readable();
+        let chunks = Chunks::rows(out_cols, hidden.rows, cpu.threads);
+        pool.run(chunks.count(), &|task, scratch| {
+            let cols = chunks.range(task);
+            let bufs = scratch.floats.parts([cols.len(), cols.len()]);
+            cpu.isa.run(SumColumns { sum, results: results.columns(cols.clone()), cols, bufs });
+        });
+        return;
+    }
+    let chunks = Chunks::new(out_cols, OUT_COLS);
     pool.run(chunks.count(), &|task, scratch| {
         let cols = chunks.range(task);
-        let product = pairs.active.iter().map(|&expert| {
-            let w = AnyWeight::new(OP, "experts.down", &experts.local[expert as usize].down);
-            w.rows().scratch_floats(cols.len(), pairs.of(expert).len())
-        });
+        let product = pairs
+            .active
+            .iter()
+            .map(|&expert| of(expert).rows().scratch_floats(cols.len(), pairs.of(expert).len()));
         let sizes = [product.max().unwrap_or(0), hidden.rows * cols.len(), cols.len(), cols.len()];
-        let bufs = scratch.floats.parts(sizes);
-        cpu.isa.run(Down { experts, pairs, hidden, tokens: tokens.clone(), weights, cols, out, bufs });
+        let [product, results, a, b] = scratch.floats.parts(sizes);
+        for &expert in &pairs.active {
+            let (w, range) = (of(expert), pairs.of(expert));
+            let x = XRows::range(hidden, range.clone());
+            let y = &mut results[range.start * cols.len()..];
+            let (w, rows, ldy) = (w.rows(), cols.clone(), cols.len());
+            cpu.isa.run(Product { w, rows, x, y, ldy, scratch: product });
+        }
+        let results = Mat::from_f32(results, hidden.rows, cols.len(), cols.len());
+        cpu.isa.run(SumColumns { sum, results, cols, bufs: [a, b] });
     });
 }
 
-struct Down<'a> {
-    experts: &'a Experts<Cpu>,
+/// What the pairs' results are summed by, and where to.
+#[derive(Clone, Copy)]
+struct Sum<'a> {
     pairs: &'a Pairs,
-    hidden: Mat<'a>,
-    tokens: Range<usize>,
+    first_token: usize,
+    tokens: usize,
     weights: Mat<'a>,
-    cols: Range<usize>,
     out: MatMut<'a>,
-    /// The product's scratch, the pairs' results, a token's sum and what `out` held.
-    bufs: [&'a mut [f32]; 4],
 }
 
-impl Kernel for Down<'_> {
+struct SumColumns<'a> {
+    sum: Sum<'a>,
+    /// `[pairs, cols.len()]` F32.
+    results: Mat<'a>,
+    /// Columns of the output.
+    cols: Range<usize>,
+    /// A token's sum and what the output held.
+    bufs: [&'a mut [f32]; 2],
+}
+
+impl Kernel for SumColumns<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let [scratch, y, sum, held] = self.bufs;
-        let len = self.cols.len();
-        for &expert in &self.pairs.active {
-            let w = AnyWeight::new(OP, "experts.down", &self.experts.local[expert as usize].down);
-            let range = self.pairs.of(expert);
-            let x = XRows::range(self.hidden, range.clone());
-            let y = &mut y[range.start * len..];
-            s.call(Product { w: w.rows(), rows: self.cols.clone(), x, y, ldy: len, scratch });
-        }
-        let k = self.weights.cols;
-        for (i, t) in self.tokens.enumerate() {
-            let weights = self.weights.f32_row(t);
+        let Sum { pairs, first_token, tokens, weights, out } = self.sum;
+        let [sum, held] = self.bufs;
+        let k = weights.cols;
+        for i in 0..tokens {
+            let t = first_token + i;
             // In the order of the choices, whatever the batch: the sum's bits are the token's own.
             sum.fill(0.0);
-            for (&place, &weight) in self.pairs.place[i * k..][..k].iter().zip(weights) {
+            for (&place, &weight) in pairs.place[i * k..][..k].iter().zip(weights.f32_row(t)) {
                 if place != NOT_LOCAL {
-                    slice::axpby(s, weight, &y[place as usize * len..][..len], 1.0, sum);
+                    slice::axpby(s, weight, self.results.f32_row(place as usize), 1.0, sum);
                 }
             }
             // SAFETY: these columns belong to this task.
             unsafe {
-                self.out.read(s, t, self.cols.start, held);
+                out.read(s, t, self.cols.start, held);
                 slice::axpby(s, 1.0, held, 1.0, sum);
-                self.out.write(s, t, self.cols.start, sum);
+                out.write(s, t, self.cols.start, sum);
             }
         }
     }
