@@ -88,9 +88,9 @@ pub(crate) struct ModelArgs {
     #[arg(long, value_enum, default_value_t = Device::Auto)]
     pub(crate) device: Device,
 
-    /// Element type of activations. auto: on a CPU F32, weights as stored (FP8 is widened in registers); on a GPU BF16, FP8
-    /// weights as stored, applied to FP8 activations where the GPU has FP8 arithmetic. float32: F32, weights as stored.
-    /// bfloat16: BF16, FP8 weights widened to BF16 once, at load.
+    /// Element type of activations. auto: BF16 where the device multiplies it (a CPU with AVX-512 BF16 and VBMI, a GPU), else F32;
+    /// weights as stored (a CPU widens FP8 in registers), FP8 ones applied to FP8 activations where a GPU has FP8 arithmetic.
+    /// float32: F32, weights as stored. bfloat16: BF16, FP8 weights widened to BF16 once, at load.
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub(crate) dtype: Dtype,
 
