@@ -252,7 +252,9 @@ impl<B: Backend> Experts<B> {
         let table = backend.expert_table(&local)?;
         let alike = local.iter().all(|expert| {
             let MlpWeights { gate, down, .. } = &local[0];
-            gate.is_stored_like(&expert.gate) && gate.is_stored_like(&expert.up) && down.is_stored_like(&expert.down)
+            gate.is_stored_like(&expert.gate)
+                && gate.is_stored_like(&expert.up)
+                && down.is_stored_like(&expert.down)
         });
         Ok(Self { local, first, total, table, alike })
     }

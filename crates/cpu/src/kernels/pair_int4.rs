@@ -9,9 +9,11 @@ use std::ops::Range;
 use half::{bf16, f16};
 use r1_core::DType;
 
-use super::pair_dot::{Block, Columns, PADDING, ROWS, SCALED_ROWS, STREAMED_TOKENS, TOKEN_BLOCK, TOKENS, finish};
-use super::product::Packed;
 use super::XRows;
+use super::pair_dot::{
+    Block, Columns, PADDING, ROWS, SCALED_ROWS, STREAMED_TOKENS, TOKEN_BLOCK, TOKENS, finish,
+};
+use super::product::Packed;
 use crate::simd::{MAX_LANES, PairKernel, Pairs};
 
 /// Columns of a chunk.
@@ -51,8 +53,7 @@ pub(super) fn scratch_floats(w: &Packed<'_>, rows: usize, tokens: usize) -> usiz
         return 0;
     }
     let chunks = w.cols().div_ceil(CHUNK);
-    let partial =
-        if chunks > SPAN { rows * (tokens.min(TOKEN_BLOCK) + TOKENS) * MAX_LANES } else { 0 };
+    let partial = if chunks > SPAN { rows * (tokens.min(TOKEN_BLOCK) + TOKENS) * MAX_LANES } else { 0 };
     near_floats(chunks) + partial
 }
 

@@ -104,7 +104,6 @@ impl AnyRows<'_> {
         }
     }
 
-
     /// Floats of a [`Product`]'s scratch for so many rows of the weight and of the input.
     pub(crate) fn scratch_floats(&self, rows: usize, tokens: usize) -> usize {
         match self {

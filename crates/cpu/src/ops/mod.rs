@@ -77,13 +77,7 @@ fn input_form(isa: Available, x: DType, w: &Weight<Cpu>) -> InputForm {
 }
 
 /// `x` in that form: in place where it has it, else in `room`.
-fn inputs<'a>(
-    isa: Available,
-    pool: &mut Pool,
-    x: Mat<'a>,
-    form: InputForm,
-    room: &'a mut Floats,
-) -> Mat<'a> {
+fn inputs<'a>(isa: Available, pool: &mut Pool, x: Mat<'a>, form: InputForm, room: &'a mut Floats) -> Mat<'a> {
     match form {
         InputForm::F32 => widened(isa, pool, x, room),
         InputForm::Pairs => x,

@@ -174,7 +174,8 @@ impl Pairs for Avx512<true> {
                 _mm512_maskz_loadu_epi8((1 << len) - 1, p.cast())
             };
             // Entry c of the table, and c + 16, since a look-up sees one bit of the next code: the number c - zero.
-            let entries = _mm512_and_si512(_mm512_loadu_si512(ENTRIES.as_ptr().cast()), _mm512_set1_epi16(15));
+            let entries =
+                _mm512_and_si512(_mm512_loadu_si512(ENTRIES.as_ptr().cast()), _mm512_set1_epi16(15));
             let index = _mm512_sub_epi16(entries, _mm512_set1_epi16(zero as i16 - 16));
             let table = _mm512_permutexvar_epi16(index, _mm512_loadu_si512(DIFFERENCES.as_ptr().cast()));
             [
