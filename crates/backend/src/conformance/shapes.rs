@@ -21,7 +21,9 @@ pub(super) fn refuses(operation_and_argument: &str, operation: impl FnOnce()) {
         Err(panic) => panic,
         Ok(()) => panic!("{operation_and_argument}: a wrong shape was taken"),
     };
-    let message = panic.downcast_ref::<String>().map_or("", String::as_str);
+    // A message without values is a `&str`.
+    let fixed = panic.downcast_ref::<&str>().copied().unwrap_or_default();
+    let message = panic.downcast_ref::<String>().map_or(fixed, String::as_str);
     assert!(
         message.starts_with(operation_and_argument),
         "panicked with {message:?}, expected {operation_and_argument:?} …"
