@@ -140,13 +140,35 @@ fn sixteen_streams_with_disconnects_leave_nothing_behind() {
     assert_eq!(server.post("/v1/chat/completions", &chat(&json!({}))).status, 200);
 }
 
+/// What the binary says when it refuses a command line. One that begins to serve would never end: it is stopped after a minute.
+fn failure(args: &[&str]) -> String {
+    let [out, said] = [(); 2].map(|()| tempfile::NamedTempFile::new().expect("a file"));
+    let mut child = Command::new(BINARY)
+        .args(args)
+        .stdout(out.reopen().expect("the file"))
+        .stderr(said.reopen().expect("the file"))
+        .spawn()
+        .expect("the binary runs");
+    let since = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait().expect("a status") {
+            break status;
+        }
+        if since.elapsed() > Duration::from_secs(60) {
+            child.kill().expect("the process is stopped");
+            child.wait().expect("the process ends");
+            let printed = [&out, &said].map(|file| fs::read_to_string(file.path()).expect("text"));
+            panic!("{args:?} was not refused within a minute:\n{}\n{}", printed[0], printed[1]);
+        }
+        thread::sleep(Duration::from_millis(20));
+    };
+    let said = fs::read_to_string(said.path()).expect("text");
+    assert!(!status.success(), "{args:?} succeeded: {said}");
+    said
+}
+
 #[test]
 fn wrong_arguments_are_sentences() {
-    let failure = |args: &[&str]| {
-        let output = Command::new(BINARY).args(args).output().expect("the binary runs");
-        assert!(!output.status.success(), "{args:?} succeeded");
-        String::from_utf8(output.stderr).expect("text")
-    };
     for (args, needles) in [
         (&["--tp", "8"][..], &["num_attention_heads is 4", "8", "--tp"][..]),
         (&["--max-total-tokens", "100"], &["--max-total-tokens", "128", "4096"]),

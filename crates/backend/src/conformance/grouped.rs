@@ -151,7 +151,7 @@ pub(super) fn shape_panics<B: Backend>(backend: &B, random: &mut Random) {
     let (w4, _) = weight(backend, random, [4, 24], int4(16));
     let Weight::Int4Group(parts) = &w4 else { unreachable!("weight() makes int4 weights") };
     let x = Activation::dense(f(&[2, 24]));
-    for w in [&w8, &w4] {
+    for (w, format) in [(&w8, int8(16, 4)), (&w4, int4(16))] {
         if takes(backend, w.format()) {
             refuses("linear: w has shape", || {
                 backend.linear(&Activation::dense(f(&[2, 16])), w, &f(&[2, 4]));
@@ -163,7 +163,7 @@ pub(super) fn shape_panics<B: Backend>(backend: &B, random: &mut Random) {
             let head = HeadWeight { weight: w.clone(), rows_per_head: 2, rows: 0..2, form: HeadForm::RowsIn };
             backend.per_head(&f(&[3, 2, 2]), &head, &f(&[3, 2, 24]));
         });
-        experts_refused(backend, w);
+        experts_refused(backend, random, format);
     }
     if takes(backend, WeightFormat::Int8Group) {
         let with = |scales: &[usize], group, offset| Weight::Int8Group {
@@ -189,23 +189,40 @@ pub(super) fn shape_panics<B: Backend>(backend: &B, random: &mut Random) {
     }
 }
 
-/// Experts of a format that the backend lacks, and where it has the format, of the wrong shape: `w` `[4, 24]` as all three.
-fn experts_refused<B: Backend>(backend: &B, w: &Weight<B>) {
+/// Experts of the wrong shape, and of a format that the backend lacks.
+fn experts_refused<B: Backend>(backend: &B, random: &mut Random, format: Format) {
     let f = |shape: &[usize]| backend.alloc(shape, DType::F32).expect("alloc");
-    let x = Activation::dense(f(&[2, 24]));
-    let local = vec![MlpWeights { gate: w.clone(), up: w.clone(), down: w.clone() }];
-    let is_taken = backend.capabilities().expert_formats.contains(&w.format());
-    match Experts::new(backend, local, 0, 2) {
+    let mut w = |size| weight(backend, random, size, format).0;
+    let square = w([24, 24]);
+    let one = || MlpWeights { gate: square.clone(), up: square.clone(), down: square.clone() };
+    let (narrow, wide) = (w([24, 16]), w([24, 32]));
+    // Whether the backend has the format or not: within an expert, then between experts.
+    refuses("experts: down has shape", || {
+        let local = vec![MlpWeights { down: narrow.clone(), ..one() }];
+        let _ = Experts::new(backend, local, 0, 2);
+    });
+    refuses("experts: gate has shape", || {
+        let other = MlpWeights { gate: wide.clone(), up: wide.clone(), down: w([32, 24]) };
+        let _ = Experts::new(backend, vec![one(), other], 0, 2);
+    });
+    let format = square.format();
+    let is_taken = backend.capabilities().expert_formats.contains(&format);
+    match Experts::new(backend, vec![one()], 0, 2) {
         // A backend that looks at experts when they are put together refuses them there.
         Err(refused) => {
             assert!(!is_taken && refused.to_string().contains("int"), "experts: {refused}");
         }
         Ok(experts) => {
-            let what = if is_taken { "experts: down has shape" } else { "experts: gate is " };
-            refuses(what, || {
+            let run = |d: usize| {
                 let ids = backend.alloc(&[2, 1], DType::U32).expect("alloc");
-                backend.experts(&x, &ids, &f(&[2, 1]), &experts, &f(&[2, 24]));
-            });
+                let x = Activation::dense(f(&[2, d]));
+                backend.experts(&x, &ids, &f(&[2, 1]), &experts, &f(&[2, d]));
+            };
+            if is_taken {
+                refuses("experts: gate has shape", || run(16));
+            } else {
+                refuses("experts: gate is ", || run(24));
+            }
         }
     }
 }

@@ -21,7 +21,9 @@ pub(super) fn refuses(operation_and_argument: &str, operation: impl FnOnce()) {
         Err(panic) => panic,
         Ok(()) => panic!("{operation_and_argument}: a wrong shape was taken"),
     };
-    let message = panic.downcast_ref::<String>().map_or("", String::as_str);
+    // A message without values is a `&str`.
+    let fixed = panic.downcast_ref::<&str>().copied().unwrap_or_default();
+    let message = panic.downcast_ref::<String>().map_or(fixed, String::as_str);
     assert!(
         message.starts_with(operation_and_argument),
         "panicked with {message:?}, expected {operation_and_argument:?} …"
@@ -126,13 +128,22 @@ fn routing_and_sampling<B: Backend>(backend: &B, random: &mut Random) {
     refuses("route: bias", || {
         backend.route(&f(&[3, 6]), Some(&f(&[5])), &routing, &u(&[3, 2]), &f(&[3, 2]));
     });
-    refuses("experts: down", || {
-        let mut w = |size| weight(backend, random, size, Format::Dense(DType::F32)).0;
-        let local = vec![MlpWeights { gate: w([4, 8]), up: w([4, 8]), down: w([8, 5]) }];
-        let experts = Experts::new(backend, local, 0, 2).expect("table");
-        let x = Activation::dense(f(&[3, 8]));
-        backend.experts(&x, &u(&[3, 2]), &f(&[3, 2]), &experts, &f(&[3, 8]));
-    });
+    let mut w = |size| weight(backend, random, size, Format::Dense(DType::F32)).0;
+    let mut expert = |i, d, down| MlpWeights { gate: w([i, d]), up: w([i, d]), down: w(down) };
+    let together = |local| Experts::new(backend, local, 0, 2).expect("table");
+    let run = |d: usize, experts: &Experts<B>| {
+        let x = Activation::dense(f(&[3, d]));
+        backend.experts(&x, &u(&[3, 2]), &f(&[3, 2]), experts, &f(&[3, d]));
+    };
+    // Within an expert, between two, and between them and their inputs.
+    let uneven = expert(4, 8, [8, 5]);
+    refuses("experts: down has shape", || run(8, &together(vec![uneven])));
+    for other in [expert(4, 10, [10, 4]), expert(6, 8, [8, 6])] {
+        let first = expert(4, 8, [8, 4]);
+        refuses("experts: gate has shape", || run(8, &together(vec![first, other])));
+    }
+    let whole = expert(4, 8, [8, 4]);
+    refuses("experts: gate has shape", || run(10, &together(vec![whole])));
     let sampling = SamplingBatch { rows: vec![RowSampling::greedy(); 2], ..Default::default() };
     refuses("sample: logits", || backend.sample(&f(&[3, 9]), &sampling, &u(&[2])));
     refuses("logprobs: out.top", || {

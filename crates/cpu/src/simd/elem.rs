@@ -93,7 +93,7 @@ impl Elem for i8 {
 /// An F8 E4M3 code.
 #[derive(Clone, Copy, Default)]
 #[repr(transparent)]
-pub(crate) struct F8(u8);
+pub(crate) struct F8(pub(super) u8);
 
 impl Elem for F8 {
     const FACTOR: f32 = 256.0;

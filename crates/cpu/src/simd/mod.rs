@@ -11,6 +11,8 @@ mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_pairs;
 mod elem;
+#[cfg(test)]
+mod pair_tests;
 mod pairs;
 mod portable;
 pub(crate) mod slice;
