@@ -127,9 +127,9 @@ impl Strip {
             let mut r = 0;
             while r < self.rows {
                 let row = self.w.add(r * self.ld);
-                let a = self.row::<S, WHOLE>(s, row, self.cols);
+                let a = Self::row::<S, WHOLE>(s, row, self.cols);
                 let b = if r + 1 < self.rows {
-                    self.row::<S, WHOLE>(s, row.add(self.ld), self.cols)
+                    Self::row::<S, WHOLE>(s, row.add(self.ld), self.cols)
                 } else {
                     s.load_pairs_n(row, 0)
                 };
@@ -154,7 +154,7 @@ impl Strip {
     /// # Safety
     /// `n` numbers can be read at `p`.
     #[inline(always)]
-    unsafe fn row<S: Pairs, const WHOLE: bool>(&self, s: S, p: *const u16, n: usize) -> S::P {
+    unsafe fn row<S: Pairs, const WHOLE: bool>(s: S, p: *const u16, n: usize) -> S::P {
         // SAFETY: the same contract.
         unsafe { if WHOLE { s.load_pairs(p) } else { s.load_pairs_n(p, n) } }
     }

@@ -37,10 +37,9 @@ impl InputForm {
     pub(crate) fn of(w: &Weight<Cpu>) -> Self {
         match w {
             Weight::Dense { data } if data.dtype() == DType::BF16 => Self::Pairs,
-            Weight::Dense { .. } => Self::F32,
             Weight::Fp8Block { .. } | Weight::Int8Group { .. } => Self::Pairs,
             Weight::Int4Group(w) if w.group.is_multiple_of(CHUNK) => Self::Chunks,
-            Weight::Int4Group(_) => Self::F32,
+            Weight::Dense { .. } | Weight::Int4Group(_) => Self::F32,
         }
     }
 }

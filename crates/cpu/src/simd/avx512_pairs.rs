@@ -27,6 +27,7 @@ const ENTRIES: [u16; 32] = {
     entries
 };
 
+#[allow(clippy::unused_self)] // the proof that the machine has the instructions
 impl Avx512<true> {
     /// BF16 numbers of 64 codes, whose order `in_order` has prepared: the bits 0 to 6 of `magnitudes` and the sign bit of `signs`.
     #[inline(always)]

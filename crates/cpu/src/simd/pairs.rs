@@ -92,13 +92,13 @@ pub(crate) struct ByteTable {
 }
 
 impl ByteTable {
-    const fn new(f32_of: [f32; 128]) -> Self {
+    const fn new(f32_of: &[f32; 128]) -> Self {
         let mut table = Self { high: [0; 128], low: [0; 128] };
         let mut i = 0;
         while i < 128 {
             // Every value has at most eight significant bits, so its upper half is all of it.
             let bits = f32_of[i].to_bits();
-            assert!(bits & 0xffff == 0, "a value that BF16 does not hold");
+            assert!(bits.trailing_zeros() >= 16, "a value that BF16 does not hold");
             table.high[i] = (bits >> 24) as u8;
             table.low[i] = (bits >> 16) as u8;
             i += 1;
@@ -156,7 +156,7 @@ const fn e4m3_magnitudes() -> [f32; 128] {
 
 impl Codes for F8 {
     const STEP_VECTORS: usize = 2;
-    const TABLE: ByteTable = ByteTable::new(e4m3_magnitudes());
+    const TABLE: ByteTable = ByteTable::new(&e4m3_magnitudes());
 
     #[inline(always)]
     unsafe fn load<S: Pairs>(s: S, table: S::Table, p: *const Self) -> [S::P; 2] {
@@ -183,7 +183,7 @@ const fn i8_magnitudes() -> [f32; 128] {
 
 impl Codes for i8 {
     const STEP_VECTORS: usize = 2;
-    const TABLE: ByteTable = ByteTable::new(i8_magnitudes());
+    const TABLE: ByteTable = ByteTable::new(&i8_magnitudes());
 
     #[inline(always)]
     unsafe fn load<S: Pairs>(s: S, table: S::Table, p: *const Self) -> [S::P; 2] {
