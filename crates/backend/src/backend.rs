@@ -86,7 +86,7 @@ pub enum AttentionKind {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[allow(clippy::struct_excessive_bools)] // independent of each other
 pub struct Capabilities {
-    /// Element types that activations may have, the one that suits the device best first.
+    /// Element types that activations may have.
     pub activation_dtypes: Vec<DType>,
     /// Formats of weights that `linear` takes; dense ones and FP8 blocks are always among them.
     pub weight_formats: Vec<WeightFormat>,

@@ -95,11 +95,11 @@ pub(crate) struct ModelArgs {
     pub(crate) dtype: Dtype,
 
     /// Quantization of the weights. int8, int4: linears and experts are quantized at load, in groups of 128, from BF16 or FP8, for
-    /// --device cpu (and reference). fp8 is read from config.json, so it can only confirm it.
+    /// --device cpu (and reference); what is not quantized stays as stored, also with --dtype bfloat16. fp8 is read from config.json, so it can only confirm it.
     #[arg(long, value_enum)]
     pub(crate) quantization: Option<Quantization>,
 
-    /// Element type of the KV cache; auto is that of the activations. fp8 (fp8_e4m3): latents as E4M3 with a scale per token
+    /// Element type of the KV cache; auto is that of the activations (see --dtype), and another than theirs is fp8 alone. fp8 (fp8_e4m3): latents as E4M3 with a scale per token
     /// and 128 channels, rotated keys in BF16: a little more than a quarter of F32's memory.
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub(crate) kv_cache_dtype: Dtype,

@@ -121,14 +121,13 @@ impl AnyDevice {
         }
     }
 
-    /// What activations are where nobody says: what the device computes best with.
+    /// What activations are where nobody says: BF16 where the device multiplies it.
     fn activation_dtype(&self) -> DType {
-        let capabilities = match self {
-            Self::Cpu(devices) => devices[0].capabilities(),
-            Self::Gpu(devices) => devices[0].capabilities(),
-            Self::Reference(devices) => devices[0].capabilities(),
-        };
-        capabilities.activation_dtypes[0]
+        match self {
+            Self::Cpu(devices) if devices[0].multiplies_bf16() => DType::BF16,
+            Self::Gpu(_) => DType::BF16,
+            Self::Cpu(_) | Self::Reference(_) => DType::F32,
+        }
     }
 
     /// Whether it has FP8 arithmetic; `None` for what is no GPU.

@@ -100,6 +100,7 @@ impl Available {
             _ => kernel.run(Portable),
         }
     }
+
     /// Whether inputs that are BF16 are multiplied in pairs.
     pub(crate) fn has_pairs(self) -> bool {
         self.0 == Isa::Avx512Bf16

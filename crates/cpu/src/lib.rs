@@ -1,6 +1,6 @@
 //! The default backend: hand-vectorised CPU kernels and a persistent thread pool.
 //!
-//! Weights are read where they lie, FP8 widened in registers; sums are F32 in an order that depends on neither the batch nor
+//! Mapped weights are read where they lie, FP8 widened in registers; sums are F32 in an order that depends on neither the batch nor
 //! the number of threads. Knows no models.
 
 // Kernels must end up inside the function that carries the target features, see `simd`.
@@ -57,7 +57,7 @@ pub struct CpuOptions {
 /// Where weights lie.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WeightMemory {
-    /// Where they are in the host's memory, as a rule a mapped file: nothing is copied, and processes share the page cache.
+    /// Mapped ones in the mapped file: nothing is copied, and processes share the page cache.
     /// Their pages are as large as the file system keeps them.
     #[default]
     InPlace,
@@ -153,6 +153,11 @@ impl Cpu {
         self.isa.isa()
     }
 
+    /// Whether BF16 numbers are multiplied as they are, not widened to F32 first.
+    pub fn multiplies_bf16(&self) -> bool {
+        self.isa.has_pairs()
+    }
+
     /// Threads that compute.
     pub fn threads(&self) -> usize {
         self.threads
@@ -169,6 +174,22 @@ impl Cpu {
         let owned = self.owned_bytes.load(Ordering::Relaxed);
         let left = self.budget_bytes.map(|budget| (budget / self.sharing).saturating_sub(owned));
         left.into_iter().chain(memory::available_bytes().map(|bytes| bytes / self.sharing)).min()
+    }
+
+    /// A copy of a matrix in huge pages; the host's own pages are given back.
+    fn copy_to_huge_pages(&self, host: &HostTensor) -> Result<Tensor<Self>, BackendError> {
+        let size_bytes = host.bytes().len();
+        let what = || {
+            let (shape, dtype) = (host.shape(), host.dtype());
+            format!("a copy in huge pages of weights {shape:?} {dtype}, which could stay in place")
+        };
+        self.check_room(size_bytes, &what)?;
+        let mut slabs = self.slabs.lock().unwrap_or_else(PoisonError::into_inner);
+        let copy =
+            Buffer::in_huge_pages(host.bytes(), &mut slabs, &mut self.engine().pool, &self.owned_bytes)
+                .ok_or_else(|| out_of_memory(size_bytes, what(), self.left_bytes()))?;
+        host.discard();
+        Ok(Tensor::from_buffer(copy, host.shape(), host.dtype()))
     }
 
     /// Refuses what the machine cannot hold.
@@ -267,23 +288,17 @@ impl Backend for Cpu {
     }
 
     fn import_matrix(&self, host: &HostTensor) -> Result<Tensor<Self>, BackendError> {
-        // What the host has made for this call, codes of a quantized weight, say, costs one copy more and lies better then.
+        // What the host has made for this call, codes of a quantized weight, say, costs one copy more and lies better then. Where
+        // there is no room for the copy, it stays where it is.
         let made = host.owner().0.is_resident();
-        if host.bytes().is_empty() || self.weight_memory == WeightMemory::InPlace && !made {
+        let in_place = self.weight_memory == WeightMemory::InPlace;
+        if host.bytes().is_empty() || in_place && !made {
             return self.import(host);
         }
-        let size_bytes = host.bytes().len();
-        let what = || {
-            let (shape, dtype) = (host.shape(), host.dtype());
-            format!("a copy in huge pages of weights {shape:?} {dtype}, which could stay in place")
-        };
-        self.check_room(size_bytes, &what)?;
-        let mut slabs = self.slabs.lock().unwrap_or_else(PoisonError::into_inner);
-        let copy =
-            Buffer::in_huge_pages(host.bytes(), &mut slabs, &mut self.engine().pool, &self.owned_bytes)
-                .ok_or_else(|| out_of_memory(size_bytes, what(), self.left_bytes()))?;
-        host.discard();
-        Ok(Tensor::from_buffer(copy, host.shape(), host.dtype()))
+        match self.copy_to_huge_pages(host) {
+            Err(_) if in_place => self.import(host),
+            copied => copied,
+        }
     }
 
     fn upload(&self, src: HostSlice<'_>, dst: &Tensor<Self>) {

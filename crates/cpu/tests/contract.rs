@@ -75,36 +75,6 @@ fn import_copies_only_what_is_misaligned() {
     }
 }
 
-/// Bytes as a mapped file has them, or as quantised weights do.
-struct Placed(Vec<u8>, bool);
-
-impl HostBytes for Placed {
-    fn bytes(&self) -> &[u8] {
-        &self.0
-    }
-
-    fn is_resident(&self) -> bool {
-        self.1
-    }
-}
-
-/// Pages of a file will be needed but count as free; what the process holds has left the system's count by itself.
-#[test]
-fn what_is_free_is_reckoned_without_pages_in_use_and_counts_nothing_twice() {
-    const SIZE: usize = 1 << 29;
-    let cpu = cpu(None, 1);
-    let Some(before) = cpu.free_bytes().filter(|free| *free > 2 * SIZE) else { return };
-    let mut kept = Vec::new();
-    for (is_resident, taken) in [(true, 0), (false, SIZE)] {
-        // Never touched, so that the system has not noticed them yet.
-        let owner = Arc::new(Placed(vec![0; SIZE], is_resident));
-        let host = HostTensor::new(owner, 0..SIZE, &[SIZE / 4], DType::F32);
-        kept.push(cpu.import(&host).expect("in place"));
-        let gone = before.saturating_sub(cpu.free_bytes().expect("it said so before"));
-        assert!(gone.abs_diff(taken) < SIZE / 2, "resident {is_resident}: {gone} bytes fewer");
-    }
-}
-
 #[test]
 fn too_much_memory_is_an_error_with_a_way_out() {
     let cpu = cpu(None, 1);

@@ -192,7 +192,7 @@ impl Backend for Gpu {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities {
-            activation_dtypes: vec![DType::BF16, DType::F32],
+            activation_dtypes: vec![DType::F32, DType::BF16],
             cache_dtypes: vec![DType::F32, DType::BF16, DType::F8E4M3],
             fp8_activations: self.driver.info().fp8,
             asynchronous: true,

@@ -99,8 +99,6 @@ mod tests {
         }
     }
 
-    /// Counts pages of the mapping in memory, as the kernel reports them.
-    #[cfg(target_os = "linux")]
     #[test]
     fn what_will_be_read_reads_the_same() {
         let dir = tempfile::tempdir().unwrap();
@@ -115,6 +113,8 @@ mod tests {
         }
     }
 
+    /// Counts pages of the mapping in memory, as the kernel reports them.
+    #[cfg(target_os = "linux")]
     #[test]
     fn discard_releases_whole_pages_inside_the_range_only() {
         let resident = |map: &Mapping| -> usize {

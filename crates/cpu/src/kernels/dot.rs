@@ -115,6 +115,7 @@ impl Kernel for MatMul<'_> {
             "product of unlike shapes"
         );
         assert!((tokens - 1) * self.ldy + self.rows.len() <= self.y.len(), "outputs past their slice");
+        self.w.check();
         assert!(TileSize::floats(&self.w, self.rows.len(), tokens) <= self.tile.len(), "scratch too small");
         if self.x.mat.dtype == DType::BF16 {
             let Self { w, rows, x, y, ldy, tile } = self;

@@ -100,6 +100,20 @@ impl<'a> WeightRows<'a> {
         Self { data: Mat::from_f32(values, rows, cols, stride), scales: None }
     }
 
+    /// # Panics
+    /// When a block of the weight has no scale: kernels read them without looking.
+    pub(crate) fn check(&self) {
+        let Some(Scales { values, block, offset }) = self.scales else { return };
+        let blocks = [self.data.rows, self.data.cols].map(|n| n.saturating_sub(1));
+        let [rows, cols] = [0, 1].map(|i| (blocks[i] + offset[i]) / block[i] + 1);
+        assert!(
+            rows <= values.rows && cols <= values.cols && values.dtype == DType::F32,
+            "a weight of {rows} x {cols} blocks has {} x {} scales",
+            values.rows,
+            values.cols
+        );
+    }
+
     /// Whether BF16 inputs can meet it in pairs.
     pub(crate) fn has_pairs(&self) -> bool {
         match self.data.dtype {

@@ -85,6 +85,12 @@ impl PairKernel for Int4Mul<'_> {
         self.x.check(DType::BF16, padded(self.w.cols()));
         assert!((tokens - 1) * self.ldy + rows <= self.y.len(), "outputs past their slice");
         assert!(scratch_floats(&self.w, rows, tokens) <= self.tile.len(), "scratch too small");
+        if self.w.cols() == 0 {
+            for t in 0..tokens {
+                self.y[t * self.ldy..][..rows].fill(0.0);
+            }
+            return;
+        }
         if tokens > STREAMED_TOKENS {
             return self.blocked(s);
         }
@@ -142,11 +148,15 @@ impl Int4Mul<'_> {
         let ld = near_row(chunks);
         let (numbers, scales) = near.split_at_mut(ROWS * ld / 2);
         let numbers = numbers.as_mut_ptr().cast::<u16>();
+        assert!(R * SPAN <= scales.len(), "scales past their room");
+        let scales = scales.as_mut_ptr();
         let mut w = [std::ptr::null::<u16>(); R];
         let mut row_scales = [std::ptr::null::<f32>(); R];
         for r in 0..R {
-            let (dst, scales) = (numbers.wrapping_add(r * ld), &mut scales[r * SPAN..][..SPAN]);
-            (w[r], row_scales[r]) = (dst, scales.as_ptr());
+            let (dst, of_row) = (numbers.wrapping_add(r * ld), scales.wrapping_add(r * SPAN));
+            (w[r], row_scales[r]) = (dst, of_row);
+            // SAFETY: checked above, and each row has a part of its own.
+            let scales = unsafe { std::slice::from_raw_parts_mut(of_row, SPAN) };
             s.call_pairs(Widen { w: self.w, n: n + r, span: span.clone(), dst, scales });
         }
         let next = self.w.codes.row(n).wrapping_add(R * self.w.codes.stride * size_of::<u32>());

@@ -40,6 +40,7 @@ impl PairRows<'_> {
     /// Whether the weight's blocks of scales fall between vectors when columns are taken from `col` on.
     pub(crate) fn suits(w: &WeightRows<'_>, col: usize) -> bool {
         w.has_pairs()
+            && w.data.dtype != DType::I8
             && w.scales.is_none_or(|scales| {
                 (scales.block_end(1, col) - col).is_multiple_of(64) && scales.block[1].is_multiple_of(64)
             })
@@ -55,6 +56,7 @@ impl Kernel for PairRows<'_> {
         );
         assert!(self.x.dtype == DType::BF16 && self.x.cols == self.rows.len(), "an input for each row");
         let floats = self.x.rows * self.ld;
+        self.w.check();
         assert!(self.ld >= Self::width(self.cols.len()), "rows of sums overlap");
         assert!(self.y.len() >= floats && self.part.len() >= floats, "sums past their room");
         match self.w.data.dtype {

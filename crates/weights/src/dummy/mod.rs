@@ -178,4 +178,8 @@ impl HostBytes for Aligned {
     fn bytes(&self) -> &[u8] {
         &self.bytes[self.start..]
     }
+
+    fn is_resident(&self) -> bool {
+        true
+    }
 }
