@@ -154,7 +154,7 @@ fn failure(args: &[&str]) -> String {
         if let Some(status) = child.try_wait().expect("a status") {
             break status;
         }
-        if since.elapsed() > Duration::from_secs(60) {
+        if since.elapsed() > Duration::from_mins(1) {
             child.kill().expect("the process is stopped");
             child.wait().expect("the process ends");
             let printed = [&out, &said].map(|file| fs::read_to_string(file.path()).expect("text"));
