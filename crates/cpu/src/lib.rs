@@ -234,11 +234,7 @@ impl Backend for Cpu {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities {
-            activation_dtypes: if self.isa.has_pairs() {
-                vec![DType::BF16, DType::F32]
-            } else {
-                vec![DType::F32, DType::BF16]
-            },
+            activation_dtypes: vec![DType::F32, DType::BF16],
             weight_formats: ALL_FORMATS.to_vec(),
             expert_formats: ALL_FORMATS.to_vec(),
             attention: vec![AttentionKind::Mla, AttentionKind::Gqa],

@@ -461,17 +461,29 @@ impl<E: Codes, const T: usize, const SCALED: bool> PairKernel for Stream<'_, E, 
                 // SAFETY: the row and the tokens have the columns, and blocks their scales.
                 totals[r] = unsafe { row::<S, E, T, SCALED>(s, table, w, x, scales, columns) };
             }
-            for t in 0..T {
-                let y = &mut mul.y[t * mul.ldy + n - mul.rows.start..][..count];
-                if count == 4 {
-                    y.copy_from_slice(&s.sum4([totals[0][t], totals[1][t], totals[2][t], totals[3][t]]));
-                } else {
-                    for r in 0..count {
-                        y[r] = s.sum(totals[r][t]);
-                    }
-                }
-            }
+            write_rows(s, &totals, count, &mut mul.y[n - mul.rows.start..], mul.ldy);
             n += count;
+        }
+    }
+}
+
+/// `y[t * ldy + r]`: the sums of the lanes of `totals[r][t]`, of the first `count` of four rows.
+#[inline(always)]
+pub(super) fn write_rows<S: Pairs, const T: usize>(
+    s: S,
+    totals: &[[S::V; T]; 4],
+    count: usize,
+    y: &mut [f32],
+    ldy: usize,
+) {
+    for t in 0..T {
+        let y = &mut y[t * ldy..][..count];
+        if count == 4 {
+            y.copy_from_slice(&s.sum4([totals[0][t], totals[1][t], totals[2][t], totals[3][t]]));
+        } else {
+            for r in 0..count {
+                y[r] = s.sum(totals[r][t]);
+            }
         }
     }
 }

@@ -10,7 +10,9 @@ use half::bf16;
 use r1_core::DType;
 
 use super::XRows;
-use super::pair_dot::{Block, Columns, PADDING, ROWS, SCALED_ROWS, STREAMED_TOKENS, TOKEN_BLOCK, TOKENS};
+use super::pair_dot::{
+    Block, Columns, PADDING, ROWS, SCALED_ROWS, STREAMED_TOKENS, TOKEN_BLOCK, TOKENS, write_rows,
+};
 use super::product::Packed;
 use crate::simd::{MAX_LANES, PairKernel, Pairs};
 
@@ -287,16 +289,7 @@ impl<const T: usize> PairKernel for Stream<'_, T> {
                 let (zeros, scales) = (&zeros[first..first + chunks], &scales[first..first + chunks]);
                 totals[i] = sum_row(s, codes, zeros, scales, x);
             }
-            for t in 0..T {
-                let y = &mut mul.y[t * mul.ldy + r..][..count];
-                if count == 4 {
-                    y.copy_from_slice(&s.sum4([totals[0][t], totals[1][t], totals[2][t], totals[3][t]]));
-                } else {
-                    for i in 0..count {
-                        y[i] = s.sum(totals[i][t]);
-                    }
-                }
-            }
+            write_rows(s, &totals, count, &mut mul.y[r..], mul.ldy);
             r += count;
         }
     }
