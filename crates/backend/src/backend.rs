@@ -215,7 +215,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// that [`Capabilities::weight_formats`] lacks are refused with a panic.
     fn linear(&self, x: &Activation<Self>, w: &Weight<Self>, out: &Tensor<Self>);
 
-    /// One matrix per head, see [`HeadWeight`], dense or in FP8 blocks. `x` `[T, H, a]`, `out` `[T, H, b]`, both may be strided.
+    /// One matrix per head, see [`HeadWeight`]: dense, in FP8 blocks or, where the capabilities have it, int8. `x` `[T, H, a]`, `out` `[T, H, b]`, both may be strided.
     fn per_head(&self, x: &Tensor<Self>, w: &HeadWeight<Self>, out: &Tensor<Self>);
 
     /// RoPE and cache write. Rotates `q_rope` `[T, H, R]` (strided) in place; writes `rms_norm(kv_a[:, :C])` and the rotated

@@ -112,7 +112,10 @@ impl Check {
                 );
                 self.arg(arg, data, letters, &[DType::F8E4M3])
             }
-            Weight::Int8Group { .. } | Weight::Int4Group(_) => {
+            Weight::Int8Group { data, scales, group, offset } => {
+                self.int8(arg, [data, scales], [*group, *offset], letters)
+            }
+            Weight::Int4Group(_) => {
                 panic!("{op}: {arg} is {:?}, which `linear` and `experts` alone take", w.format())
             }
         }

@@ -176,6 +176,11 @@ impl<'a> Mat<'a> {
         self.ptr.wrapping_add(i * self.stride * self.dtype.size_bytes())
     }
 
+    /// Whether the rows follow each other without a gap.
+    pub(crate) fn is_contiguous(&self) -> bool {
+        self.stride == self.cols
+    }
+
     /// Rows `range`.
     pub(crate) fn slice(&self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.rows, "rows {range:?} of {}", self.rows);

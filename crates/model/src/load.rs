@@ -23,7 +23,7 @@ use crate::deepseek::{DeepSeek, Embedding, FeedForward, Head, Layer, Workspace};
 use crate::mla::Mla;
 use crate::{MlaForm, ModelError, ModelOptions, WeightFormat, shard};
 
-const LM_HEAD: &str = "lm_head";
+pub(crate) const LM_HEAD: &str = "lm_head";
 const FLOAT: &[DType] = &[DType::F32, DType::BF16, DType::F16];
 
 impl<B: Backend> DeepSeek<B> {
@@ -272,7 +272,7 @@ impl<B: Backend> Loader<'_, B> {
         k: usize,
         partition: Partition,
     ) -> Result<Weight<B>, ModelError> {
-        match self.options.weights.quantized(prefix == LM_HEAD) {
+        match self.options.weights.quantized(prefix) {
             Some(format) => self.quantized(prefix, n, k, partition, format),
             None => self.stored(prefix, n, k, partition),
         }
@@ -439,7 +439,7 @@ impl<B: Backend> Loader<'_, B> {
         let kv_a = format!("{attn}.kv_a_proj_with_mqa");
         let kv_a = self.linear(&kv_a, c.kv_cache_dim(), hidden, Partition::Replicated)?;
         let kv_width = heads * (c.qk_nope_head_dim + c.v_head_dim);
-        let kv_b = self.stored(&format!("{attn}.kv_b_proj"), kv_width, c.kv_lora_rank, self.column())?;
+        let kv_b = self.linear(&format!("{attn}.kv_b_proj"), kv_width, c.kv_lora_rank, self.column())?;
         let (w_uk, w_uv) = Mla::absorbed(&kv_b, c.qk_nope_head_dim, c.v_head_dim);
         let mla = Mla {
             qkv: QkvWeights { q, kv_a, eps },

@@ -5,6 +5,8 @@ use std::ops::Range;
 use r1_core::{DType, Rank};
 use r1_weights::{ModelConfig, QuantizedFormat};
 
+use crate::load::LM_HEAD;
+
 /// Which form of MLA a prefill takes. Decode is always absorbed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum MlaForm {
@@ -25,19 +27,20 @@ pub enum WeightFormat {
     AsStored,
     /// FP8 widened to BF16 once, at load.
     WidenToBf16,
-    /// Linears, shared and routed experts, and the head quantised to int8 at load; `kv_b_proj`, which absorbed MLA reads head
-    /// by head, the router, norms and embedding (with a head that is tied to it) as the checkpoint stores them.
+    /// Linears, shared and routed experts, and the head quantised to int8 at load; the router, norms and embedding (with a head
+    /// that is tied to it) as the checkpoint stores them.
     Int8,
-    /// As `Int8`, to int4; the head to int8.
+    /// As `Int8`, to int4; the head and `kv_b_proj`, which absorbed MLA reads head by head, to int8.
     Int4,
 }
 
 impl WeightFormat {
-    /// What a linear is quantised to, or the head.
-    pub(crate) fn quantized(self, is_head: bool) -> Option<QuantizedFormat> {
+    /// What the linear `{prefix}.weight` is quantised to.
+    pub(crate) fn quantized(self, prefix: &str) -> Option<QuantizedFormat> {
+        let keeps_int8 = prefix == LM_HEAD || prefix.ends_with(".kv_b_proj");
         match self {
             Self::AsStored | Self::WidenToBf16 => None,
-            Self::Int4 if !is_head => Some(QuantizedFormat::Int4),
+            Self::Int4 if !keeps_int8 => Some(QuantizedFormat::Int4),
             Self::Int8 | Self::Int4 => Some(QuantizedFormat::Int8),
         }
     }

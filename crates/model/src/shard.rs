@@ -59,9 +59,9 @@ pub(crate) fn weight_bytes(checkpoint: &Checkpoint, config: &ModelConfig, option
 /// What a tensor is quantised to at load.
 fn quantized(options: &ModelOptions, tensor: &ExpectedTensor) -> Option<QuantizedFormat> {
     match tensor.kind {
-        TensorKind::Linear if tensor.name.contains(".kv_b_proj.") => None,
-        TensorKind::Linear | TensorKind::ExpertLinear => options.weights.quantized(false),
-        TensorKind::Head => options.weights.quantized(true),
+        TensorKind::Linear | TensorKind::ExpertLinear | TensorKind::Head => {
+            options.weights.quantized(tensor.name.trim_end_matches(".weight"))
+        }
         _ => None,
     }
 }

@@ -4,6 +4,7 @@
 use r1_core::DType;
 
 use super::dense::{ROWS, fp8_forms};
+use super::matrix::check_per_head;
 use super::moe::check_experts;
 use super::random::{Random, seeded};
 use super::rounding::{Tolerance, assert_close};
@@ -59,6 +60,32 @@ pub fn linear_int8<B: Backend>(backend: &B) {
 /// As [`linear_int8`], of int4 weights.
 pub fn linear_int4<B: Backend>(backend: &B) {
     linear(backend, "linear_int4", &INT4);
+}
+
+/// [`Backend::per_head`] with int8 weights, where the backend has them.
+pub fn per_head_int8<B: Backend>(backend: &B) {
+    if !takes(backend, WeightFormat::Int8Group) {
+        return;
+    }
+    // Heads, rows of each, K; groups that end short and begin inside, and more outputs than are widened at once.
+    const CASES: [([usize; 3], usize, usize); 5] = [
+        ([1, 3, 5], 32, 0),
+        ([3, 24, 33], 10, 3),
+        ([5, 48, 136], 128, 0),
+        ([2, 130, 300], 128, 40),
+        ([2, 7, 512], 128, 0),
+    ];
+    seeded("per_head_int8", |random| {
+        for dtype in backend.capabilities().activation_dtypes {
+            for form in [HeadForm::RowsIn, HeadForm::RowsOut] {
+                for (sizes, group, offset) in CASES {
+                    for tokens in [1, 4, 19] {
+                        check_per_head(backend, random, int8(group, offset), dtype, form, tokens, sizes);
+                    }
+                }
+            }
+        }
+    });
 }
 
 fn linear<B: Backend>(backend: &B, name: &'static str, cases: &[([usize; 2], Format)]) {
@@ -159,10 +186,15 @@ pub(super) fn shape_panics<B: Backend>(backend: &B, random: &mut Random) {
         } else {
             refuses("linear: w", || backend.linear(&x, w, &f(&[2, 4])));
         }
-        refuses("per_head: w is Int", || {
+        let head = |k: usize| {
             let head = HeadWeight { weight: w.clone(), rows_per_head: 2, rows: 0..2, form: HeadForm::RowsIn };
-            backend.per_head(&f(&[3, 2, 2]), &head, &f(&[3, 2, 24]));
-        });
+            backend.per_head(&f(&[3, 2, 2]), &head, &f(&[3, 2, k]));
+        };
+        if w.format() == WeightFormat::Int8Group && takes(backend, w.format()) {
+            refuses("per_head: out has shape", || head(16));
+        } else {
+            refuses("per_head: w is Int", || head(24));
+        }
         experts_refused(backend, random, format);
     }
     if takes(backend, WeightFormat::Int8Group) {

@@ -78,7 +78,8 @@ pub fn per_head<B: Backend>(backend: &B) {
                 for form in [HeadForm::RowsIn, HeadForm::RowsOut] {
                     for (heads, rows_per_head, k) in [(1, 3, 5), (3, 24, 33), (5, 48, 136)] {
                         let rows = [1, 4, 19][random.below(3)];
-                        check_per_head(backend, random, format, dtype, form, [rows, heads, rows_per_head, k]);
+                        let sizes = [heads, rows_per_head, k];
+                        check_per_head(backend, random, format, dtype, form, rows, sizes);
                     }
                 }
             }
@@ -86,13 +87,14 @@ pub fn per_head<B: Backend>(backend: &B) {
     });
 }
 
-fn check_per_head<B: Backend>(
+pub(super) fn check_per_head<B: Backend>(
     backend: &B,
     random: &mut Random,
     format: Format,
     dtype: DType,
     form: HeadForm,
-    [tokens, heads, rows_per_head, k]: [usize; 4],
+    tokens: usize,
+    [heads, rows_per_head, k]: [usize; 3],
 ) {
     let (w, values) = weight(backend, random, [heads * rows_per_head, k], format);
     let split = 1 + rows_per_head / 3;

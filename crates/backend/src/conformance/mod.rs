@@ -37,7 +37,7 @@ pub use composites::{add_rms_norm, capture, linear_add_norm, mla_qkv, mlp_compos
 pub use decoder_layer::decoder_layer;
 pub use dense::{add, embed, feed_tokens, gather_rows, quantize, rms_norm, rms_norm_range, silu_mul};
 pub use gqa::{gqa_attention, gqa_batch_equals_alone, rope_cache_gqa};
-pub use grouped::{experts_int4, experts_int8, linear_int4, linear_int8};
+pub use grouped::{experts_int4, experts_int8, linear_int4, linear_int8, per_head_int8};
 pub use matrix::{linear, linear_fp8_activations, per_head};
 pub use memory::{alloc_is_zeroed, alloc_refuses, import, read_back, traffic_honours_views, upload_rounds};
 pub use mla_composites::{mla_absorb, mla_attend};
@@ -75,7 +75,7 @@ macro_rules! conformance_tests {
         $crate::conformance_tests! { @each $backend;
             alloc_is_zeroed alloc_refuses import upload_rounds traffic_honours_views read_back
             feed_tokens embed rms_norm rms_norm_range quantize silu_mul add gather_rows
-            linear linear_fp8_activations linear_int8 linear_int4 per_head
+            linear linear_fp8_activations linear_int8 linear_int4 per_head per_head_int8
             rope_cache mla_attention mla_attention_range gather_latent mla_attention_expanded
             absorbed_equals_expanded batch_equals_alone chunked_equals_whole padding
             rope_cache_gqa gqa_attention gqa_batch_equals_alone

@@ -15,16 +15,15 @@ impl Check {
         letters: &[&'static str; 2],
     ) -> Self {
         match w {
-            Weight::Dense { .. } | Weight::Fp8Block { .. } => self.weight(arg, w, letters),
-            Weight::Int8Group { data, scales, group, offset } => {
-                self.int8(arg, [data, scales], [*group, *offset], letters)
+            Weight::Dense { .. } | Weight::Fp8Block { .. } | Weight::Int8Group { .. } => {
+                self.weight(arg, w, letters)
             }
             Weight::Int4Group(w) => self.int4(arg, w, letters),
         }
     }
 
     #[track_caller]
-    fn int8<B: Backend>(
+    pub(super) fn int8<B: Backend>(
         self,
         arg: &str,
         [data, scales]: [&Tensor<B>; 2],

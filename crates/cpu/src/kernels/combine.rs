@@ -1,6 +1,7 @@
 //! `y[m, c] += Σ_r coef[m, r] w[r, c]`: weighted sums of rows. W_uk of absorbed MLA, and probabilities times values.
 //!
-//! Each output is summed in order of r, FP8 row blocks by themselves, so its bits do not depend on how many there are.
+//! Each output is summed in order of r, FP8 row blocks by themselves, so its bits do not depend on how many there are. Where every
+//! row has scales of its own (int8), they go into the coefficients.
 
 use std::ops::Range;
 
@@ -9,6 +10,8 @@ use crate::simd::{Elem, Kernel, MAX_LANES, Simd, slice};
 
 /// Vectors of columns per register tile.
 const TILE_VECTORS: usize = 4;
+/// Rows with scales of their own that are read together.
+const SCALED_ROWS: usize = 16;
 /// From how many outputs on a strip of rows is widened first.
 const WIDEN_FROM: usize = 5;
 
@@ -25,7 +28,7 @@ pub(crate) struct Combine<'a> {
     /// `[m, cols.len()]`, rows `ldy` apart.
     pub(crate) y: &'a mut [f32],
     pub(crate) ldy: usize,
-    /// Scratch of [`Combine::tile_floats`].
+    /// Scratch of [`Combine::tile_floats`], or of [`Combine::scaled_floats`] where there are scales.
     pub(crate) tile: &'a mut [f32],
 }
 
@@ -33,6 +36,13 @@ impl Combine<'_> {
     /// Floats of `tile`: a widened strip of `rows` rows.
     pub(crate) fn tile_floats(rows: usize) -> usize {
         rows * TILE_VECTORS * MAX_LANES
+    }
+
+    /// As [`tile_floats`](Self::tile_floats) for `m` outputs of any weight.
+    pub(crate) fn scaled_floats(w: &WeightRows<'_>, rows: usize, m: usize) -> usize {
+        let coef =
+            if w.scales.is_some_and(|scales| scales.block[0] == 1) { m * rows.min(SCALED_ROWS) } else { 0 };
+        Self::tile_floats(rows) + coef
     }
 }
 
@@ -47,7 +57,8 @@ impl Kernel for Combine<'_> {
         assert!(self.rows.end <= data.rows && self.cols.end <= data.cols, "sums of rows past the matrix");
         assert!((self.m - 1) * self.ld_coef + rows <= self.coef.len(), "too few coefficients");
         assert!((self.m - 1) * self.ldy + cols <= self.y.len(), "outputs past their slice");
-        with_elem!(data.dtype, E => self.typed::<S, E>(s));
+        let by_row = self.w.scales.is_some_and(|scales| scales.block[0] == 1);
+        with_elem!(data.dtype, E => if by_row { self.scaled_rows::<S, E>(s) } else { self.typed::<S, E>(s) });
     }
 }
 
@@ -65,7 +76,6 @@ struct Strip<'a, E> {
 impl Combine<'_> {
     #[inline(always)]
     fn typed<S: Simd, E: Elem>(mut self, s: S) {
-        let strip = TILE_VECTORS * S::LANES;
         let mut r0 = self.rows.start;
         while r0 < self.rows.end {
             let r1 = self.w.scales.map_or(self.rows.end, |scales| scales.block_end(0, r0).min(self.rows.end));
@@ -74,13 +84,57 @@ impl Combine<'_> {
                 let c_end =
                     self.w.scales.map_or(self.cols.end, |scales| scales.block_end(1, c0).min(self.cols.end));
                 let scale = self.w.scales.map_or(1.0, |scales| scales.at(r0, c0) * E::FACTOR);
-                while c0 < c_end {
-                    let c1 = (c0 + strip).min(c_end);
-                    self.strip::<S, E>(s, r0..r1, c0..c1, scale);
-                    c0 = c1;
-                }
+                self.strips::<S, E>(s, r0..r1, c0..c_end, scale);
+                c0 = c_end;
             }
             r0 = r1;
+        }
+    }
+
+    /// Every row has scales of its own. A few rows at a time, in the order of memory: the next ones are asked for meanwhile.
+    #[inline(always)]
+    fn scaled_rows<S: Simd, E: Elem>(self, s: S) {
+        let Self { w, rows, cols, coef, ld_coef, m, y, ldy, tile } = self;
+        let Some(scales) = w.scales else { return };
+        let (tile, scaled) = tile.split_at_mut(Self::tile_floats(rows.len()));
+        let ld = SCALED_ROWS.min(rows.len());
+        let scaled = &mut scaled[..m * ld];
+        let row_bytes = w.data.stride * size_of::<E>();
+        let mut r0 = rows.start;
+        while r0 < rows.end {
+            let r1 = (r0 + SCALED_ROWS).min(rows.end);
+            let next = w.data.row(r0).wrapping_add(SCALED_ROWS * row_bytes);
+            let mut c0 = cols.start;
+            while c0 < cols.end {
+                let c1 = scales.block_end(1, c0).min(cols.end);
+                let group = scales.column(c0);
+                for r in 0..r1 - r0 {
+                    let scale = scales.values.f32_row(r0 + r + scales.offset[0])[group] * E::FACTOR;
+                    for j in 0..m {
+                        scaled[j * ld + r] = coef[j * ld_coef + r0 - rows.start + r] * scale;
+                    }
+                    for line in (c0 * size_of::<E>()..c1 * size_of::<E>()).step_by(64) {
+                        s.prefetch(next.wrapping_add(r * row_bytes + line));
+                    }
+                }
+                let y = &mut y[c0 - cols.start..];
+                let (rows, cols) = (r0..r1, c0..c1);
+                let mut part = Combine { w, rows, cols, coef: scaled, ld_coef: ld, m, y, ldy, tile };
+                part.strips::<S, E>(s, r0..r1, c0..c1, 1.0);
+                c0 = c1;
+            }
+            r0 = r1;
+        }
+    }
+
+    /// Rows and columns of one scale.
+    #[inline(always)]
+    fn strips<S: Simd, E: Elem>(&mut self, s: S, rows: Range<usize>, cols: Range<usize>, scale: f32) {
+        let mut c0 = cols.start;
+        while c0 < cols.end {
+            let c1 = (c0 + TILE_VECTORS * S::LANES).min(cols.end);
+            self.strip::<S, E>(s, rows.clone(), c0..c1, scale);
+            c0 = c1;
         }
     }
 

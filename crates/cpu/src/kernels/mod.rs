@@ -137,13 +137,18 @@ impl Scales<'_> {
     /// The scales of weight row `row` from column `col` on.
     fn row_from(&self, row: usize, col: usize) -> *const f32 {
         let block_row = (row + self.offset[0]) / self.block[0];
-        let block_col = (col + self.offset[1]) / self.block[1];
+        let block_col = self.column(col);
         assert!(block_col < self.values.cols && self.values.dtype == DType::F32, "column {col} has no scale");
         self.values.row(block_row).cast::<f32>().wrapping_add(block_col)
     }
 
     fn at(&self, row: usize, col: usize) -> f32 {
-        self.values.f32_row((row + self.offset[0]) / self.block[0])[(col + self.offset[1]) / self.block[1]]
+        self.values.f32_row((row + self.offset[0]) / self.block[0])[self.column(col)]
+    }
+
+    /// The block that column `col` lies in.
+    fn column(&self, col: usize) -> usize {
+        (col + self.offset[1]) / self.block[1]
     }
 
     /// End of the block that index `i` of dimension `dim` lies in.

@@ -190,42 +190,80 @@ impl Int4Mul<'_> {
     }
 }
 
-/// The numbers of chunk `c` of row `n`, whose group has this zero. Past the row's end they are not zero, but the inputs are.
+/// The numbers of chunk `c` of a row of `bytes` bytes, whose group has this zero. Past the row's end they are not zero, but the
+/// inputs are.
+///
+/// # Safety
+/// `bytes` can be read at `codes`, and the chunk begins before them all are over.
 #[inline(always)]
-fn chunk<S: Pairs>(s: S, codes: &[u32], c: usize, zero: u32) -> [S::P; 4] {
-    let bytes = size_of_val(codes);
-    let (start, len) = (c * CHUNK_BYTES, bytes - (c * CHUNK_BYTES).min(bytes));
-    // SAFETY: `len` bytes of the row are left.
-    unsafe { s.load_int4_pairs(codes.as_ptr().cast::<u8>().add(start), len.min(CHUNK_BYTES), zero) }
+unsafe fn chunk<S: Pairs>(s: S, codes: *const u8, bytes: usize, c: usize, zero: u32) -> [S::P; 4] {
+    let left = bytes - c * CHUNK_BYTES;
+    // SAFETY: the caller's contract; `left` bytes of the row are left.
+    unsafe { s.load_int4_pairs(codes.add(c * CHUNK_BYTES), left.min(CHUNK_BYTES), zero) }
 }
 
-/// Zeros and scales of the chunks `span` of row `n`.
+/// Zeros and scales of the chunks `span` of the rows `rows`, row by row.
 #[inline(always)]
 fn groups<S: Pairs>(
     s: S,
     w: &Packed<'_>,
-    n: usize,
+    rows: Range<usize>,
     span: &Range<usize>,
     zeros: &mut [u32],
     scales: &mut [f32],
 ) {
-    let (row_zeros, row_scales) = (w.zeros.f16_row(n), w.scales.f16_row(n));
-    assert!(zeros.len() == span.len() && scales.len() == span.len(), "a zero and a scale per chunk");
+    let len = span.len();
+    assert!(zeros.len() == rows.len() * len && scales.len() == zeros.len(), "a zero and a scale per chunk");
     let per_group = w.group / CHUNK;
+    let all = w.zeros.cols * per_group;
+    assert!(span.end <= all && w.scales.cols == w.zeros.cols, "chunks past the groups");
+    if per_group == 1 && len == all && w.zeros.is_contiguous() && w.scales.is_contiguous() {
+        assert!(rows.end <= w.zeros.rows.min(w.scales.rows), "rows past the groups");
+        // SAFETY: the rows follow each other without a gap.
+        unsafe { run_of_groups(s, w.zeros.row(rows.start), w.scales.row(rows.start), zeros, scales) };
+        return;
+    }
+    for (i, n) in rows.enumerate() {
+        let (row_zeros, row_scales) = (w.zeros.f16_row(n), w.scales.f16_row(n));
+        let mut at = 0;
+        while at < len {
+            // One group at a time where it has several chunks.
+            let group = (span.start + at) / per_group;
+            let n = if per_group == 1 { len - at } else { 1 };
+            let (row_zeros, row_scales) = (&row_zeros[group..group + n], &row_scales[group..group + n]);
+            let out = i * len + at..i * len + at + n;
+            let (zeros, scales) = (&mut zeros[out.clone()], &mut scales[out]);
+            // SAFETY: both rows have `n` groups from here on.
+            unsafe { run_of_groups(s, row_zeros.as_ptr().cast(), row_scales.as_ptr().cast(), zeros, scales) };
+            at += n;
+        }
+    }
+}
+
+/// As many zeros and scales as there is room for.
+///
+/// # Safety
+/// So many F16 numbers can be read at both pointers; `scales` is as long as `zeros`.
+#[inline(always)]
+unsafe fn run_of_groups<S: Pairs>(
+    s: S,
+    row_zeros: *const u8,
+    row_scales: *const u8,
+    zeros: &mut [u32],
+    scales: &mut [f32],
+) {
+    let (row_zeros, row_scales) = (row_zeros.cast::<u16>(), row_scales.cast::<u16>());
     let mut i = 0;
-    while i < span.len() {
-        // One group at a time where it has several chunks.
-        let group = (span.start + i) / per_group;
-        let n = if per_group == 1 { (span.len() - i).min(S::LANES) } else { 1 };
-        let (row_zeros, row_scales) = (&row_zeros[group..group + n], &row_scales[group..group + n]);
-        // SAFETY: both rows have `n` groups from here on, and so many chunks are left.
+    while i < zeros.len() {
+        let n = (zeros.len() - i).min(S::LANES);
+        // SAFETY: the caller's contract, for the `n` that are left.
         unsafe {
-            s.int4_zeros(row_zeros.as_ptr().cast(), n, zeros[i..].as_mut_ptr());
-            let v = s.load_f16_n(row_scales.as_ptr().cast(), n);
+            s.int4_zeros(row_zeros.add(i), n, zeros.as_mut_ptr().add(i));
+            let v = s.load_f16_n(row_scales.add(i), n);
             if n == S::LANES {
-                s.store(scales[i..].as_mut_ptr(), v);
+                s.store(scales.as_mut_ptr().add(i), v);
             } else {
-                s.store_n(scales[i..].as_mut_ptr(), n, v);
+                s.store_n(scales.as_mut_ptr().add(i), n, v);
             }
         }
         i += n;
@@ -248,9 +286,10 @@ impl PairKernel for Widen<'_> {
         let codes = self.w.codes.u32_row(self.n);
         let len = self.span.len();
         let mut zeros = [0; SPAN];
-        groups(s, &self.w, self.n, &self.span, &mut zeros[..len], &mut self.scales[..len]);
+        groups(s, &self.w, self.n..self.n + 1, &self.span, &mut zeros[..len], &mut self.scales[..len]);
         for (i, c) in self.span.enumerate() {
-            let v = chunk(s, codes, c, zeros[i]);
+            // SAFETY: the row's bytes, of which every chunk has some.
+            let v = unsafe { chunk(s, codes.as_ptr().cast(), size_of_val(codes), c, zeros[i]) };
             for j in 0..4 {
                 // SAFETY: whoever makes one promises room for the span.
                 unsafe { s.store_pairs(self.dst.add(i * CHUNK + j * VECTOR), v[j]) };
@@ -274,11 +313,7 @@ impl<const T: usize> PairKernel for Stream<'_, T> {
         let (zeros, scales) = mul.tile[..2 * rows * chunks].split_at_mut(rows * chunks);
         // SAFETY: both are 32 bits, and every bit pattern is a value of either.
         let zeros = unsafe { std::slice::from_raw_parts_mut(zeros.as_mut_ptr().cast::<u32>(), zeros.len()) };
-        for (r, (zeros, scales)) in
-            zeros.chunks_exact_mut(chunks).zip(scales.chunks_exact_mut(chunks)).enumerate()
-        {
-            groups(s, &mul.w, mul.rows.start + r, &(0..chunks), zeros, scales);
-        }
+        groups(s, &mul.w, mul.rows.clone(), &(0..chunks), zeros, scales);
         let mut r = 0;
         while r < rows {
             let count = (rows - r).min(4);
@@ -287,7 +322,9 @@ impl<const T: usize> PairKernel for Stream<'_, T> {
                 let codes = mul.w.codes.u32_row(mul.rows.start + r + i);
                 let first = (r + i) * chunks;
                 let (zeros, scales) = (&zeros[first..first + chunks], &scales[first..first + chunks]);
-                totals[i] = sum_row(s, codes, zeros, scales, x);
+                // SAFETY: the row's bytes, and every input has the chunks.
+                totals[i] =
+                    unsafe { sum_row(s, codes.as_ptr().cast(), size_of_val(codes), zeros, scales, x) };
             }
             write_rows(s, &totals, count, &mut mul.y[r..], mul.ldy);
             r += count;
@@ -295,53 +332,64 @@ impl<const T: usize> PairKernel for Stream<'_, T> {
     }
 }
 
-/// A weight row with `T` tokens, by lanes. Every `x` has as many chunks as there are zeros.
+/// A weight row with `T` tokens, by lanes.
+///
+/// # Safety
+/// `bytes` can be read at `codes`: what belongs to as many chunks as there are zeros and scales, the last of which may be cut. Every
+/// `x` has all of the chunks.
 #[inline(always)]
-fn sum_row<S: Pairs, const T: usize>(
+unsafe fn sum_row<S: Pairs, const T: usize>(
     s: S,
-    codes: &[u32],
+    codes: *const u8,
+    bytes: usize,
     zeros: &[u32],
     scales: &[f32],
     x: [*const u16; T],
 ) -> [S::V; T] {
+    let (chunks, zeros, scales) = (zeros.len(), zeros.as_ptr(), scales.as_ptr());
+    let whole = bytes / CHUNK_BYTES;
     let mut total = [s.zero(); T];
     let mut c = 0;
-    // A product takes longer than fetching what it multiplies, so that a few tokens take two chunks at a time.
-    while T <= 4 && c + 2 <= zeros.len() {
-        let mut acc = [[s.zero(); T]; 2];
-        let v = [chunk(s, codes, c, zeros[c]), chunk(s, codes, c + 1, zeros[c + 1])];
-        for j in 0..4 {
-            for h in 0..2 {
-                for t in 0..T {
-                    // SAFETY: the input has the chunk.
-                    let xv = unsafe { s.load_pairs(x[t].add((c + h) * CHUNK + j * VECTOR)) };
-                    acc[h][t] = s.dot(acc[h][t], v[h][j], xv);
+    // SAFETY: the caller's contract throughout.
+    unsafe {
+        // A product takes longer than fetching what it multiplies, so that a few tokens take two chunks at a time.
+        while T <= 4 && c + 2 <= whole {
+            let mut acc = [[s.zero(); T]; 2];
+            let v = [
+                s.load_int4_pairs(codes.add(c * CHUNK_BYTES), CHUNK_BYTES, *zeros.add(c)),
+                s.load_int4_pairs(codes.add((c + 1) * CHUNK_BYTES), CHUNK_BYTES, *zeros.add(c + 1)),
+            ];
+            for j in 0..4 {
+                for h in 0..2 {
+                    for t in 0..T {
+                        let xv = s.load_pairs(x[t].add((c + h) * CHUNK + j * VECTOR));
+                        acc[h][t] = s.dot(acc[h][t], v[h][j], xv);
+                    }
                 }
             }
-        }
-        for h in 0..2 {
-            let scale = s.splat(scales[c + h]);
-            for t in 0..T {
-                total[t] = s.fma(acc[h][t], scale, total[t]);
+            for h in 0..2 {
+                let scale = s.splat(*scales.add(c + h));
+                for t in 0..T {
+                    total[t] = s.fma(acc[h][t], scale, total[t]);
+                }
             }
+            c += 2;
         }
-        c += 2;
-    }
-    while c < zeros.len() {
-        let mut acc = [s.zero(); T];
-        let v = chunk(s, codes, c, zeros[c]);
-        for j in 0..4 {
-            for t in 0..T {
-                // SAFETY: the input has the chunk.
-                let xv = unsafe { s.load_pairs(x[t].add(c * CHUNK + j * VECTOR)) };
-                acc[t] = s.dot(acc[t], v[j], xv);
+        while c < chunks {
+            let mut acc = [s.zero(); T];
+            let v = chunk(s, codes, bytes, c, *zeros.add(c));
+            for j in 0..4 {
+                for t in 0..T {
+                    let xv = s.load_pairs(x[t].add(c * CHUNK + j * VECTOR));
+                    acc[t] = s.dot(acc[t], v[j], xv);
+                }
             }
+            let scale = s.splat(*scales.add(c));
+            for t in 0..T {
+                total[t] = s.fma(acc[t], scale, total[t]);
+            }
+            c += 1;
         }
-        let scale = s.splat(scales[c]);
-        for t in 0..T {
-            total[t] = s.fma(acc[t], scale, total[t]);
-        }
-        c += 1;
     }
     total
 }

@@ -94,7 +94,8 @@ fn rows_in(cpu: &Cpu, x: Cube<'_>, weight: WeightRows<'_>, w: &HeadWeight<Cpu>, 
             let bufs = scratch.floats.parts([floats, floats]);
             cpu.isa.run(HeadPairs { w, rows: rows_of_head, cols, x, out, bufs });
         } else {
-            let bufs = scratch.floats.parts([tokens * rows, tokens * cols.len(), Combine::tile_floats(rows)]);
+            let tile = Combine::scaled_floats(&w, rows, tokens);
+            let bufs = scratch.floats.parts([tokens * rows, tokens * cols.len(), tile]);
             cpu.isa.run(HeadSum { w, rows: rows_of_head, cols, x, out, bufs });
         }
     });

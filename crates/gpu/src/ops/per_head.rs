@@ -1,6 +1,6 @@
 //! One matrix per head. Kernels: `kernels/per_head.cu`, `kernels/gemm.cu`.
 
-use r1_backend::{HeadForm, HeadWeight, Tensor, shape};
+use r1_backend::{HeadForm, HeadWeight, Tensor, Weight, shape};
 
 use super::linear::{Operand, gemm};
 use crate::Gpu;
@@ -11,7 +11,15 @@ pub(crate) fn per_head(gpu: &Gpu, x: &Tensor<Gpu>, w: &HeadWeight<Gpu>, out: &Te
 }
 
 /// What the matrices of `w` meet.
+///
+/// # Panics
+/// When the weight is int8: the capabilities say that there are no such kernels.
 pub(super) fn operand<'a>(x: &Tensor<Gpu>, w: &HeadWeight<Gpu>) -> Operand<'a> {
+    assert!(
+        !matches!(w.weight, Weight::Int8Group { .. }),
+        "per_head: w is {:?}, which a GPU does not take",
+        w.weight.format()
+    );
     Operand {
         x: x.clone(),
         scales: None,
