@@ -9,6 +9,7 @@ use crate::bench::make_model::MakeModelArgs;
 use crate::bench::serving::ServingArgs;
 use crate::http::HttpArgs;
 use crate::log::LogArgs;
+use crate::numa::Numa;
 use crate::overrides::OverrideArgs;
 use crate::peers::PeerArgs;
 use crate::text::TextArgs;
@@ -113,6 +114,11 @@ pub(crate) struct ModelArgs {
     /// the file given back: faster where the page cache has small pages.
     #[arg(long, value_enum, value_name = "PLACE")]
     pub(crate) weight_memory: Option<WeightMemory>,
+
+    /// Where threads and memory of a CPU with several NUMA nodes lie [default: auto]. Weights that are mapped in place are
+    /// interleaved only as far as the page cache does not hold them yet; --weight-memory huge-pages copies them interleaved.
+    #[arg(long, value_enum, value_name = "PLACEMENT")]
+    pub(crate) numa: Option<Numa>,
 
     /// Most tokens of prompt and reply together [default: the model's].
     #[arg(long, alias = "context-length", value_name = "TOKENS")]

@@ -6,7 +6,7 @@ use std::thread;
 use anyhow::{Context, Result, bail};
 use r1_backend::Backend;
 use r1_core::{DType, Rank};
-use r1_cpu::{Cpu, CpuOptions};
+use r1_cpu::Cpu;
 use r1_engine::{Connect, EngineConfig, PROMPT_LOGIT_ROWS, connect_in_host_memory};
 use r1_gpu::{DriverError, Gpu};
 use r1_model::{Fp8Compute, KvCacheFormat, MlaForm, ModelOptions, WeightFormat};
@@ -14,6 +14,8 @@ use r1_reference::Reference;
 use r1_weights::QUANTIZED_GROUP;
 
 use crate::args::{Device, Dtype, ModelArgs, Quantization, WeightMemory};
+use crate::log::Said;
+use crate::numa;
 use crate::source::Source;
 
 /// What runs a model, one device per rank; generic code goes through [`AnyDevice::with`].
@@ -32,10 +34,12 @@ pub(crate) trait OnDevice {
 }
 
 impl AnyDevice {
-    /// The device that `--device` names, once for each of `--tp` ranks; for auto with a note on which one was taken and why.
-    pub(crate) fn open(args: &ModelArgs) -> Result<(Self, Option<String>)> {
+    /// The device that `--device` names, once for each of `--tp` ranks, and what there is to say: for auto, which one was taken
+    /// and why.
+    pub(crate) fn open(args: &ModelArgs) -> Result<(Self, Vec<Said>)> {
+        let mut said = Vec::new();
         if args.device != Device::Auto {
-            return Ok((Self::open_one(args, args.device)?, None));
+            return Ok((Self::open_one(args, args.device, &mut said)?, said));
         }
         let mut absent = Vec::new();
         for found in r1_gpu::devices() {
@@ -44,19 +48,22 @@ impl AnyDevice {
                     let device = if found.driver == "cuda" { Device::Cuda } else { Device::Rocm };
                     absent
                         .insert(0, format!("--device auto takes {}, which shows {count} GPUs", found.driver));
-                    return Ok((Self::open_one(args, device)?, Some(absent.join("; "))));
+                    said.push(Said::Note(absent.join("; ")));
+                    return Ok((Self::open_one(args, device, &mut said)?, said));
                 }
                 Err(why) => absent.push(format!("{}: {why}", found.driver)),
             }
         }
         absent.insert(0, "--device auto takes the CPU".into());
-        Ok((Self::open_one(args, Device::Cpu)?, Some(absent.join("; "))))
+        said.push(Said::Note(absent.join("; ")));
+        Ok((Self::open_one(args, Device::Cpu, &mut said)?, said))
     }
 
-    fn open_one(args: &ModelArgs, device: Device) -> Result<Self> {
+    fn open_one(args: &ModelArgs, device: Device, said: &mut Vec<Said>) -> Result<Self> {
         let ranks = args.tp;
-        if args.weight_memory.is_some() && device != Device::Cpu {
-            bail!("--weight-memory is for --device cpu; leave it out or take --device cpu");
+        let for_cpus = [(args.weight_memory.is_some(), "--weight-memory"), (args.numa.is_some(), "--numa")];
+        if let Some((_, flag)) = for_cpus.into_iter().find(|(given, _)| *given && device != Device::Cpu) {
+            bail!("{flag} is for --device cpu; leave it out or take --device cpu");
         }
         match device {
             Device::Auto => unreachable!("auto was decided"),
@@ -72,11 +79,10 @@ impl AnyDevice {
                     None | Some(WeightMemory::InPlace) => r1_cpu::WeightMemory::InPlace,
                     Some(WeightMemory::HugePages) => r1_cpu::WeightMemory::HugePages,
                 };
-                let open = || {
-                    let cpu = Cpu::new(CpuOptions { threads, isa: None })?;
-                    Ok(Arc::new(cpu.sharing_memory(ranks).with_weights(weights)))
-                };
-                Ok(Self::Cpu((0..ranks).map(|_| open()).collect::<Result<_>>()?))
+                let (cpus, placement) =
+                    numa::open_cpus(args.numa.unwrap_or_default(), ranks, threads, weights)?;
+                said.extend(placement);
+                Ok(Self::Cpu(cpus))
             }
             Device::Reference if args.threads.is_some() => {
                 bail!("--threads does not bind --device reference; leave it out or take --device cpu")

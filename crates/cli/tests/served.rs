@@ -183,6 +183,7 @@ fn wrong_arguments_are_sentences() {
         (&["--max-model-len", "100000"], &["--max-model-len", "4096"]),
         (&["--max-modal-len", "5"], &["--max-model-len"]),
         (&["--dtype", "float16"], &["float16", "bfloat16"]),
+        (&["--device", "reference", "--numa", "interleave"], &["--numa is for --device cpu"]),
         (&["--kv-cache-dtype", "fp8_e5m2"], &["--kv-cache-dtype fp8_e5m2", "take fp8"]),
         (
             &["--dtype", "float32", "--kv-cache-dtype", "bfloat16"],
