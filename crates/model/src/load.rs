@@ -172,7 +172,14 @@ fn check_quantization(
             ),
         });
     }
-    shard::check_quantized(config, options)
+    shard::check_quantized(config, options)?;
+    // Once, not by every rank.
+    if options.rank.0 == 0
+        && let Some(warning) = shard::cut_groups_warning(config, options)
+    {
+        tracing::warn!("{warning}");
+    }
+    Ok(())
 }
 
 /// Refuses a KV cache that the device does not have.
