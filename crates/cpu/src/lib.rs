@@ -306,6 +306,10 @@ impl Backend for Cpu {
         "cpu"
     }
 
+    fn host_threads(&self) -> Option<usize> {
+        Some(self.threads)
+    }
+
     fn describe(&self) -> String {
         let plural = if self.threads == 1 { "" } else { "s" };
         let weights = match self.weight_memory {

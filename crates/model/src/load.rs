@@ -294,7 +294,8 @@ impl<B: Backend> Loader<'_, B> {
         format: QuantizedFormat,
     ) -> Result<Weight<B>, ModelError> {
         let quant = self.config.quantization.as_ref();
-        let threads = quantizing_threads(self.options.world_size);
+        let ranks = self.options.world_size;
+        let threads = self.backend.host_threads().unwrap_or_else(|| quantizing_threads(ranks));
         let host = self.checkpoint.quantized(prefix, n, k, quant, partition, format, threads)?;
         self.size_bytes += host.size_bytes();
         Ok(match host {
