@@ -303,6 +303,9 @@ pub(crate) enum Dtype {
     Fp8,
     #[value(name = "fp8_e5m2")]
     Fp8E5m2,
+    /// Of weights alone; refused with the flag that means it.
+    #[value(hide = true, alias = "i8", alias = "uint8", alias = "int4")]
+    Int8,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -200,13 +200,19 @@ impl Launch {
             Dtype::Fp8 | Dtype::Fp8E5m2 => {
                 bail!("--dtype is float32, bfloat16 or auto; FP8 weights are used as stored")
             }
+            Dtype::Int8 => {
+                bail!(
+                    "--dtype is float32, bfloat16 or auto: activations are never whole numbers; --quantization int8 or int4 is for weights"
+                )
+            }
         };
         let weights = match args.quantization {
             Some(Quantization::Int8) => WeightFormat::Int8,
             Some(Quantization::Int4) => WeightFormat::Int4,
             Some(Quantization::Fp8 | Quantization::Awq | Quantization::Gptq) | None => weights,
         };
-        let kv_cache = kv_cache_format(args.kv_cache_dtype, activation_dtype)?;
+        let kv_cache =
+            kv_cache_format(args.kv_cache_dtype, activation_dtype, args.dtype, &device.describe())?;
         let model_max = source.config.max_position_embeddings;
         let max_model_len = args.max_model_len.unwrap_or(model_max);
         if max_model_len > model_max {
@@ -287,24 +293,64 @@ impl Launch {
     }
 }
 
-/// What `--kv-cache-dtype` asks for beside activations of that type.
-fn kv_cache_format(asked: Dtype, activations: DType) -> Result<KvCacheFormat> {
-    let dense = match asked {
-        Dtype::Auto => activations,
+/// What `--kv-cache-dtype` asks for beside activations of that type, which `--dtype` came to on the device.
+fn kv_cache_format(asked: Dtype, activations: DType, dtype: Dtype, device: &str) -> Result<KvCacheFormat> {
+    let (dense, flag) = match asked {
+        Dtype::Auto => return Ok(KvCacheFormat::Activations),
         Dtype::Fp8 => return Ok(KvCacheFormat::Fp8),
         Dtype::Fp8E5m2 => {
             bail!(
                 "--kv-cache-dtype fp8_e5m2 is not supported; take fp8 (E4M3), whose scales per 128 channels need no wider range"
             )
         }
-        Dtype::Float32 => DType::F32,
-        Dtype::Bfloat16 => DType::BF16,
-        Dtype::Float16 => DType::F16,
+        Dtype::Float16 => bail!("--kv-cache-dtype float16 is not supported; take auto, fp8, or bfloat16"),
+        Dtype::Int8 => bail!(
+            "--kv-cache-dtype is auto, float32, bfloat16 or fp8: latents are not kept as whole numbers; --quantization int8 or \
+             int4 is for weights"
+        ),
+        Dtype::Float32 => (DType::F32, "float32"),
+        Dtype::Bfloat16 => (DType::BF16, "bfloat16"),
     };
     if dense != activations {
+        let why = match dtype {
+            Dtype::Auto => format!(", which --dtype auto takes on this device ({device})"),
+            _ => String::new(),
+        };
         bail!(
-            "--kv-cache-dtype {dense} is not supported beside {activations} activations; use auto or fp8, or choose --dtype"
+            "--kv-cache-dtype {flag} is not supported beside {activations} activations{why}; take --dtype {flag} with it, or \
+             --kv-cache-dtype auto or fp8"
         );
     }
     Ok(KvCacheFormat::Activations)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dense_cache_is_of_the_activations_type_however_that_was_decided() {
+        let format =
+            |asked, activations, dtype| kv_cache_format(asked, activations, dtype, "cpu: AVX2, 2 threads");
+        for (asked, activations) in [(Dtype::Float32, DType::F32), (Dtype::Bfloat16, DType::BF16)] {
+            for dtype in [Dtype::Auto, asked] {
+                let got = format(asked, activations, dtype).expect("the same type");
+                assert_eq!(got, KvCacheFormat::Activations, "{asked:?} {dtype:?}");
+            }
+        }
+        let said =
+            |asked, activations, dtype| format(asked, activations, dtype).expect_err("refused").to_string();
+        assert_eq!(
+            said(Dtype::Bfloat16, DType::F32, Dtype::Auto),
+            "--kv-cache-dtype bfloat16 is not supported beside F32 activations, which --dtype auto takes on this device (cpu: AVX2, \
+             2 threads); take --dtype bfloat16 with it, or --kv-cache-dtype auto or fp8"
+        );
+        assert_eq!(
+            said(Dtype::Float32, DType::BF16, Dtype::Bfloat16),
+            "--kv-cache-dtype float32 is not supported beside BF16 activations; take --dtype float32 with it, or --kv-cache-dtype \
+             auto or fp8"
+        );
+        assert!(said(Dtype::Float16, DType::F32, Dtype::Auto).contains("float16 is not supported"));
+        assert!(said(Dtype::Int8, DType::F32, Dtype::Auto).contains("--quantization int8"));
+    }
 }
