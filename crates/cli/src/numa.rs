@@ -46,6 +46,8 @@ pub(crate) fn open_cpus(
     let (cpus, said) = match nodes.map(|nodes| (placed(&nodes), nodes)) {
         None => ((0..ranks).map(|_| Cpu::new(options)).collect::<Result<_, _>>()?, said),
         Some((Ok(cpus), nodes)) => {
+            // After the backends' threads, whose own memory lies on their nodes, and before the one that loads.
+            nodes.interleave_thread().context(WAY_OUT)?;
             let said = placement(&nodes, cpus.iter().map(Cpu::threads).sum(), weights);
             (cpus, Some(Said::Note(said)))
         }

@@ -141,6 +141,16 @@ impl NumaNodes {
         })
     }
 
+    /// Interleaves what the calling thread, and threads that it starts from now on, touch first or read into the page cache: also
+    /// what is read of a checkpoint beside its matrices, which brings whole huge pages of them along.
+    ///
+    /// # Errors
+    /// [`CpuError::NumaRefused`].
+    pub fn interleave_thread(&self) -> Result<(), CpuError> {
+        system::set_policy(Some(&system::Policy::interleave(mask(&self.memory))))
+            .map_err(|source| CpuError::NumaRefused { call: "set_mempolicy", source })
+    }
+
     /// One line: the nodes, and how `threads` are spread over them.
     pub fn describe(&self, threads: usize) -> String {
         let mut counts = vec![0; self.nodes.len()];

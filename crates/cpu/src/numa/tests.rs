@@ -185,6 +185,19 @@ mod on_this_machine {
     }
 
     #[test]
+    fn threads_of_an_interleaved_thread_are_too() {
+        let Some((nodes, _)) = interleave() else { return };
+        let policies = std::thread::spawn(move || {
+            nodes.interleave_thread().expect("it is allowed");
+            let child = std::thread::spawn(|| system::policy().expect("a policy"));
+            [system::policy().expect("a policy"), child.join().expect("it ends")]
+        });
+        let nodes = NumaNodes::of_this_process().expect("nodes");
+        let expected = Some(Policy::interleave(mask(nodes.memory_nodes())));
+        assert_eq!(policies.join().expect("it ends"), [expected.clone(), expected]);
+    }
+
+    #[test]
     fn a_node_that_is_not_there_is_refused() {
         let nodes = NumaNodes { nodes: vec![node(900, "0")], memory: vec![900] };
         let error = Interleave::new(&nodes).err().expect("no such node");
