@@ -2,12 +2,13 @@
 //! what is refused.
 #![forbid(unsafe_code)]
 
+use std::collections::HashSet;
 use std::fs;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
+use std::sync::{Arc, Mutex};
+use std::thread::{self, ThreadId};
 
 use r1_backend::{Backend, Communicator, HostBytes};
 use r1_comm::Local;
@@ -227,5 +228,33 @@ fn the_pages_of_what_was_quantized_are_given_back() {
         assert!(quantized > checkpoint.size_bytes() as usize / 2);
         assert_eq!(given_back.load(Ordering::Relaxed), quantized, "{format:?}");
         assert!(model.weight_bytes() < checkpoint.size_bytes() as usize, "{format:?}");
+    }
+}
+
+/// Bytes that know which threads looked at them.
+struct Seen(Vec<u8>, Mutex<HashSet<ThreadId>>);
+
+impl HostBytes for Seen {
+    fn bytes(&self) -> &[u8] {
+        self.1.lock().expect("nobody panics").insert(thread::current().id());
+        &self.0
+    }
+}
+
+#[test]
+fn as_many_threads_quantize_as_the_cpu_has() {
+    let dir = tiny_dir();
+    let config = ModelConfig::open(&dir).expect("config.json");
+    for threads in [1, 5] {
+        let file = fs::read(dir.join("model.safetensors")).expect("weights");
+        let bytes = Arc::new(Seen(file, Mutex::default()));
+        let checkpoint = Checkpoint::from_bytes("tiny", bytes.clone()).expect("weights");
+        let cpu = Arc::new(Cpu::new(CpuOptions { threads: Some(threads), isa: None }).expect("a CPU"));
+        let comm: Arc<dyn Communicator<Cpu>> = Arc::new(Local::single());
+        let options = load(WeightFormat::Int8).options(0, 1);
+        DeepSeek::load(cpu, comm, &checkpoint, &config, options, &mut |_| {}).expect("it loads");
+        let seen = bytes.1.lock().expect("nobody panics").len();
+        // Each matrix has threads of its own.
+        assert_eq!(seen == 1, threads == 1, "{seen} threads for {threads}");
     }
 }

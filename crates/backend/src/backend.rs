@@ -127,6 +127,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// What the user calls it: `cpu`, `reference`.
     fn name(&self) -> &'static str;
 
+    /// Threads of the host that work for it while weights are made ready; `None`: as many as there are, shared among ranks.
+    fn host_threads(&self) -> Option<usize> {
+        None
+    }
+
     /// One line for the log: instruction set, threads, device name.
     fn describe(&self) -> String;
 

@@ -1,6 +1,6 @@
 //! Weights and activations that carry their format, so that model code never branches on it.
 
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
 use r1_core::DType;
 
@@ -222,8 +222,20 @@ pub struct MlpWeights<B: Backend> {
     pub down: Weight<B>,
 }
 
-/// The routed experts that this rank holds.
-pub struct Experts<B: Backend> {
+/// The routed experts that this rank holds. [`Experts::new`] has checked them and nothing changes them after that: there is no
+/// `DerefMut`.
+pub struct Experts<B: Backend>(LocalExperts<B>);
+
+impl<B: Backend> Deref for Experts<B> {
+    type Target = LocalExperts<B>;
+
+    fn deref(&self) -> &LocalExperts<B> {
+        &self.0
+    }
+}
+
+/// What there is to read of [`Experts`].
+pub struct LocalExperts<B: Backend> {
     /// Experts `first..first + local.len()`.
     pub local: Vec<MlpWeights<B>>,
     /// Id of the first local expert.
@@ -233,7 +245,7 @@ pub struct Experts<B: Backend> {
     /// Where they lie, as the device's own `experts` wants to know it; see [`Backend::expert_table`].
     pub table: Option<Tensor<B>>,
     /// Gates and ups are stored like the first gate, downs like the first down. Known once, since to look at hundreds of experts
-    /// would cost more than a step's work on the few that are chosen. Private, so that `new` is the one way here.
+    /// would cost more than a step's work on the few that are chosen.
     alike: bool,
 }
 
@@ -256,9 +268,11 @@ impl<B: Backend> Experts<B> {
                 && gate.is_stored_like(&expert.up)
                 && down.is_stored_like(&expert.down)
         });
-        Ok(Self { local, first, total, table, alike })
+        Ok(Self(LocalExperts { local, first, total, table, alike }))
     }
+}
 
+impl<B: Backend> LocalExperts<B> {
     /// Whether all gates and ups are stored alike, and all downs.
     pub fn are_alike(&self) -> bool {
         self.alike

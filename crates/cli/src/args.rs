@@ -9,6 +9,7 @@ use crate::bench::make_model::MakeModelArgs;
 use crate::bench::serving::ServingArgs;
 use crate::http::HttpArgs;
 use crate::log::LogArgs;
+use crate::numa::Numa;
 use crate::overrides::OverrideArgs;
 use crate::peers::PeerArgs;
 use crate::text::TextArgs;
@@ -113,6 +114,11 @@ pub(crate) struct ModelArgs {
     /// the file given back: faster where the page cache has small pages.
     #[arg(long, value_enum, value_name = "PLACE")]
     pub(crate) weight_memory: Option<WeightMemory>,
+
+    /// Where threads and memory of a CPU with several NUMA nodes lie [default: auto]. Weights that are mapped in place are
+    /// interleaved only as far as the page cache does not hold them yet; --weight-memory huge-pages copies them interleaved.
+    #[arg(long, value_enum, value_name = "PLACEMENT")]
+    pub(crate) numa: Option<Numa>,
 
     /// Most tokens of prompt and reply together [default: the model's].
     #[arg(long, alias = "context-length", value_name = "TOKENS")]
@@ -297,6 +303,9 @@ pub(crate) enum Dtype {
     Fp8,
     #[value(name = "fp8_e5m2")]
     Fp8E5m2,
+    /// Of weights alone; refused with the flag that means it.
+    #[value(hide = true, alias = "i8", alias = "uint8", alias = "int4")]
+    Int8,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

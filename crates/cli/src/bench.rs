@@ -31,7 +31,10 @@ pub(crate) fn one_batch(args: &OneBatchArgs) -> Result<()> {
         bail!("--batch-size, --input-len and --output-len must be at least 1");
     }
     let tokens_per_step = args.model.max_num_batched_tokens.max(args.batch_size);
-    let (device, _) = AnyDevice::open(&args.model)?;
+    let (device, said) = AnyDevice::open(&args.model)?;
+    for said in said {
+        eprintln!("{said}");
+    }
     let mut launch = Launch::new(&args.model, &source, &device, args.batch_size, tokens_per_step)?;
     let max_model_len = launch.engine.max_model_len;
     if args.input_len.saturating_add(args.output_len) > max_model_len {

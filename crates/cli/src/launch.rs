@@ -6,7 +6,7 @@ use std::thread;
 use anyhow::{Context, Result, bail};
 use r1_backend::Backend;
 use r1_core::{DType, Rank};
-use r1_cpu::{Cpu, CpuOptions};
+use r1_cpu::Cpu;
 use r1_engine::{Connect, EngineConfig, PROMPT_LOGIT_ROWS, connect_in_host_memory};
 use r1_gpu::{DriverError, Gpu};
 use r1_model::{Fp8Compute, KvCacheFormat, MlaForm, ModelOptions, WeightFormat};
@@ -14,6 +14,8 @@ use r1_reference::Reference;
 use r1_weights::QUANTIZED_GROUP;
 
 use crate::args::{Device, Dtype, ModelArgs, Quantization, WeightMemory};
+use crate::log::Said;
+use crate::numa;
 use crate::source::Source;
 
 /// What runs a model, one device per rank; generic code goes through [`AnyDevice::with`].
@@ -32,10 +34,12 @@ pub(crate) trait OnDevice {
 }
 
 impl AnyDevice {
-    /// The device that `--device` names, once for each of `--tp` ranks; for auto with a note on which one was taken and why.
-    pub(crate) fn open(args: &ModelArgs) -> Result<(Self, Option<String>)> {
+    /// The device that `--device` names, once for each of `--tp` ranks, and what there is to say: for auto, which one was taken
+    /// and why.
+    pub(crate) fn open(args: &ModelArgs) -> Result<(Self, Vec<Said>)> {
+        let mut said = Vec::new();
         if args.device != Device::Auto {
-            return Ok((Self::open_one(args, args.device)?, None));
+            return Ok((Self::open_one(args, args.device, &mut said)?, said));
         }
         let mut absent = Vec::new();
         for found in r1_gpu::devices() {
@@ -44,19 +48,22 @@ impl AnyDevice {
                     let device = if found.driver == "cuda" { Device::Cuda } else { Device::Rocm };
                     absent
                         .insert(0, format!("--device auto takes {}, which shows {count} GPUs", found.driver));
-                    return Ok((Self::open_one(args, device)?, Some(absent.join("; "))));
+                    said.push(Said::Note(absent.join("; ")));
+                    return Ok((Self::open_one(args, device, &mut said)?, said));
                 }
                 Err(why) => absent.push(format!("{}: {why}", found.driver)),
             }
         }
         absent.insert(0, "--device auto takes the CPU".into());
-        Ok((Self::open_one(args, Device::Cpu)?, Some(absent.join("; "))))
+        said.push(Said::Note(absent.join("; ")));
+        Ok((Self::open_one(args, Device::Cpu, &mut said)?, said))
     }
 
-    fn open_one(args: &ModelArgs, device: Device) -> Result<Self> {
+    fn open_one(args: &ModelArgs, device: Device, said: &mut Vec<Said>) -> Result<Self> {
         let ranks = args.tp;
-        if args.weight_memory.is_some() && device != Device::Cpu {
-            bail!("--weight-memory is for --device cpu; leave it out or take --device cpu");
+        let for_cpus = [(args.weight_memory.is_some(), "--weight-memory"), (args.numa.is_some(), "--numa")];
+        if let Some((_, flag)) = for_cpus.into_iter().find(|(given, _)| *given && device != Device::Cpu) {
+            bail!("{flag} is for --device cpu; leave it out or take --device cpu");
         }
         match device {
             Device::Auto => unreachable!("auto was decided"),
@@ -72,11 +79,10 @@ impl AnyDevice {
                     None | Some(WeightMemory::InPlace) => r1_cpu::WeightMemory::InPlace,
                     Some(WeightMemory::HugePages) => r1_cpu::WeightMemory::HugePages,
                 };
-                let open = || {
-                    let cpu = Cpu::new(CpuOptions { threads, isa: None })?;
-                    Ok(Arc::new(cpu.sharing_memory(ranks).with_weights(weights)))
-                };
-                Ok(Self::Cpu((0..ranks).map(|_| open()).collect::<Result<_>>()?))
+                let (cpus, placement) =
+                    numa::open_cpus(args.numa.unwrap_or_default(), ranks, threads, weights)?;
+                said.extend(placement);
+                Ok(Self::Cpu(cpus))
             }
             Device::Reference if args.threads.is_some() => {
                 bail!("--threads does not bind --device reference; leave it out or take --device cpu")
@@ -194,13 +200,19 @@ impl Launch {
             Dtype::Fp8 | Dtype::Fp8E5m2 => {
                 bail!("--dtype is float32, bfloat16 or auto; FP8 weights are used as stored")
             }
+            Dtype::Int8 => {
+                bail!(
+                    "--dtype is float32, bfloat16 or auto: activations are never whole numbers; --quantization int8 or int4 is for weights"
+                )
+            }
         };
         let weights = match args.quantization {
             Some(Quantization::Int8) => WeightFormat::Int8,
             Some(Quantization::Int4) => WeightFormat::Int4,
             Some(Quantization::Fp8 | Quantization::Awq | Quantization::Gptq) | None => weights,
         };
-        let kv_cache = kv_cache_format(args.kv_cache_dtype, activation_dtype)?;
+        let kv_cache =
+            kv_cache_format(args.kv_cache_dtype, activation_dtype, args.dtype, &device.describe())?;
         let model_max = source.config.max_position_embeddings;
         let max_model_len = args.max_model_len.unwrap_or(model_max);
         if max_model_len > model_max {
@@ -281,24 +293,64 @@ impl Launch {
     }
 }
 
-/// What `--kv-cache-dtype` asks for beside activations of that type.
-fn kv_cache_format(asked: Dtype, activations: DType) -> Result<KvCacheFormat> {
-    let dense = match asked {
-        Dtype::Auto => activations,
+/// What `--kv-cache-dtype` asks for beside activations of that type, which `--dtype` came to on the device.
+fn kv_cache_format(asked: Dtype, activations: DType, dtype: Dtype, device: &str) -> Result<KvCacheFormat> {
+    let (dense, flag) = match asked {
+        Dtype::Auto => return Ok(KvCacheFormat::Activations),
         Dtype::Fp8 => return Ok(KvCacheFormat::Fp8),
         Dtype::Fp8E5m2 => {
             bail!(
                 "--kv-cache-dtype fp8_e5m2 is not supported; take fp8 (E4M3), whose scales per 128 channels need no wider range"
             )
         }
-        Dtype::Float32 => DType::F32,
-        Dtype::Bfloat16 => DType::BF16,
-        Dtype::Float16 => DType::F16,
+        Dtype::Float16 => bail!("--kv-cache-dtype float16 is not supported; take auto, fp8, or bfloat16"),
+        Dtype::Int8 => bail!(
+            "--kv-cache-dtype is auto, float32, bfloat16 or fp8: latents are not kept as whole numbers; --quantization int8 or \
+             int4 is for weights"
+        ),
+        Dtype::Float32 => (DType::F32, "float32"),
+        Dtype::Bfloat16 => (DType::BF16, "bfloat16"),
     };
     if dense != activations {
+        let why = match dtype {
+            Dtype::Auto => format!(", which --dtype auto takes on this device ({device})"),
+            _ => String::new(),
+        };
         bail!(
-            "--kv-cache-dtype {dense} is not supported beside {activations} activations; use auto or fp8, or choose --dtype"
+            "--kv-cache-dtype {flag} is not supported beside {activations} activations{why}; take --dtype {flag} with it, or \
+             --kv-cache-dtype auto or fp8"
         );
     }
     Ok(KvCacheFormat::Activations)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dense_cache_is_of_the_activations_type_however_that_was_decided() {
+        let format =
+            |asked, activations, dtype| kv_cache_format(asked, activations, dtype, "cpu: AVX2, 2 threads");
+        for (asked, activations) in [(Dtype::Float32, DType::F32), (Dtype::Bfloat16, DType::BF16)] {
+            for dtype in [Dtype::Auto, asked] {
+                let got = format(asked, activations, dtype).expect("the same type");
+                assert_eq!(got, KvCacheFormat::Activations, "{asked:?} {dtype:?}");
+            }
+        }
+        let said =
+            |asked, activations, dtype| format(asked, activations, dtype).expect_err("refused").to_string();
+        assert_eq!(
+            said(Dtype::Bfloat16, DType::F32, Dtype::Auto),
+            "--kv-cache-dtype bfloat16 is not supported beside F32 activations, which --dtype auto takes on this device (cpu: AVX2, \
+             2 threads); take --dtype bfloat16 with it, or --kv-cache-dtype auto or fp8"
+        );
+        assert_eq!(
+            said(Dtype::Float32, DType::BF16, Dtype::Bfloat16),
+            "--kv-cache-dtype float32 is not supported beside BF16 activations; take --dtype float32 with it, or --kv-cache-dtype \
+             auto or fp8"
+        );
+        assert!(said(Dtype::Float16, DType::F32, Dtype::Auto).contains("float16 is not supported"));
+        assert!(said(Dtype::Int8, DType::F32, Dtype::Auto).contains("--quantization int8"));
+    }
 }

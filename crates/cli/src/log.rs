@@ -84,6 +84,34 @@ impl LogArgs {
     }
 }
 
+/// What the start has to say.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Said {
+    /// For whoever wonders.
+    Note(String),
+    /// Worth a change.
+    Warning(String),
+}
+
+impl Said {
+    /// To the log.
+    pub(crate) fn log(&self) {
+        match self {
+            Self::Note(text) => tracing::info!("{text}"),
+            Self::Warning(text) => tracing::warn!("{text}"),
+        }
+    }
+}
+
+impl std::fmt::Display for Said {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Note(text) => write!(f, "note: {text}"),
+            Self::Warning(text) => write!(f, "warning: {text}"),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

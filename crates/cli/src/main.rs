@@ -11,6 +11,7 @@ mod http;
 mod launch;
 mod log;
 mod noted;
+mod numa;
 mod overrides;
 mod peers;
 mod serve;

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 
 use crate::args::ServeArgs;
 use crate::launch::{AnyDevice, Launch, OnDevice};
+use crate::log::Said;
 use crate::source::Source;
 use crate::text::ReasoningParser;
 use crate::traces;
@@ -33,10 +34,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     }
     let config = server_config(args)?;
     let source = Source::open(&args.model)?;
-    let (device, note) = AnyDevice::open(&args.model)?;
-    if let Some(note) = note {
-        tracing::info!("{note}");
-    }
+    let (device, said) = AnyDevice::open(&args.model)?;
+    said.iter().for_each(Said::log);
     let (seqs, tokens) = (args.model.max_num_seqs, args.model.max_num_batched_tokens);
     let launch = Launch::new(&args.model, &source, &device, seqs, tokens)?;
     let model = served_model(args, &source)?;

@@ -183,10 +183,14 @@ fn wrong_arguments_are_sentences() {
         (&["--max-model-len", "100000"], &["--max-model-len", "4096"]),
         (&["--max-modal-len", "5"], &["--max-model-len"]),
         (&["--dtype", "float16"], &["float16", "bfloat16"]),
+        (&["--dtype", "int8"], &["--dtype is float32, bfloat16 or auto", "--quantization int8"]),
+        (&["--dtype", "int32"], &["invalid value 'int32'", "float32, bfloat16"]),
+        (&["--kv-cache-dtype", "int8"], &["--kv-cache-dtype is auto, float32, bfloat16 or fp8"]),
+        (&["--device", "reference", "--numa", "interleave"], &["--numa is for --device cpu"]),
         (&["--kv-cache-dtype", "fp8_e5m2"], &["--kv-cache-dtype fp8_e5m2", "take fp8"]),
         (
             &["--dtype", "float32", "--kv-cache-dtype", "bfloat16"],
-            &["--kv-cache-dtype BF16", "F32 activations", "auto or fp8"],
+            &["--kv-cache-dtype bfloat16", "F32 activations", "take --dtype bfloat16", "auto or fp8"],
         ),
     ] {
         let message = failure(args);

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use r1_backend::HostTensor;
 
+use crate::numa::Interleave;
 use crate::pool::Pool;
 
 /// Alignment of owned memory: a cache line, so that rows of common sizes start on one.
@@ -66,11 +67,11 @@ impl std::fmt::Debug for Buffer {
 
 impl Buffer {
     /// `size_bytes` zeros; `None` when the allocator has no room.
-    pub(crate) fn zeroed(size_bytes: usize, meter: &Meter) -> Option<Self> {
+    pub(crate) fn zeroed(size_bytes: usize, numa: Option<&Interleave>, meter: &Meter) -> Option<Self> {
         let storage = if size_bytes == 0 {
             Storage::Empty
         } else {
-            let region = Region::zeroed(size_bytes, Pages::Huge)?;
+            let region = Region::zeroed(size_bytes, Pages::Huge, numa)?;
             meter.fetch_add(size_bytes, Ordering::Relaxed);
             Storage::Owned { region, len: size_bytes, meter: meter.clone() }
         };
@@ -78,8 +79,8 @@ impl Buffer {
     }
 
     /// A read-only copy of `bytes`; `None` when the allocator has no room.
-    pub(crate) fn copied(bytes: &[u8], meter: &Meter) -> Option<Self> {
-        let mut buffer = Self::zeroed(bytes.len(), meter)?;
+    pub(crate) fn copied(bytes: &[u8], numa: Option<&Interleave>, meter: &Meter) -> Option<Self> {
+        let mut buffer = Self::zeroed(bytes.len(), numa, meter)?;
         if let Storage::Owned { region, .. } = &buffer.storage {
             // SAFETY: the new region has room for `bytes` and nobody else knows it.
             unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), region.start.as_ptr(), bytes.len()) };
@@ -93,11 +94,12 @@ impl Buffer {
         bytes: &[u8],
         slabs: &mut Slabs,
         pool: &mut Pool,
+        numa: Option<&Interleave>,
         meter: &Meter,
     ) -> Option<Self> {
         /// What a thread copies before it takes more.
         const TASK_BYTES: usize = 1 << 20;
-        let (region, offset) = slabs.take(bytes.len())?;
+        let (region, offset) = slabs.take(bytes.len(), numa)?;
         let to = Shared(region.start.as_ptr().wrapping_add(offset));
         pool.run(bytes.len().div_ceil(TASK_BYTES), &|task, _| {
             let part = &bytes[task * TASK_BYTES..bytes.len().min((task + 1) * TASK_BYTES)];
@@ -179,7 +181,7 @@ impl Slabs {
     const SLAB_BYTES: usize = 32 * HUGE_PAGE;
 
     /// Bytes that nobody else gets: a region and where in it they begin, a multiple of `ALIGN`.
-    fn take(&mut self, size_bytes: usize) -> Option<(Arc<Region>, usize)> {
+    fn take(&mut self, size_bytes: usize, numa: Option<&Interleave>) -> Option<(Arc<Region>, usize)> {
         let fits = |taken: usize, len: usize| taken.checked_add(size_bytes).is_some_and(|end| end <= len);
         if let Some((region, len, taken)) = &mut self.open
             && fits(*taken, *len)
@@ -190,7 +192,7 @@ impl Slabs {
         }
         let len = size_bytes.max(Self::SLAB_BYTES);
         // A region's memory is touched, by the threads that copy, not before it is filled.
-        let region = Arc::new(Region::zeroed(len, Pages::Huge)?);
+        let region = Arc::new(Region::zeroed(len, Pages::Huge, numa)?);
         if size_bytes < Self::SLAB_BYTES {
             self.open = Some((region.clone(), len, size_bytes.next_multiple_of(ALIGN)));
         }
@@ -250,8 +252,9 @@ enum Origin {
 }
 
 impl Region {
-    /// Large regions are mapped: pages come zeroed when first touched, huge ones where the system has them.
-    pub(crate) fn zeroed(size_bytes: usize, pages: Pages) -> Option<Self> {
+    /// Large regions are mapped: pages come zeroed when first touched, huge ones where the system has them, and interleaved over
+    /// the nodes of `numa`.
+    pub(crate) fn zeroed(size_bytes: usize, pages: Pages, numa: Option<&Interleave>) -> Option<Self> {
         #[cfg(unix)]
         if size_bytes >= HUGE_PAGE {
             let len = size_bytes.checked_add(HUGE_PAGE)?;
@@ -263,14 +266,21 @@ impl Region {
                 return None;
             }
             let base = NonNull::new(base.cast::<u8>())?;
+            let origin = Origin::Pages { base, len };
             // SAFETY: the mapping is one huge page longer than what is used of it.
             let start = unsafe { base.add(base.align_offset(HUGE_PAGE)) };
             // SAFETY: the range lies inside the new mapping.
             unsafe { advise_pages(start, size_bytes, pages) };
-            return Some(Self { start, origin: Origin::Pages { base, len } });
+            let region = Self { start, origin };
+            if let Some(numa) = numa {
+                // What an allowed call still fails for is room: for the policy, or on the nodes that it names.
+                // SAFETY: the range is the new mapping.
+                unsafe { numa.bind(base, len) }.ok()?;
+            }
+            return Some(region);
         }
         #[cfg(not(unix))]
-        let _ = pages;
+        let _ = (pages, numa);
         let layout = Layout::from_size_align(size_bytes, ALIGN).ok()?;
         // SAFETY: the size is not zero.
         let start = NonNull::new(unsafe { alloc_zeroed(layout) })?;
@@ -336,7 +346,7 @@ mod tests {
 
     #[test]
     fn many_readers_or_one_writer() {
-        let buffer = Buffer::zeroed(100, &Meter::default()).expect("room");
+        let buffer = Buffer::zeroed(100, None, &Meter::default()).expect("room");
         let readers = (buffer.read(), buffer.read());
         assert!(readers.0.is_some() && readers.1.is_some());
         assert_eq!(buffer.write().err(), Some(WriteRefused::Borrowed));
@@ -352,7 +362,7 @@ mod tests {
     fn memory_is_zeroed_aligned_and_metered() {
         let meter = Meter::default();
         for size in [0, 1, 100, 3 * HUGE_PAGE + 5] {
-            let buffer = Buffer::zeroed(size, &meter).expect("room");
+            let buffer = Buffer::zeroed(size, None, &meter).expect("room");
             assert_eq!(meter.load(Ordering::Relaxed), size);
             let guard = buffer.read().expect("free");
             assert!(guard.ptr.addr().is_multiple_of(ALIGN) && guard.len == size);
@@ -360,14 +370,14 @@ mod tests {
             assert!(unsafe { std::slice::from_raw_parts(guard.ptr, size) }.iter().all(|&b| b == 0));
         }
         assert_eq!(meter.load(Ordering::Relaxed), 0);
-        assert!(Buffer::zeroed(usize::MAX / 2, &meter).is_none());
+        assert!(Buffer::zeroed(usize::MAX / 2, None, &meter).is_none());
     }
 
     #[test]
     fn imported_memory_cannot_be_written() {
         let host = HostTensor::from_f32(&[1.0, 2.0], &[2]);
         assert_eq!(Buffer::host(host).write().err(), Some(WriteRefused::ReadOnly));
-        let copied = Buffer::copied(&[1, 2, 3], &Meter::default()).expect("room");
+        let copied = Buffer::copied(&[1, 2, 3], None, &Meter::default()).expect("room");
         assert_eq!(copied.write().err(), Some(WriteRefused::ReadOnly));
         assert_eq!(copied.read().expect("free").len, 3);
     }
@@ -382,7 +392,7 @@ mod tests {
             .iter()
             .enumerate()
             .map(|(i, &size)| {
-                Buffer::in_huge_pages(&of(i, size), &mut slabs, &mut pool, &meter).expect("room")
+                Buffer::in_huge_pages(&of(i, size), &mut slabs, &mut pool, None, &meter).expect("room")
             })
             .collect();
         assert_eq!(meter.load(Ordering::Relaxed), sizes.iter().sum::<usize>());

@@ -11,6 +11,7 @@ use crate::Cpu;
 #[cfg(target_arch = "x86_64")]
 use crate::Isa;
 use crate::buffer::{Pages, Region, advise_pages};
+use crate::numa::Interleave;
 use crate::simd::{Kernel, Simd};
 
 /// Bytes that a task reads: long enough that handing tasks out costs nothing beside it.
@@ -68,7 +69,9 @@ impl Cpu {
         let no_room =
             || io::Error::new(io::ErrorKind::OutOfMemory, format!("no room for {size_bytes} bytes"));
         let memory = match from {
-            ReadFrom::Memory(pages) => Ones::new(size_bytes, pages).ok_or_else(no_room)?,
+            ReadFrom::Memory(pages) => {
+                Ones::new(size_bytes, pages, self.numa.as_ref()).ok_or_else(no_room)?
+            }
             ReadFrom::File(file, pages) => Ones::map(file, size_bytes, pages)?,
         };
         let right = AtomicBool::new(true);
@@ -212,8 +215,8 @@ enum Ones {
 unsafe impl Sync for Ones {}
 
 impl Ones {
-    fn new(len: usize, pages: Pages) -> Option<Self> {
-        let region = Region::zeroed(len, pages)?;
+    fn new(len: usize, pages: Pages, numa: Option<&Interleave>) -> Option<Self> {
+        let region = Region::zeroed(len, pages, numa)?;
         // SAFETY: the region is ours, starts on a page and has that many floats.
         unsafe { std::slice::from_raw_parts_mut(region.start.as_ptr().cast::<f32>(), len / 4) }.fill(1.0);
         Some(Self::Own { region, len })

@@ -15,6 +15,7 @@ mod ceiling;
 mod isa;
 mod kernels;
 mod memory;
+pub mod numa;
 mod ops;
 mod pool;
 mod scratch;
@@ -23,6 +24,7 @@ mod view;
 
 use std::convert::Infallible;
 use std::ops::Range;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -39,6 +41,7 @@ pub use isa::Isa;
 
 use buffer::{Meter, Slabs};
 use isa::Available;
+use numa::{Interleave, NumaNodes};
 use pool::Pool;
 use scratch::Workspace;
 
@@ -85,6 +88,50 @@ pub enum CpuError {
         /// The system's words.
         source: std::io::Error,
     },
+    /// NUMA nodes, on a system whose nodes are not known here.
+    #[error("threads and memory are placed on NUMA nodes on Linux alone")]
+    NumaUnsupported,
+    /// The nodes' description cannot be read.
+    #[error("cannot read the machine's NUMA nodes in {}: {source}", path.display())]
+    NumaUnreadable {
+        /// File or folder.
+        path: PathBuf,
+        /// The system's words.
+        source: std::io::Error,
+    },
+    /// The nodes' description is none.
+    #[error("{} is no list of numbers: {text:?}", path.display())]
+    NumaMalformed {
+        /// The file.
+        path: PathBuf,
+        /// What it holds.
+        text: String,
+    },
+    /// None of the nodes has a CPU that this process may run on.
+    #[error("no NUMA node in {} has a CPU that this process may run on", root.display())]
+    NumaNoNode {
+        /// The folder that describes the nodes.
+        root: PathBuf,
+    },
+    /// The system does not let this process place memory or threads.
+    #[error("the system refuses {call}: {source}{}", numa_hint(source))]
+    NumaRefused {
+        /// The system call.
+        call: &'static str,
+        /// The system's words.
+        source: std::io::Error,
+    },
+}
+
+/// What the system's refusal to place memory means.
+fn numa_hint(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        std::io::ErrorKind::PermissionDenied => {
+            "; containers forbid it unless they have the capability SYS_NICE (docker run --cap-add SYS_NICE)"
+        }
+        std::io::ErrorKind::Unsupported => "; the kernel is built without NUMA",
+        _ => "",
+    }
 }
 
 /// What one operation at a time uses.
@@ -100,6 +147,8 @@ pub struct Cpu {
     engine: Mutex<Engine>,
     weight_memory: WeightMemory,
     slabs: Mutex<Slabs>,
+    /// How memory is placed; `None`: as the system does.
+    numa: Option<Interleave>,
     owned_bytes: Meter,
     /// Imported in place: pages of a file that the system counts as available, but that every step reads.
     mapped_bytes: AtomicUsize,
@@ -112,19 +161,48 @@ pub struct Cpu {
 impl Cpu {
     /// Starts the threads.
     pub fn new(options: CpuOptions) -> Result<Self, CpuError> {
+        Self::start(options, None, |_| Ok(()))
+    }
+
+    /// As [`Cpu::new`], on NUMA nodes: threads but the caller's are bound to nodes, as [`NumaNodes::spread`] says of threads
+    /// `first_thread..`, and memory from 2 MiB on is interleaved over the nodes, with the pages of mapped weights that are not in the
+    /// page cache yet. The caller's thread runs where the system lets it, since what it starts would inherit a bond.
+    ///
+    /// # Errors
+    /// Those of [`Cpu::new`], and [`CpuError::NumaRefused`].
+    pub fn on_nodes(options: CpuOptions, nodes: &NumaNodes, first_thread: usize) -> Result<Self, CpuError> {
+        let interleave = Interleave::new(nodes)?;
+        let nodes = nodes.clone();
+        let bind = move |index| {
+            let node = nodes.spread().nth(first_thread + index).expect("there is one for any thread");
+            let node = &nodes.nodes()[node];
+            numa::bind_thread(&node.cpus).map_err(|error| {
+                let text = format!("one cannot be bound to the CPUs of node {}: {error}", node.id);
+                std::io::Error::new(error.kind(), text)
+            })
+        };
+        Self::start(options, Some(interleave), bind)
+    }
+
+    fn start(
+        options: CpuOptions,
+        numa: Option<Interleave>,
+        setup: impl Fn(usize) -> std::io::Result<()> + Send + Sync + 'static,
+    ) -> Result<Self, CpuError> {
         let isa = Available::choose(options.isa)?;
         let threads = match options.threads {
             Some(0) => return Err(CpuError::NoThreads),
             Some(threads) => threads,
             None => std::thread::available_parallelism().map_or(1, usize::from),
         };
-        let pool = Pool::new(threads).map_err(|source| CpuError::Spawn { threads, source })?;
+        let pool = Pool::with_setup(threads, setup).map_err(|source| CpuError::Spawn { threads, source })?;
         Ok(Self {
             isa,
             threads,
             engine: Mutex::new(Engine { pool, workspace: Workspace::default() }),
             weight_memory: WeightMemory::default(),
             slabs: Mutex::default(),
+            numa,
             owned_bytes: Meter::default(),
             mapped_bytes: AtomicUsize::new(0),
             budget_bytes: memory::available_bytes(),
@@ -185,9 +263,14 @@ impl Cpu {
         };
         self.check_room(size_bytes, &what)?;
         let mut slabs = self.slabs.lock().unwrap_or_else(PoisonError::into_inner);
-        let copy =
-            Buffer::in_huge_pages(host.bytes(), &mut slabs, &mut self.engine().pool, &self.owned_bytes)
-                .ok_or_else(|| out_of_memory(size_bytes, what(), self.left_bytes()))?;
+        let copy = Buffer::in_huge_pages(
+            host.bytes(),
+            &mut slabs,
+            &mut self.engine().pool,
+            self.numa.as_ref(),
+            &self.owned_bytes,
+        )
+        .ok_or_else(|| out_of_memory(size_bytes, what(), self.left_bytes()))?;
         host.discard();
         Ok(Tensor::from_buffer(copy, host.shape(), host.dtype()))
     }
@@ -223,13 +306,22 @@ impl Backend for Cpu {
         "cpu"
     }
 
+    fn host_threads(&self) -> Option<usize> {
+        Some(self.threads)
+    }
+
     fn describe(&self) -> String {
         let plural = if self.threads == 1 { "" } else { "s" };
         let weights = match self.weight_memory {
             WeightMemory::InPlace => "",
             WeightMemory::HugePages => ", weights copied into huge pages",
         };
-        format!("cpu: {}, {} thread{plural}{weights}", self.isa(), self.threads)
+        let nodes = match self.numa.as_ref().map(Interleave::num_nodes) {
+            None => String::new(),
+            Some(1) => " on one NUMA node".to_owned(),
+            Some(nodes) => format!(" on {nodes} NUMA nodes"),
+        };
+        format!("cpu: {}, {} thread{plural}{nodes}{weights}", self.isa(), self.threads)
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -258,7 +350,7 @@ impl Backend for Cpu {
             .try_fold(dtype.size_bytes(), |size, &dim| size.checked_mul(dim))
             .ok_or_else(|| out_of_memory(usize::MAX, what(), self.left_bytes()))?;
         self.check_room(size_bytes, &what)?;
-        let buffer = Buffer::zeroed(size_bytes, &self.owned_bytes)
+        let buffer = Buffer::zeroed(size_bytes, self.numa.as_ref(), &self.owned_bytes)
             .ok_or_else(|| out_of_memory(size_bytes, what(), self.left_bytes()))?;
         Ok(Tensor::from_buffer(buffer, shape, dtype))
     }
@@ -268,14 +360,17 @@ impl Backend for Cpu {
         let in_place = bytes.as_ptr().addr().is_multiple_of(host.dtype().size_bytes());
         let buffer = if in_place {
             if !host.owner().0.is_resident() {
-                host.will_read();
+                match &self.numa {
+                    Some(numa) => numa.reading(|| host.will_read()),
+                    None => host.will_read(),
+                }
                 self.mapped_bytes.fetch_add(bytes.len(), Ordering::Relaxed);
             }
             Buffer::host(host.clone())
         } else {
             let what = || format!("a copy of misaligned weights {:?} {}", host.shape(), host.dtype());
             self.check_room(bytes.len(), &what)?;
-            let copy = Buffer::copied(bytes, &self.owned_bytes)
+            let copy = Buffer::copied(bytes, self.numa.as_ref(), &self.owned_bytes)
                 .ok_or_else(|| out_of_memory(bytes.len(), what(), self.left_bytes()))?;
             host.discard();
             copy

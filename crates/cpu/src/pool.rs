@@ -3,9 +3,10 @@
 
 use std::any::Any;
 use std::cell::UnsafeCell;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::{JoinHandle, Thread};
 
 use crate::scratch::Scratch;
@@ -108,7 +109,16 @@ pub(crate) struct Pool {
 
 impl Pool {
     /// `threads` counts the caller.
-    pub(crate) fn new(threads: usize) -> std::io::Result<Self> {
+    #[cfg(test)]
+    pub(crate) fn new(threads: usize) -> io::Result<Self> {
+        Self::with_setup(threads, |_| Ok(()))
+    }
+
+    /// As `new`; each worker, numbered from 1 on, begins with `setup`, and the first that fails there ends the pool.
+    pub(crate) fn with_setup(
+        threads: usize,
+        setup: impl Fn(usize) -> io::Result<()> + Send + Sync + 'static,
+    ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             gate: AtomicU64::new(0),
             next: AtomicUsize::new(0),
@@ -117,12 +127,24 @@ impl Pool {
             stop: AtomicBool::new(false),
         });
         let mut pool = Self { shared, workers: Vec::new(), scratch: Scratch::default() };
+        let setup = Arc::new(setup);
+        let (sender, ready) = mpsc::channel();
         for index in 1..threads {
-            let shared = pool.shared.clone();
-            let spawned =
-                std::thread::Builder::new().name(format!("cpu-{index}")).spawn(move || shared.worker())?;
+            let (shared, setup, sender) = (pool.shared.clone(), setup.clone(), sender.clone());
+            let spawned = std::thread::Builder::new().name(format!("cpu-{index}")).spawn(move || {
+                let result = setup(index);
+                let is_ready = result.is_ok();
+                // Nobody listens any more when another worker has failed; the pool ends then.
+                let _ended = sender.send(result);
+                drop((setup, sender));
+                if is_ready {
+                    shared.worker();
+                }
+            })?;
             pool.workers.push(spawned);
         }
+        drop(sender);
+        ready.iter().collect::<io::Result<()>>()?;
         Ok(pool)
     }
 
@@ -206,6 +228,29 @@ mod tests {
             });
             assert_eq!(sum.into_inner(), 4 * round + 6);
         }
+    }
+
+    #[test]
+    fn workers_are_set_up_before_the_first_job_and_failures_end_the_pool() {
+        use std::cell::Cell;
+        thread_local!(static NUMBER: Cell<usize> = const { Cell::new(0) });
+        let mut pool = Pool::with_setup(3, |index| {
+            NUMBER.set(index);
+            Ok(())
+        })
+        .expect("threads start");
+        for _ in 0..100 {
+            pool.run(12, &|_, _| assert!(NUMBER.get() < 3 && (NUMBER.get() != 0) == is_worker()));
+        }
+        let failed = Pool::with_setup(4, |index| match index {
+            2 => Err(io::Error::other("no room on 2")),
+            _ => Ok(()),
+        });
+        assert_eq!(failed.err().expect("the second fails").to_string(), "no room on 2");
+    }
+
+    fn is_worker() -> bool {
+        std::thread::current().name().is_some_and(|name| name.starts_with("cpu-"))
     }
 
     #[test]

@@ -172,7 +172,14 @@ fn check_quantization(
             ),
         });
     }
-    shard::check_quantized(config, options)
+    shard::check_quantized(config, options)?;
+    // Once, not by every rank.
+    if options.rank.0 == 0
+        && let Some(warning) = shard::cut_groups_warning(config, options)
+    {
+        tracing::warn!("{warning}");
+    }
+    Ok(())
 }
 
 /// Refuses a KV cache that the device does not have.
@@ -287,7 +294,8 @@ impl<B: Backend> Loader<'_, B> {
         format: QuantizedFormat,
     ) -> Result<Weight<B>, ModelError> {
         let quant = self.config.quantization.as_ref();
-        let threads = quantizing_threads(self.options.world_size);
+        let ranks = self.options.world_size;
+        let threads = self.backend.host_threads().unwrap_or_else(|| quantizing_threads(ranks));
         let host = self.checkpoint.quantized(prefix, n, k, quant, partition, format, threads)?;
         self.size_bytes += host.size_bytes();
         Ok(match host {

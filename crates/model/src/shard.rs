@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use r1_weights::{Checkpoint, ExpectedTensor, ModelConfig, QuantizedFormat, TensorKind, expected_tensors};
+use r1_weights::{
+    Checkpoint, ExpectedTensor, ModelConfig, QUANTIZED_GROUP, QuantizedFormat, TensorKind, expected_tensors,
+};
 
 use crate::{ModelError, ModelOptions, WeightFormat};
 
@@ -99,6 +101,44 @@ pub(crate) fn check_quantized(config: &ModelConfig, options: &ModelOptions) -> R
     Ok(())
 }
 
+/// Kinds of int4 weights whose columns the ranks cut inside groups, each with the columns of a rank: their groups are divided then,
+/// down to what both sides of a cut have in common.
+pub(crate) fn cut_groups(config: &ModelConfig, options: &ModelOptions) -> Vec<(String, usize)> {
+    let mut kinds: Vec<(String, usize)> = Vec::new();
+    for tensor in expected_tensors(config) {
+        if !matches!(cut(&tensor), Cut::Columns) || quantized(options, &tensor) != Some(QuantizedFormat::Int4)
+        {
+            continue;
+        }
+        let columns = tensor.shape[1] / options.world_size;
+        let is_number = |part: &&str| part.parse::<usize>().is_ok();
+        let parts = tensor.name.split('.').filter(|part| !is_number(part) && *part != "weight");
+        let kind = parts.collect::<Vec<_>>().join(".");
+        let kind = kind.trim_start_matches("model.layers.").to_owned();
+        if options.world_size > 1
+            && !columns.is_multiple_of(QUANTIZED_GROUP)
+            && !kinds.contains(&(kind.clone(), columns))
+        {
+            kinds.push((kind, columns));
+        }
+    }
+    kinds
+}
+
+/// What that means, and the way out; `None` where no group is cut.
+pub(crate) fn cut_groups_warning(config: &ModelConfig, options: &ModelOptions) -> Option<String> {
+    let kinds = cut_groups(config, options);
+    let named: Vec<_> = kinds.iter().map(|(kind, columns)| format!("{kind} ({columns} a rank)")).collect();
+    (!kinds.is_empty()).then(|| {
+        format!(
+            "--tp {} cuts int4 weights inside groups of {QUANTIZED_GROUP} inputs: {}; beside BF16 activations ranks apply them \
+             through F32, which is slower. Take --quantization int8, whose groups may be cut, or a --tp whose ranks hold whole groups",
+            options.world_size,
+            named.join(", ")
+        )
+    })
+}
+
 fn tensor_bytes(
     checkpoint: &Checkpoint,
     config: &ModelConfig,
@@ -130,4 +170,80 @@ fn tensor_bytes(
         end.div_ceil(fp8.block[dim]) - start / fp8.block[dim]
     };
     held + 4 * blocks(0, matches!(cut, Cut::Rows)) * blocks(1, matches!(cut, Cut::Columns))
+}
+
+#[cfg(test)]
+mod tests {
+    use r1_core::{DType, Rank};
+    use r1_weights::ConfigJson;
+
+    use super::*;
+    use crate::{Fp8Compute, KvCacheFormat, MlaForm};
+
+    /// Two layers, the second with experts.
+    fn config(heads: usize, v_head_dim: usize, intermediate: usize, experts: usize) -> ModelConfig {
+        let text = format!(
+            r#"{{"architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "vocab_size": 256,
+            "hidden_size": 128, "intermediate_size": {intermediate}, "moe_intermediate_size": {experts},
+            "num_hidden_layers": 2, "num_attention_heads": {heads}, "num_key_value_heads": {heads}, "n_shared_experts": 1,
+            "n_routed_experts": 4, "routed_scaling_factor": 1.0, "kv_lora_rank": 64, "q_lora_rank": null,
+            "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": {v_head_dim}, "topk_method": "noaux_tc",
+            "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "norm_topk_prob": true,
+            "scoring_func": "sigmoid", "hidden_act": "silu", "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0, "tie_word_embeddings": false, "bos_token_id": 0, "eos_token_id": 1}}"#
+        );
+        ConfigJson::parse(text.as_bytes()).and_then(|json| json.model()).expect("a model")
+    }
+
+    fn options(weights: WeightFormat, world_size: usize) -> ModelOptions {
+        ModelOptions {
+            activation_dtype: DType::BF16,
+            kv_cache: KvCacheFormat::Activations,
+            weights,
+            fp8: Fp8Compute::WeightOnly,
+            mla_form: MlaForm::Auto,
+            max_batched_tokens: 1,
+            max_logit_rows: 1,
+            max_model_len: 2,
+            max_expanded_tokens: 1,
+            layers: None,
+            deterministic: false,
+            rank: Rank(0),
+            world_size,
+        }
+    }
+
+    #[test]
+    fn groups_that_ranks_cut_are_named_by_kind() {
+        let cut = |weights, world| cut_groups(&config(4, 64, 512, 192), &options(weights, world));
+        let kind = |name: &str, columns| (name.to_owned(), columns);
+        assert_eq!(cut(WeightFormat::Int4, 1), []);
+        assert_eq!(
+            cut(WeightFormat::Int4, 2),
+            [kind("mlp.experts.down_proj", 96), kind("mlp.shared_experts.down_proj", 96)]
+        );
+        let all = cut(WeightFormat::Int4, 4);
+        assert_eq!(
+            all,
+            [
+                kind("self_attn.o_proj", 64),
+                kind("mlp.experts.down_proj", 48),
+                kind("mlp.shared_experts.down_proj", 48)
+            ]
+        );
+        for weights in [WeightFormat::Int8, WeightFormat::AsStored, WeightFormat::WidenToBf16] {
+            assert_eq!(cut(weights, 4), [], "{weights:?}");
+        }
+        let text =
+            cut_groups_warning(&config(4, 64, 512, 192), &options(WeightFormat::Int4, 4)).expect("a warning");
+        for part in [
+            "--tp 4",
+            "self_attn.o_proj (64 a rank)",
+            "mlp.experts.down_proj (48 a rank)",
+            "--quantization int8",
+        ] {
+            assert!(text.contains(part), "{text}");
+        }
+        assert_eq!(cut_groups_warning(&config(4, 64, 512, 256), &options(WeightFormat::Int4, 2)), None);
+    }
 }
