@@ -46,8 +46,6 @@ pub(crate) fn open_cpus(
     let (cpus, said) = match nodes.map(|nodes| (placed(&nodes), nodes)) {
         None => ((0..ranks).map(|_| Cpu::new(options)).collect::<Result<_, _>>()?, said),
         Some((Ok(cpus), nodes)) => {
-            // After the backends' threads, whose own memory lies on their nodes, and before the one that loads.
-            nodes.interleave_thread().context(WAY_OUT)?;
             let said = placement(&nodes, cpus.iter().map(Cpu::threads).sum(), weights);
             (cpus, Some(Said::Note(said)))
         }
@@ -147,7 +145,7 @@ mod tests {
         let two = machine(&["0-3", "4-7"]);
         let said = placement(&two, 6, WeightMemory::InPlace);
         assert!(said.starts_with(
-            "NUMA nodes (node 0: 3 threads on 4 CPUs, node 1: 3 threads on 4 CPUs), memory on nodes 0, 1; "
+            "NUMA nodes (node 0: threads 3, CPUs 4; node 1: threads 3, CPUs 4), memory on nodes 0, 1; "
         ));
         assert!(said.contains("--weight-memory huge-pages"), "{said}");
         assert!(!placement(&two, 6, WeightMemory::HugePages).contains("page cache"));
@@ -167,7 +165,7 @@ mod tests {
                     cpus[0].describe()
                 );
                 let Some(Said::Note(said)) = said else { panic!("{said:?}") };
-                assert!(said.contains("threads on"), "{said}");
+                assert!(said.contains("threads "), "{said}");
             }
             // Not Linux, or a container without the capability.
             Err(error) => assert!(format!("{error:#}").contains("--numa off"), "{error:#}"),

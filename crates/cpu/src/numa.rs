@@ -141,16 +141,6 @@ impl NumaNodes {
         })
     }
 
-    /// Interleaves what the calling thread, and threads that it starts from now on, touch first or read into the page cache: also
-    /// what is read of a checkpoint beside its matrices, which brings whole huge pages of them along.
-    ///
-    /// # Errors
-    /// [`CpuError::NumaRefused`].
-    pub fn interleave_thread(&self) -> Result<(), CpuError> {
-        system::set_policy(Some(&system::Policy::interleave(mask(&self.memory))))
-            .map_err(|source| CpuError::NumaRefused { call: "set_mempolicy", source })
-    }
-
     /// One line: the nodes, and how `threads` are spread over them.
     pub fn describe(&self, threads: usize) -> String {
         let mut counts = vec![0; self.nodes.len()];
@@ -159,10 +149,10 @@ impl NumaNodes {
             .nodes
             .iter()
             .zip(counts)
-            .map(|(node, count)| format!("node {}: {count} threads on {} CPUs", node.id, node.cpus.len()))
+            .map(|(node, count)| format!("node {}: threads {count}, CPUs {}", node.id, node.cpus.len()))
             .collect();
         let nodes = if self.nodes.len() == 1 { "one NUMA node" } else { "NUMA nodes" };
-        format!("{nodes} ({}), memory on {}", each.join(", "), Ids(&self.memory))
+        format!("{nodes} ({}), memory on {}", each.join("; "), Ids(&self.memory))
     }
 }
 

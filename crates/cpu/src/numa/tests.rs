@@ -112,11 +112,11 @@ fn threads_are_spread_in_proportion_to_cpus() {
     }
     assert_eq!(
         nodes.describe(96),
-        "NUMA nodes (node 0: 64 threads on 64 CPUs, node 3: 32 threads on 32 CPUs), memory on nodes 0, 3"
+        "NUMA nodes (node 0: threads 64, CPUs 64; node 3: threads 32, CPUs 32), memory on nodes 0, 3"
     );
     assert_eq!(
         read(&two, "1").expect("one").describe(2),
-        "one NUMA node (node 0: 2 threads on 1 CPUs), memory on node 0"
+        "one NUMA node (node 0: threads 2, CPUs 1), memory on node 0"
     );
 }
 
@@ -182,19 +182,6 @@ mod on_this_machine {
 
     fn interleave_in_panic(interleave: &Interleave) {
         interleave.reading(|| panic!("a reader's own"));
-    }
-
-    #[test]
-    fn threads_of_an_interleaved_thread_are_too() {
-        let Some((nodes, _)) = interleave() else { return };
-        let policies = std::thread::spawn(move || {
-            nodes.interleave_thread().expect("it is allowed");
-            let child = std::thread::spawn(|| system::policy().expect("a policy"));
-            [system::policy().expect("a policy"), child.join().expect("it ends")]
-        });
-        let nodes = NumaNodes::of_this_process().expect("nodes");
-        let expected = Some(Policy::interleave(mask(nodes.memory_nodes())));
-        assert_eq!(policies.join().expect("it ends"), [expected.clone(), expected]);
     }
 
     #[test]
