@@ -30,6 +30,10 @@ pub(super) const TOKEN_BLOCK: usize = 96;
 const SPAN: usize = 1024;
 /// Numbers between rows in L1 beyond a span: rows a power of two apart would fall into the same few sets of the cache.
 pub(super) const PADDING: usize = 32;
+/// Up to so many tokens a row's products take less time than fetching it, and the hardware sees far enough ahead.
+const PLAIN_TOKENS: usize = 4;
+/// How far ahead of the products bytes of streamed rows are asked for.
+pub(super) const AHEAD: usize = 2048;
 /// Bytes between rows of which a cache of 32 KiB holds no eight.
 const SET_STRIDE: usize = 4096;
 
@@ -537,6 +541,9 @@ unsafe fn row<S: Pairs, E: Codes, const T: usize, const SCALED: bool>(
             }
             let mut acc = if SCALED { [s.zero(); T] } else { total };
             while i + step <= end {
+                if T > PLAIN_TOKENS {
+                    s.prefetch(w.add(i).cast::<u8>().wrapping_add(AHEAD));
+                }
                 let wv = E::load(s, table, w.add(i));
                 for j in 0..E::STEP_VECTORS {
                     for t in 0..T {

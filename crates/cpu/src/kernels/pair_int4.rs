@@ -11,7 +11,7 @@ use r1_core::DType;
 
 use super::XRows;
 use super::pair_dot::{
-    Block, Columns, PADDING, ROWS, SCALED_ROWS, STREAMED_TOKENS, TOKEN_BLOCK, TOKENS, write_rows,
+    AHEAD, Block, Columns, PADDING, ROWS, SCALED_ROWS, STREAMED_TOKENS, TOKEN_BLOCK, TOKENS, write_rows,
 };
 use super::product::Packed;
 use crate::simd::{MAX_LANES, PairKernel, Pairs};
@@ -355,6 +355,9 @@ unsafe fn sum_row<S: Pairs, const T: usize>(
         // A product takes longer than fetching what it multiplies, so that a few tokens take two chunks at a time.
         while T <= 4 && c + 2 <= whole {
             let mut acc = [[s.zero(); T]; 2];
+            for h in 0..2 {
+                s.prefetch(codes.wrapping_add((c + h) * CHUNK_BYTES + AHEAD));
+            }
             let v = [
                 s.load_int4_pairs(codes.add(c * CHUNK_BYTES), CHUNK_BYTES, *zeros.add(c)),
                 s.load_int4_pairs(codes.add((c + 1) * CHUNK_BYTES), CHUNK_BYTES, *zeros.add(c + 1)),
@@ -377,6 +380,7 @@ unsafe fn sum_row<S: Pairs, const T: usize>(
         }
         while c < chunks {
             let mut acc = [s.zero(); T];
+            s.prefetch(codes.wrapping_add(c * CHUNK_BYTES + AHEAD));
             let v = chunk(s, codes, bytes, c, *zeros.add(c));
             for j in 0..4 {
                 for t in 0..T {
