@@ -49,7 +49,7 @@ pub(crate) fn model() -> ServedModel {
         },
         eos_token_ids: vec![EOS],
         reasoning_parser: ReasoningParser::DeepSeekR1,
-        grammars: grammars(),
+        grammars: grammars().into(),
         tool_syntax: Some(ToolSyntax::Fenced),
         thinking_budgets: ThinkingBudgets { low: Some(7), ..ThinkingBudgets::default() },
     }
