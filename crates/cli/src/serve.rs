@@ -326,3 +326,16 @@ async fn signal() {
         std::future::pending::<()>().await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn grammars_that_fail_fail_the_start() {
+        let (_loading, loading) = watch::channel(None);
+        let grammars = ServedGrammars::prepare(|| Err("no room")).expect("a thread");
+        let why = start_failed(loading, grammars).await;
+        assert_eq!(why, "the grammars of this model could not be prepared: no room");
+    }
+}
