@@ -431,7 +431,7 @@ fn model() -> ServedModel {
         defaults: SamplingDefaults::default(),
         eos_token_ids: vec![eos],
         reasoning_parser: ReasoningParser::DeepSeekR1,
-        grammars: Arc::new(grammars),
+        grammars: Arc::new(grammars).into(),
         tool_syntax: Some(ToolSyntax::Fenced),
         thinking_budgets: ThinkingBudgets::default(),
         tokenizer,

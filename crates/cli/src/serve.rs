@@ -1,4 +1,4 @@
-//! `r1-serve`: loads a model in the background and serves it.
+//! `r1-serve`: opens the port, loads weights on the engine's thread and text beside it, and serves.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -7,9 +7,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use r1_backend::Backend;
+use r1_core::TokenId;
 use r1_engine::{Connect, EngineInfo, Handle, Inbox, LocalRanks, Status};
-use r1_server::{ReasoningParser as ServerParser, ServedModel, ServerConfig};
+use r1_server::{ReasoningParser as ServerParser, ServedGrammars, ServedModel, ServerConfig};
 use r1_text::{ChatTemplate, Grammars, Tokenizer, ToolSyntax, ToolsBlock};
+use r1_weights::{Checkpoint, ModelConfig};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
@@ -38,7 +40,6 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     said.iter().for_each(Said::log);
     let (seqs, tokens) = (args.model.max_num_seqs, args.model.max_num_batched_tokens);
     let launch = Launch::new(&args.model, &source, &device, seqs, tokens)?;
-    let model = served_model(args, &source)?;
     let (engine, inbox) = Handle::channel(EngineInfo {
         max_model_len: launch.engine.max_model_len,
         vocab_size: source.config.vocab_size,
@@ -60,18 +61,23 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         .with_context(|| format!("cannot listen on {host}:{port}; choose another --host or --port"))?;
     // Port 0 asks the system for a free one.
     let address = listener.local_addr()?;
-    let banner = Banner {
-        name: model.names[0].clone(),
-        checkpoint_bytes: source.checkpoint.size_bytes(),
-        device: device.describe(),
-        precision: launch.precision(&source),
-        address,
-        has_template: model.template.is_some(),
-        is_tls: config.tls.is_some(),
-        needs_key: !config.api_keys.is_empty(),
-    };
-    let thread = device.with(Spawn { inbox, launch, source });
-    let served = runtime.block_on(serve(listener, config, model, engine.clone(), banner));
+    let (described, precision) = (device.describe(), launch.precision(&source));
+    let (checkpoint, model_config) = (source.checkpoint.clone(), source.config.clone());
+    let thread = device.with(Spawn { inbox, launch, checkpoint, config: model_config });
+    // Weights are loaded meanwhile; who connects already waits for an answer as long as the tokenizer takes.
+    let served = served_model(args, &source).and_then(|model| {
+        let banner = Banner {
+            name: model.names[0].clone(),
+            checkpoint_bytes: source.checkpoint.size_bytes(),
+            device: described,
+            precision,
+            address,
+            has_template: model.template.is_some(),
+            is_tls: config.tls.is_some(),
+            needs_key: !config.api_keys.is_empty(),
+        };
+        runtime.block_on(serve(listener, config, model, engine.clone(), banner))
+    });
     let loading = matches!(engine.status(), Status::Loading { .. });
     engine.stop();
     if !loading {
@@ -100,15 +106,15 @@ fn server_config(args: &ServeArgs) -> Result<ServerConfig> {
 struct Spawn {
     inbox: Inbox,
     launch: Launch,
-    source: Source,
+    checkpoint: Arc<Checkpoint>,
+    config: ModelConfig,
 }
 
 impl OnDevice for Spawn {
     type Output = std::thread::JoinHandle<()>;
 
     fn run<B: Backend>(self, devices: Vec<Arc<B>>, connect: Connect<B>) -> Self::Output {
-        let Self { inbox, launch, source } = self;
-        let Source { checkpoint, config, .. } = source;
+        let Self { inbox, launch, checkpoint, config } = self;
         let ranks = LocalRanks { devices, connect, checkpoint, config, options: launch.model };
         r1_engine::spawn(inbox, launch.engine, Arc::new(ranks))
     }
@@ -116,11 +122,11 @@ impl OnDevice for Spawn {
 
 fn served_model(args: &ServeArgs, source: &Source) -> Result<ServedModel> {
     let tokenizer = source.tokenizer(args.text.tokenizer.as_deref())?;
-    if tokenizer.vocab_size() > source.config.vocab_size {
+    let vocab_size = source.config.vocab_size;
+    if tokenizer.vocab_size() > vocab_size {
         bail!(
-            "the tokenizer has {} tokens, but the model's vocab_size is {}; they do not belong together",
+            "the tokenizer has {} tokens, but the model's vocab_size is {vocab_size}; they do not belong together",
             tokenizer.vocab_size(),
-            source.config.vocab_size
         );
     }
     let template = source.template(args.text.chat_template.as_deref(), &tokenizer)?;
@@ -131,7 +137,7 @@ fn served_model(args: &ServeArgs, source: &Source) -> Result<ServedModel> {
         Some(path) => format!("--chat-template {}", path.display()),
         None => "the model's own template".to_owned(),
     })?;
-    let generation = args.text.generation(&source.defaults, source.config.vocab_size)?;
+    let generation = args.text.generation(&source.defaults, vocab_size)?;
     let mut eos_token_ids = source.config.eos_token_ids.clone();
     eos_token_ids.extend(&generation.advice.eos_token_ids);
     eos_token_ids.sort_unstable();
@@ -141,14 +147,14 @@ fn served_model(args: &ServeArgs, source: &Source) -> Result<ServedModel> {
     } else {
         args.served_model_name.clone()
     };
-    let grammars = Grammars::new(&tokenizer, &eos_token_ids, source.config.vocab_size)?;
+    let tokenizer = Arc::new(tokenizer);
     Ok(ServedModel {
         names,
         template,
-        grammars: Arc::new(grammars),
+        grammars: grammars(&tokenizer, &eos_token_ids, vocab_size)?,
         tool_syntax,
         thinking_budgets: family.thinking_budgets,
-        tokenizer: Arc::new(tokenizer),
+        tokenizer,
         defaults: generation.sampling(),
         eos_token_ids,
         reasoning_parser: match args.text.reasoning_parser {
@@ -156,6 +162,18 @@ fn served_model(args: &ServeArgs, source: &Source) -> Result<ServedModel> {
             ReasoningParser::None => ServerParser::None,
         },
     })
+}
+
+/// Their tables take longer than everything else here and most requests need none: they are made while the server begins.
+fn grammars(
+    tokenizer: &Arc<Tokenizer>,
+    eos_token_ids: &[TokenId],
+    vocab_size: usize,
+) -> Result<ServedGrammars> {
+    Grammars::check(tokenizer, eos_token_ids, vocab_size)?;
+    let (tokenizer, eos_token_ids) = (tokenizer.clone(), eos_token_ids.to_vec());
+    let make = move || Grammars::new(&tokenizer, &eos_token_ids, vocab_size);
+    ServedGrammars::prepare(make).context("cannot start a thread")
 }
 
 /// `tool_syntax` says which block tells the model of its tools where the template does not.
@@ -216,7 +234,7 @@ async fn serve(
     banner: Banner,
 ) -> Result<()> {
     let watched = engine.clone();
-    let (start, mut outcome) = watch::channel(None);
+    let (start, outcome) = watch::channel(None);
     tokio::spawn(async move { start.send_replace(Some(until_ready(&watched, &banner).await)) });
     let shutdown = async {
         signal().await;
@@ -226,17 +244,35 @@ async fn serve(
             std::process::exit(130);
         });
     };
+    let start_failed = start_failed(outcome, model.grammars.clone());
+    tokio::select! {
+        () = r1_server::serve(listener, config, model, engine, shutdown) => Ok(()),
+        // Nothing has been served for long, so nothing is drained.
+        why = start_failed => bail!("{why}"),
+    }
+}
+
+/// Resolves with the reason once weights or grammars turn out to be unusable.
+async fn start_failed(
+    mut loading: watch::Receiver<Option<Result<(), String>>>,
+    grammars: ServedGrammars,
+) -> String {
     let loading_failed = async {
-        match outcome.wait_for(|outcome| matches!(outcome, Some(Err(_)))).await.as_deref() {
+        match loading.wait_for(|outcome| matches!(outcome, Some(Err(_)))).await.as_deref() {
             Ok(Some(Err(why))) => why.clone(),
             // The sender ends without a failure only together with this runtime.
             _ => std::future::pending().await,
         }
     };
+    let grammars_failed = async {
+        match grammars.get().await {
+            Err(why) => format!("the grammars of this model could not be prepared: {why}"),
+            Ok(_) => std::future::pending().await,
+        }
+    };
     tokio::select! {
-        () = r1_server::serve(listener, config, model, engine, shutdown) => Ok(()),
-        // Nothing was ever served, so there is nothing to drain.
-        why = loading_failed => bail!("{why}"),
+        why = loading_failed => why,
+        why = grammars_failed => why,
     }
 }
 
@@ -287,5 +323,18 @@ async fn signal() {
     // Without a handler for signals the process ends the way the system ends it.
     if tokio::signal::ctrl_c().await.is_err() {
         std::future::pending::<()>().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn grammars_that_fail_fail_the_start() {
+        let (_loading, loading) = watch::channel(None);
+        let grammars = ServedGrammars::prepare(|| Err("no room")).expect("a thread");
+        let why = start_failed(loading, grammars).await;
+        assert_eq!(why, "the grammars of this model could not be prepared: no room");
     }
 }

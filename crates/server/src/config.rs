@@ -7,10 +7,11 @@ use std::time::Duration;
 
 use axum::http::{HeaderName, HeaderValue, Method};
 use r1_core::{SamplingParams, TokenId};
-use r1_text::{ChatTemplate, Grammars, Tokenizer, ToolSyntax};
+use r1_text::{ChatTemplate, Tokenizer, ToolSyntax};
 use serde_json::{Map, Value};
 
 use crate::auth::ApiKeys;
+use crate::grammars::ServedGrammars;
 use crate::tls::Tls;
 
 /// What cannot be served with.
@@ -233,7 +234,7 @@ pub struct ServedModel {
     /// How thinking is told from the answer.
     pub reasoning_parser: ReasoningParser,
     /// Forms that replies can be held to, over this tokenizer.
-    pub grammars: Arc<Grammars>,
+    pub grammars: ServedGrammars,
     /// How the model writes calls of tools; `None`: it does not, or nobody knows.
     pub tool_syntax: Option<ToolSyntax>,
     /// What `reasoning_effort` means.

@@ -1,6 +1,6 @@
 //! OpenAI-compatible HTTP over an engine's handle: types, routes, SSE, auth, errors, health, metrics, drain.
 //!
-//! A request's way: `routes` reads it, `convert` makes the engine's request of it, `reply` runs its choices, `decode` makes
+//! A request's way: `routes` reads it, `convert` makes the engine's request of it and holds it to its rules, `reply` runs its choices, `decode` makes
 //! text of their tokens, `render` makes OpenAI's JSON of the text, `sse` streams it or `reply::collect` gathers it.
 //! Knows nothing of tensors and devices.
 #![forbid(unsafe_code)]
@@ -17,6 +17,7 @@ mod decode;
 mod drain;
 mod error;
 mod fields;
+mod grammars;
 mod health;
 mod messages;
 mod metrics;
@@ -38,6 +39,7 @@ pub use config::{
     ThinkingBudgets,
 };
 pub use error::ApiError;
+pub use grammars::ServedGrammars;
 pub use routes::router;
 pub use serve::serve;
 #[doc(hidden)]

@@ -164,7 +164,7 @@ async fn post_messages(
     generate(app, log, request, messages::convert).await
 }
 
-/// The way of every generating request: read, convert off the async threads, submit, then stream or collect. `convert` is
+/// The way of every generating request: read, convert and constrain off the async threads, submit, then stream or collect. `convert` is
 /// given the request's id and its body.
 pub(crate) async fn generate(
     app: Arc<App>,
@@ -211,6 +211,7 @@ async fn answer(
     };
     let job = converting.await.map_err(|error| ApiError::unread(&error))??;
     let convert::Job { run, render, model, stream } = job;
+    let run = constrain(&app, &log, run).await?;
     log.span.record("model", &model);
     log.model.get_or_init(|| model);
     let ServerConfig { ping_interval, write_timeout, .. } = app.config;
@@ -220,6 +221,27 @@ async fn answer(
     } else {
         reply::collect(reply, render).await
     }
+}
+
+/// Compiles the rules of a request that has any. Soon after the start that waits until the tables of the grammars are there, and
+/// keeps no thread from other requests meanwhile.
+async fn constrain(
+    app: &App,
+    log: &Arc<RequestLog>,
+    mut run: convert::Run,
+) -> Result<convert::Run, ApiError> {
+    let Some(rules) = run.rules.take() else { return Ok(run) };
+    let grammars = app.model.grammars.get().await.map_err(|why| {
+        ApiError::internal(format!("the grammars of this model could not be prepared: {why}"))
+    })?;
+    let log = log.clone();
+    let compiling = tokio::task::spawn_blocking(move || {
+        tracing::debug_span!(parent: &log.span, "constrain").in_scope(|| rules.constraint(&grammars))
+    });
+    if let Some(constraint) = compiling.await.map_err(|error| ApiError::unread(&error))?? {
+        run.constrain(&constraint);
+    }
+    Ok(run)
 }
 
 pub(crate) async fn read_body(config: &ServerConfig, request: Request) -> Result<Vec<u8>, ApiError> {

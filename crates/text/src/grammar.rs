@@ -106,6 +106,17 @@ pub struct ReplyRules {
     pub bad_words: Vec<Vec<TokenId>>,
 }
 
+impl ReplyRules {
+    /// Whether every reply satisfies them, so that they need no grammars.
+    pub fn demand_nothing(&self) -> bool {
+        (self.thinking_budget.is_none() || self.thinking == Thinking::None)
+            && self.format.is_none()
+            && self.tools.is_none()
+            && self.allowed_token_ids.is_none()
+            && self.bad_words.is_empty()
+    }
+}
+
 impl Default for ReplyRules {
     fn default() -> Self {
         Self {

@@ -17,6 +17,7 @@ mod stop;
 mod strftime;
 mod template;
 mod tokenizer;
+mod tokenizer_json;
 mod tools;
 mod tools_block;
 

@@ -5,7 +5,7 @@
 //! is a table of bytes per token, because only that gives a stream whole characters at constant cost.
 
 use std::borrow::Cow;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 
@@ -16,6 +16,7 @@ use crate::control::{ControlTokens, TokenClass, Trie, classify, unguard};
 use crate::detok::ControlText;
 use crate::error::{Result, TextError};
 use crate::template::RenderedPrompt;
+use crate::tokenizer_json::{TokenizerJson, bad};
 
 /// A token that `tokenizer.json` lists beside the model's own vocabulary.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,20 +77,18 @@ impl Tokenizer {
 
     /// Reads a tokenizer from the contents of `tokenizer.json` and, where there is one, `tokenizer_config.json`.
     pub fn from_bytes(tokenizer_json: &[u8], tokenizer_config: Option<&[u8]>) -> Result<Self> {
-        let mut json: Value = serde_json::from_slice(tokenizer_json).map_err(|e| bad(e.to_string()))?;
+        let json = TokenizerJson::parse(tokenizer_json)?;
         let config: Value = match tokenizer_config {
             Some(bytes) => serde_json::from_slice(bytes).map_err(|e| bad_config(e.to_string()))?,
             None => Value::Null,
         };
-        require_byte_level(&json["decoder"])?;
-        let added = read_added_tokens(&json["added_tokens"])?;
-        let vocab = read_vocab(&json["model"]["vocab"])?;
-        let table = ByteTable::new(&vocab, &added);
-        let adds_bos_by_template = template_processing_token(&json["post_processor"]).map(str::to_owned);
-        let shrink = if has_normalizer(&json["normalizer"]) { MAX_NORMALIZER_SHRINK } else { 1 };
-        make_plain(&mut json, &added);
-
-        let plain: tokenizers::Tokenizer = serde_json::from_value(json).map_err(|e| bad(e.to_string()))?;
+        require_byte_level(json.field("decoder"))?;
+        let added = read_added_tokens(json.field("added_tokens"))?;
+        let table = ByteTable::new(json.vocab(), &added);
+        let adds_bos_by_template = template_processing_token(json.field("post_processor")).map(str::to_owned);
+        let shrink = if has_normalizer(json.field("normalizer")) { MAX_NORMALIZER_SHRINK } else { 1 };
+        let added_texts: HashSet<&str> = added.iter().map(|t| t.content.as_str()).collect();
+        let plain = json.into_plain(|token| added_texts.contains(token))?;
         let guarded = added.iter().filter(|t| t.class != TokenClass::Text || is_markup(&t.content));
         let control = ControlTokens::new(guarded.map(|t| t.content.as_str()));
         let added_trie = Trie::new(added.iter().map(|t| t.content.as_str()));
@@ -341,10 +340,6 @@ fn within(tokens: &[TokenId], max_tokens: usize) -> Result<()> {
     if at_least > max_tokens { Err(TextError::TooLong { at_least, max_tokens }) } else { Ok(()) }
 }
 
-fn bad(reason: String) -> TextError {
-    TextError::BadFile { file: "tokenizer.json", reason }
-}
-
 fn bad_config(reason: String) -> TextError {
     TextError::BadFile { file: "tokenizer_config.json", reason }
 }
@@ -394,37 +389,12 @@ fn read_added_tokens(list: &Value) -> Result<Vec<AddedToken>> {
     Ok(tokens)
 }
 
-fn read_vocab(vocab: &Value) -> Result<Vec<(&str, u32)>> {
-    let map = vocab.as_object().ok_or_else(|| TextError::UnsupportedTokenizer {
-        feature: "a model without a vocabulary by name".into(),
-        why: "byte-level BPE is",
-    })?;
-    let id_of = |(token, id): (&'_ String, &Value)| {
-        id.as_u64()
-            .and_then(|id| u32::try_from(id).ok())
-            .ok_or_else(|| bad(format!("token {token:?} has no id")))
-    };
-    map.iter().map(|(token, id)| Ok((token.as_str(), id_of((token, id))?))).collect()
-}
-
 /// The control token that a `TemplateProcessing` post-processor puts first, if any.
 fn template_processing_token(post: &Value) -> Option<&str> {
     if post["type"] == "Sequence" {
         return post["processors"].as_array()?.iter().find_map(template_processing_token);
     }
     if post["type"] == "TemplateProcessing" { post["single"][0]["SpecialToken"]["id"].as_str() } else { None }
-}
-
-/// Takes added tokens and everything that would act on a whole prompt out of a `tokenizer.json`.
-fn make_plain(json: &mut Value, added: &[AddedToken]) {
-    json["added_tokens"] = Value::Array(Vec::new());
-    for field in ["truncation", "padding", "post_processor"] {
-        json[field] = Value::Null;
-    }
-    if let Some(vocab) = json["model"]["vocab"].as_object_mut() {
-        let added: HashSet<&str> = added.iter().map(|t| t.content.as_str()).collect();
-        vocab.retain(|token, _| !added.contains(token.as_str()));
-    }
 }
 
 fn read_chat_template(field: &Value) -> Result<Option<String>> {
@@ -449,44 +419,71 @@ struct ByteTable {
 }
 
 impl ByteTable {
-    fn new(vocab: &[(&str, u32)], added: &[AddedToken]) -> Self {
+    fn new(vocab: &[(String, u32)], added: &[AddedToken]) -> Self {
         let alphabet = byte_level_alphabet();
-        let spelled = |token: &str| {
-            // A token outside the alphabet stands for its own UTF-8 bytes.
-            let bytes: Option<Vec<u8>> = token.chars().map(|c| alphabet.get(&c).copied()).collect();
-            bytes.unwrap_or_else(|| token.as_bytes().to_vec())
-        };
         let ids = vocab.iter().map(|&(_, id)| id).chain(added.iter().map(|t| t.id.0));
         let len = ids.max().map_or(0, |id| id as usize + 1);
-        let mut texts = vec![Vec::new(); len];
-        for &(token, id) in vocab {
-            texts[id as usize] = spelled(token);
+        let mut spellings = vec![""; len];
+        for (token, id) in vocab {
+            spellings[*id as usize] = token;
         }
-        let longest = texts.iter().map(Vec::len).max().unwrap_or(0).max(1);
         let mut classes = vec![TokenClass::Text; len];
+        let mut contents = vec![None; len];
         for token in added {
-            texts[token.id.0 as usize] = token.content.as_bytes().to_vec();
-            classes[token.id.0 as usize] = token.class;
+            let id = token.id.0 as usize;
+            contents[id] = Some(token.content.as_bytes());
+            classes[id] = token.class;
         }
-        let mut table = Self { bytes: Vec::new(), offsets: vec![0], classes, longest };
-        for text in texts {
-            table.bytes.extend(text);
-            table.offsets.push(table.bytes.len() as u32);
+        let (mut bytes, mut offsets, mut longest) = (Vec::new(), Vec::with_capacity(len + 1), 1);
+        offsets.push(0);
+        for (spelling, content) in spellings.into_iter().zip(contents) {
+            let start = bytes.len();
+            spell(spelling, &alphabet, &mut bytes);
+            longest = longest.max(bytes.len() - start);
+            if let Some(content) = content {
+                bytes.truncate(start);
+                bytes.extend_from_slice(content);
+            }
+            offsets.push(bytes.len() as u32);
         }
-        table
+        Self { bytes, offsets, classes, longest }
     }
 }
 
-/// GPT-2's spelling of bytes: printable ones stand for themselves, the others take the code points from U+0100 on.
-fn byte_level_alphabet() -> HashMap<char, u8> {
-    let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
-    let mut next = 0x100;
-    let mut spell = |b: u8| {
-        if printable(b) {
-            return char::from(b);
+/// Appends the bytes that a token of the vocabulary stands for.
+fn spell(token: &str, alphabet: &Alphabet, out: &mut Vec<u8>) {
+    let start = out.len();
+    for c in token.chars() {
+        match alphabet.get(c as usize) {
+            Some(&Some(byte)) => out.push(byte),
+            _ => {
+                // A token outside the alphabet stands for its own UTF-8 bytes.
+                out.truncate(start);
+                out.extend_from_slice(token.as_bytes());
+                return;
+            }
         }
-        next += 1;
-        char::from_u32(next - 1).expect("U+0100 to U+0143 are characters")
-    };
-    (0..=255).map(|b| (spell(b), b)).collect()
+    }
+}
+
+/// By code point, the byte that a character spells.
+type Alphabet = [Option<u8>; ALPHABET_END];
+/// One more than the last code point that spells a byte.
+const ALPHABET_END: usize = 0x144;
+
+/// GPT-2's spelling of bytes: printable ones stand for themselves, the others take the code points from U+0100 on.
+fn byte_level_alphabet() -> Alphabet {
+    let mut alphabet = [None; ALPHABET_END];
+    let mut next = 0x100;
+    for byte in 0..=u8::MAX {
+        let spelt = match byte {
+            b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF => usize::from(byte),
+            _ => {
+                next += 1;
+                next - 1
+            }
+        };
+        alphabet[spelt] = Some(byte);
+    }
+    alphabet
 }

@@ -238,6 +238,11 @@ fn bad_tokenizers_are_refused_by_name() {
     assert!(refused(|j| j["added_tokens"][0]["content"] = json!("")).contains("is empty"));
     assert!(refused(|j| j["model"]["vocab"] = json!([["a", -1.0]])).contains("vocabulary"));
     assert!(refused(|j| j["model"]["merges"] = json!([["never", "seen"]])).contains("tokenizer.json"));
+    assert!(refused(|j| j["model"]["merges"] = json!(["a b c"])).contains("not two tokens"));
+    assert!(refused(|j| j["model"]["merges"] = json!([["a"]])).contains("not two tokens"));
+    assert!(refused(|j| j["model"]["type"] = json!("WordPiece")).contains("the model WordPiece"));
+    assert!(refused(|j| j["model"]["vocab"] = json!({"a": "b"})).contains("token \"a\" has no id"));
+    assert!(refused(|j| j["model"] = json!({"type": "BPE"})).contains("vocabulary"));
     let tokenizer_json = data("v3-like-tokenizer.json");
     let config = |config: Value| {
         let result = Tokenizer::from_bytes(&tokenizer_json, Some(config.to_string().as_bytes()));
@@ -250,6 +255,32 @@ fn bad_tokenizers_are_refused_by_name() {
         Tokenizer::from_bytes(b"{", None),
         Err(TextError::BadFile { file: "tokenizer.json", .. })
     ));
+}
+
+#[test]
+fn merges_read_the_same_in_both_spellings() {
+    let spelled = |old: bool| {
+        changed(|j| {
+            let merges = j["model"]["merges"].as_array_mut().unwrap();
+            for merge in merges.iter_mut() {
+                let (a, b) = match &*merge {
+                    Value::String(line) => {
+                        line.split_once(' ').map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap()
+                    }
+                    pair => (pair[0].as_str().unwrap().to_owned(), pair[1].as_str().unwrap().to_owned()),
+                };
+                *merge = if old { json!(format!("{a} {b}")) } else { json!([a, b]) };
+            }
+            if old {
+                merges.insert(0, json!("#version: 0.2"));
+            }
+        })
+        .unwrap()
+    };
+    let text = "Hello, how are you? 1234 \u{4e2d}\u{6587}";
+    let [old, new] = [true, false].map(|old| spelled(old).encode(text).unwrap());
+    assert_eq!(old, new);
+    assert_eq!(old, tokenizer("v3-like").encode(text).unwrap());
 }
 
 #[test]

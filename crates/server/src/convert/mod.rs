@@ -8,10 +8,11 @@ mod sampling;
 
 use r1_core::TokenId;
 use r1_engine::Request;
-use r1_text::{ControlText, ParserConfig, ReplyRules, TextError};
+use r1_text::{Constraint, ControlText, ParserConfig, ReplyRules, TextError};
 
 pub(crate) use chat::{chat, chat_run, count_tokens, render_any_length};
 pub(crate) use completion::completion;
+pub(crate) use rules::Rules;
 
 use crate::app::{App, unix_s};
 use crate::decode::{DecodeRules, Decoder};
@@ -36,6 +37,17 @@ pub(crate) struct Run {
     pub(crate) choices: Vec<ChoiceJob>,
     /// More choices are generated than shown: of each prompt so many, the likeliest first.
     pub(crate) keep_best: Option<usize>,
+    /// What every choice is held to, where anything is asked for; compiled by [`Run::constrain`].
+    pub(crate) rules: Option<Rules>,
+}
+
+impl Run {
+    /// Holds every choice to the constraint that was made of [`Run::rules`].
+    pub(crate) fn constrain(&mut self, constraint: &Constraint) {
+        for choice in &mut self.choices {
+            choice.request.constraint = Some(Box::new(constraint.clone()));
+        }
+    }
 }
 
 /// One choice to generate.
@@ -170,7 +182,7 @@ fn run(app: &App, common: &Common, parts: Parts) -> Result<Run, ApiError> {
         discard: common.max_tokens == Some(0),
     };
     let keep_best = (common.best_of > common.n).then_some(common.n);
-    let constraint = rules::constraint(app, common, rules)?;
+    let rules = rules::rules(app, common, rules)?;
     let prompt_tokens: Vec<usize> = prompts.iter().map(|prompt| prompt.tokens.len()).collect();
     let mut choices = Vec::with_capacity(prompts.len() * common.best_of);
     for (index, prompt) in prompts.into_iter().enumerate() {
@@ -187,7 +199,6 @@ fn run(app: &App, common: &Common, parts: Parts) -> Result<Run, ApiError> {
                 .map_err(|e| ApiError::bad_field("stop", e))?;
             let request = Request {
                 priority: common.priority,
-                constraint: constraint.clone().map(|constraint| Box::new(constraint) as Box<_>),
                 cache_salt: common.cache_salt.clone(),
                 prompt_logprobs,
                 ..Request::new(prompt.tokens.clone(), params)
@@ -195,7 +206,7 @@ fn run(app: &App, common: &Common, parts: Parts) -> Result<Run, ApiError> {
             choices.push(ChoiceJob { prompt: index, request, decoder, echo: prompt.echo.clone() });
         }
     }
-    Ok(Run { prompt_tokens, choices, keep_best })
+    Ok(Run { prompt_tokens, choices, keep_best, rules })
 }
 
 /// A client's fault names its field; a fault of the model's files is ours.

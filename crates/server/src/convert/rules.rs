@@ -2,8 +2,8 @@
 
 use r1_core::TokenId;
 use r1_text::{
-    Constraint, GrammarError, ReplyRules, THINK_CLOSE, THINK_OPEN, Thinking as Phase, ToolChoice as MustCall,
-    ToolParser, ToolRule, Tools as CallRules, bad_word_tokens,
+    Constraint, GrammarError, Grammars, ReplyRules, THINK_CLOSE, THINK_OPEN, Thinking as Phase,
+    ToolChoice as MustCall, ToolParser, ToolRule, Tools as CallRules, bad_word_tokens,
 };
 
 use super::{Tokenized, sampling};
@@ -89,25 +89,51 @@ pub(super) fn tool_parser(app: &App, common: &Common, tools: &Tools) -> Option<T
     Some(ToolParser { hide_cut: common.skip_special_tokens, ..parser })
 }
 
-/// Compiles the rules, with what both endpoints add to them; `None` where nothing is asked for.
-pub(super) fn constraint(
-    app: &App,
-    common: &Common,
-    mut rules: ReplyRules,
-) -> Result<Option<Constraint>, ApiError> {
+/// The rules of a request's replies, not compiled yet.
+pub(crate) struct Rules {
+    rules: ReplyRules,
+    /// What the client calls the form's field.
+    format: Option<String>,
+    /// Puts the client's words where the chat's stand.
+    reword: Option<Box<Reword>>,
+}
+
+type Reword = dyn FnOnce(ApiError) -> ApiError + Send;
+
+impl Rules {
+    /// An endpoint that names fields differently says how.
+    pub(crate) fn reworded(self, reword: impl FnOnce(ApiError) -> ApiError + Send + 'static) -> Self {
+        Self { reword: Some(Box::new(reword)), ..self }
+    }
+
+    /// Compiles the rules, which may take seconds; `None` where nothing is asked for.
+    pub(crate) fn constraint(self, grammars: &Grammars) -> Result<Option<Constraint>, ApiError> {
+        grammars.constraint(&self.rules).map_err(|error| {
+            let error = grammar_error(self.format, &error);
+            match self.reword {
+                Some(reword) => reword(error),
+                None => error,
+            }
+        })
+    }
+}
+
+/// The rules with what both endpoints add to them; `None` where nothing is asked for.
+pub(super) fn rules(app: &App, common: &Common, mut rules: ReplyRules) -> Result<Option<Rules>, ApiError> {
     if let Some(ids) = &common.allowed_token_ids {
         rules.allowed_token_ids = Some(sampling::in_vocab(app, "allowed_token_ids", ids)?);
     }
+    let format = common.format.as_ref().map(|asked| asked.param.clone());
     rules.bad_words = bad_word_tokens(&app.model.tokenizer, &common.bad_words)
-        .map_err(|error| grammar_error(common, &error))?;
+        .map_err(|error| grammar_error(format.clone(), &error))?;
     rules.format = common.format.as_ref().map(|asked| asked.format.clone());
-    app.model.grammars.constraint(&rules).map_err(|error| grammar_error(common, &error))
+    Ok((!rules.demand_nothing()).then_some(Rules { rules, format, reword: None }))
 }
 
 /// Names the field as the client did.
-fn grammar_error(common: &Common, error: &GrammarError) -> ApiError {
-    let param = match (error.field.as_str(), &common.format) {
-        ("format", Some(asked)) => asked.param.clone(),
+fn grammar_error(format: Option<String>, error: &GrammarError) -> ApiError {
+    let param = match (error.field.as_str(), format) {
+        ("format", Some(param)) => param,
         (field, _) => {
             field.replace("].parameters", "].function.parameters").replace("].name", "].function.name")
         }

@@ -44,7 +44,8 @@ pub(crate) fn convert(app: &Arc<App>, id: &str, body: &[u8]) -> Result<Job, ApiE
     let request::Asked { chat, origin } = request::read(body)?;
     let model = app.reply_name(chat.common.model.as_deref())?;
     let stream = chat.common.stream;
-    let run = convert::chat_run(app, &chat, NAMES).map_err(|error| origin.rename(error))?;
+    let mut run = convert::chat_run(app, &chat, NAMES).map_err(|error| origin.rename(error))?;
+    run.rules = run.rules.map(|rules| rules.reworded(move |error| origin.rename(error)));
     let num_prompt_tokens = run.prompt_tokens.iter().sum::<usize>() as u64;
     let render = render::MessageRender::new(id, model.clone(), num_prompt_tokens);
     Ok(Job { run, render: Box::new(render), model, stream })

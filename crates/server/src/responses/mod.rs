@@ -151,7 +151,8 @@ fn convert(app: &Arc<App>, owner: Owner, body: &[u8]) -> Result<Job, ApiError> {
     let Asked { chat, items, parent, store, mut echo } = Asked::read(Fields::parse(body)?, &known, &mut ids)?;
     let model = app.reply_name(chat.common.model.as_deref())?;
     let (stream, logprobs) = (chat.common.stream, chat.logprobs);
-    let run = chat_run(app, &chat, NAMES).map_err(request::in_our_words)?;
+    let mut run = chat_run(app, &chat, NAMES).map_err(request::in_our_words)?;
+    run.rules = run.rules.map(|rules| rules.reworded(request::in_our_words));
     let params = &run.choices[0].request.params;
     for (name, value) in [("temperature", params.temperature), ("top_p", params.top_p)] {
         echo.insert(name.into(), short(value).into());

@@ -4,6 +4,7 @@
 mod bad_input;
 mod exposition;
 mod fields;
+mod grammars;
 mod http;
 mod lifecycle;
 mod messages;

@@ -8,7 +8,7 @@ use axum::Router;
 use axum::body::Body;
 use axum::http::{HeaderMap, Method, Request, StatusCode, header};
 use http_body_util::BodyExt;
-use r1_core::{FinishReason, SamplingParams, SeqId, TokenId};
+use r1_core::{Allowed, FinishReason, SamplingParams, SeqId, TokenConstraint, TokenId};
 use r1_engine::EventSender;
 use r1_engine::{Command, EngineInfo, Event, Handle, Inbox, Status, TokenLogprobs};
 use r1_server::{ReasoningParser, SamplingDefaults, ServedModel, ServerConfig, ThinkingBudgets, router};
@@ -49,7 +49,7 @@ pub(crate) fn model() -> ServedModel {
         },
         eos_token_ids: vec![EOS],
         reasoning_parser: ReasoningParser::DeepSeekR1,
-        grammars: grammars(),
+        grammars: grammars().into(),
         tool_syntax: Some(ToolSyntax::Fenced),
         thinking_budgets: ThinkingBudgets { low: Some(7), ..ThinkingBudgets::default() },
     }
@@ -103,6 +103,8 @@ pub(crate) struct Asked {
     pub(crate) params: SamplingParams,
     pub(crate) priority: i32,
     pub(crate) cache_salt: Option<String>,
+    /// Tokens that may come first, where the request's rules bound them.
+    pub(crate) first_mask: Option<Vec<u32>>,
 }
 
 #[derive(Default)]
@@ -167,6 +169,14 @@ impl Engine {
     }
 }
 
+fn first_mask(constraint: &mut dyn TokenConstraint) -> Vec<u32> {
+    let mut mask = vec![0; info().vocab_size.div_ceil(32)];
+    match constraint.fill_mask(&mut mask).expect("a constraint that can begin") {
+        Allowed::Masked => mask,
+        Allowed::Any => vec![u32::MAX; mask.len()],
+    }
+}
+
 fn answer(inbox: &Inbox, scripts: &[Script], record: &Mutex<Record>) {
     let mut num_asked = 0;
     while let Some(command) = inbox.wait() {
@@ -183,6 +193,7 @@ fn answer(inbox: &Inbox, scripts: &[Script], record: &Mutex<Record>) {
                     params: request.params,
                     priority: request.priority,
                     cache_salt: request.cache_salt,
+                    first_mask: request.constraint.map(|mut constraint| first_mask(&mut *constraint)),
                 });
                 for event in script.events {
                     let event = match (event, top) {

@@ -44,12 +44,7 @@ pub(super) struct Vocabulary {
 impl Vocabulary {
     /// `vocab_size` is the number of logits.
     pub(super) fn new(tokenizer: &Tokenizer, eos: &[TokenId], vocab_size: usize) -> Result<Self> {
-        if let Some(&end) = eos.iter().find(|t| t.0 as usize >= vocab_size) {
-            return Err(bad(format!("EOS token {} is not one of the {vocab_size} logits", end.0)));
-        }
-        if eos.is_empty() {
-            return Err(bad("grammars need an EOS token".into()));
-        }
+        let ThinkTags { open, close } = check(tokenizer, eos, vocab_size)?;
         let word = |id: usize| {
             let token = TokenId(id as u32);
             let bytes = tokenizer.token_bytes(token);
@@ -80,8 +75,8 @@ impl Vocabulary {
             spaces: made_of(b" \t\r\n"),
             trie: TokTrie::from(&info, &words).with_eos_tokens(&eos_ids),
             eos: eos.to_vec(),
-            think_open: spell(tokenizer, THINK_OPEN)?,
-            think_close: spell(tokenizer, THINK_CLOSE)?,
+            think_open: open,
+            think_close: close,
             tool_tokens: tool_tokens(tokenizer),
         })
     }
@@ -105,6 +100,23 @@ impl Vocabulary {
         let bytes = self.trie.token(token.0);
         bytes.strip_prefix(&[TokTrie::SPECIAL_TOKEN_MARKER]).unwrap_or(bytes)
     }
+}
+
+/// How the tokenizer writes the tags around the reasoning.
+pub(super) struct ThinkTags {
+    open: Vec<TokenId>,
+    close: Vec<TokenId>,
+}
+
+/// Refuses what [`Vocabulary::new`] cannot work with.
+pub(super) fn check(tokenizer: &Tokenizer, eos: &[TokenId], vocab_size: usize) -> Result<ThinkTags> {
+    if let Some(&end) = eos.iter().find(|t| t.0 as usize >= vocab_size) {
+        return Err(bad(format!("EOS token {} is not one of the {vocab_size} logits", end.0)));
+    }
+    if eos.is_empty() {
+        return Err(bad("grammars need an EOS token".into()));
+    }
+    Ok(ThinkTags { open: spell(tokenizer, THINK_OPEN)?, close: spell(tokenizer, THINK_CLOSE)? })
 }
 
 fn bad(reason: String) -> TextError {
