@@ -454,15 +454,13 @@ impl ByteTable {
 fn spell(token: &str, alphabet: &Alphabet, out: &mut Vec<u8>) {
     let start = out.len();
     for c in token.chars() {
-        match alphabet.get(c as usize) {
-            Some(&Some(byte)) => out.push(byte),
-            _ => {
-                // A token outside the alphabet stands for its own UTF-8 bytes.
-                out.truncate(start);
-                out.extend_from_slice(token.as_bytes());
-                return;
-            }
-        }
+        let Some(&Some(byte)) = alphabet.get(c as usize) else {
+            // A token outside the alphabet stands for its own UTF-8 bytes.
+            out.truncate(start);
+            out.extend_from_slice(token.as_bytes());
+            return;
+        };
+        out.push(byte);
     }
 }
 

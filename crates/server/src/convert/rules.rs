@@ -91,7 +91,7 @@ pub(super) fn tool_parser(app: &App, common: &Common, tools: &Tools) -> Option<T
 
 /// The rules of a request's replies, not compiled yet.
 pub(crate) struct Rules {
-    rules: ReplyRules,
+    of_reply: ReplyRules,
     /// What the client calls the form's field.
     format: Option<String>,
     /// Puts the client's words where the chat's stand.
@@ -108,7 +108,7 @@ impl Rules {
 
     /// Compiles the rules, which may take seconds; `None` where nothing is asked for.
     pub(crate) fn constraint(self, grammars: &Grammars) -> Result<Option<Constraint>, ApiError> {
-        grammars.constraint(&self.rules).map_err(|error| {
+        grammars.constraint(&self.of_reply).map_err(|error| {
             let error = grammar_error(self.format, &error);
             match self.reword {
                 Some(reword) => reword(error),
@@ -127,7 +127,7 @@ pub(super) fn rules(app: &App, common: &Common, mut rules: ReplyRules) -> Result
     rules.bad_words = bad_word_tokens(&app.model.tokenizer, &common.bad_words)
         .map_err(|error| grammar_error(format.clone(), &error))?;
     rules.format = common.format.as_ref().map(|asked| asked.format.clone());
-    Ok((!rules.demand_nothing()).then_some(Rules { rules, format, reword: None }))
+    Ok((!rules.demand_nothing()).then_some(Rules { of_reply: rules, format, reword: None }))
 }
 
 /// Names the field as the client did.
