@@ -62,23 +62,24 @@ pub fn linear_int4<B: Backend>(backend: &B) {
     linear(backend, "linear_int4", &INT4);
 }
 
+/// Heads, rows of each, K; groups that end short and begin inside, and more outputs than are widened at once.
+const PER_HEAD: [([usize; 3], usize, usize); 5] = [
+    ([1, 3, 5], 32, 0),
+    ([3, 24, 33], 10, 3),
+    ([5, 48, 136], 128, 0),
+    ([2, 130, 300], 128, 40),
+    ([2, 7, 512], 128, 0),
+];
+
 /// [`Backend::per_head`] with int8 weights, where the backend has them.
 pub fn per_head_int8<B: Backend>(backend: &B) {
     if !takes(backend, WeightFormat::Int8Group) {
         return;
     }
-    // Heads, rows of each, K; groups that end short and begin inside, and more outputs than are widened at once.
-    const CASES: [([usize; 3], usize, usize); 5] = [
-        ([1, 3, 5], 32, 0),
-        ([3, 24, 33], 10, 3),
-        ([5, 48, 136], 128, 0),
-        ([2, 130, 300], 128, 40),
-        ([2, 7, 512], 128, 0),
-    ];
     seeded("per_head_int8", |random| {
         for dtype in backend.capabilities().activation_dtypes {
             for form in [HeadForm::RowsIn, HeadForm::RowsOut] {
-                for (sizes, group, offset) in CASES {
+                for (sizes, group, offset) in PER_HEAD {
                     for tokens in [1, 4, 19] {
                         check_per_head(backend, random, int8(group, offset), dtype, form, tokens, sizes);
                     }
