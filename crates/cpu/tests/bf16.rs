@@ -193,6 +193,8 @@ fn per_head_rows_are_those_of_single_tokens() {
         Form::Fp8 { block: [128, 128], offset: [37, 64] },
         Form::Fp8 { block: [128, 128], offset: [37, 51] },
         Form::Fp8 { block: [7, 48], offset: [3, 17] },
+        Form::Int8 { group: 128, offset: 0 },
+        Form::Int8 { group: 48, offset: 17 },
     ];
     let (heads, rows_per_head, tokens) = (3, 90, 35);
     for isa in isas() {
