@@ -18,8 +18,6 @@ use r1_benches::{Machine, Random, Work};
 use r1_core::DType;
 use r1_cpu::Cpu;
 
-/// Element type of activations.
-const ACTIVATION: DType = DType::F32;
 /// Weights that take turns are together at least so large that no cache holds them.
 const COLD_BYTES: usize = 128 << 20;
 const BLOCK_SIZE: usize = 64;
@@ -82,8 +80,8 @@ fn linear(c: &mut Criterion, machine: &Machine) {
             let more = (1..COLD_BYTES.div_ceil(bytes)).map(|_| weight(cpu, &mut random, n, k, dtype));
             let weights: Vec<_> = std::iter::once(first).chain(more.collect::<Vec<_>>()).collect();
             for &rows in rows.iter().filter(|&&rows| dtype != DType::F32 || rows == 1 || rows == 64) {
-                let x = Activation::dense(filled(cpu, &mut random, &[rows, k], ACTIVATION));
-                let out = cpu.alloc(&[rows, n], ACTIVATION).expect("memory");
+                let x = Activation::dense(filled(cpu, &mut random, &[rows, k], machine.activation));
+                let out = cpu.alloc(&[rows, n], machine.activation).expect("memory");
                 let mut next = in_turns(&weights);
                 let name = format!("{what} {n}x{k} {dtype}, rows {rows}");
                 let work = Work { bytes, flops: 2 * rows * n * k };
@@ -163,9 +161,9 @@ fn some_experts(c: &mut Criterion, machine: &Machine, shape: &MoeShape) {
             })
             .collect();
         let used = choices.iter().map(|(_, used)| used).sum::<usize>() / choices.len();
-        let x = Activation::dense(filled(cpu, &mut random, &[tokens, hidden], ACTIVATION));
+        let x = Activation::dense(filled(cpu, &mut random, &[tokens, hidden], machine.activation));
         let weights = filled(cpu, &mut random, &[tokens, top_k], DType::F32);
-        let out = cpu.alloc(&[tokens, hidden], ACTIVATION).expect("memory");
+        let out = cpu.alloc(&[tokens, hidden], machine.activation).expect("memory");
         let mut next = in_turns(&choices);
         let work = Work { bytes: used * expert_bytes, flops: 2 * tokens * top_k * 3 * hidden * width };
         machine.bench(c, "experts", &format!("{name} {dtype}, tokens {tokens}"), work, || {
@@ -230,7 +228,7 @@ fn attention(c: &mut Criterion, machine: &Machine) {
         expanded(c, machine, heads, &batch, &format!("prefill expanded, {heads} heads, {rows} tokens"));
     }
     let batch = batch(&machine.cpu, 1, 512, 512);
-    absorbed(c, machine, 16, &batch, ACTIVATION, "prefill absorbed, 16 heads, 512 tokens");
+    absorbed(c, machine, 16, &batch, machine.activation, "prefill absorbed, 16 heads, 512 tokens");
 }
 
 /// Pairs of a row and a token that it sees.
@@ -249,9 +247,9 @@ fn absorbed(
 ) {
     let (cpu, mut random) = (&machine.cpu, Random::new(3));
     let (rows, context) = (batch.num_tokens, batch.num_seqs * batch.max_context_len);
-    let q_latent = filled(cpu, &mut random, &[rows, heads, LATENT], ACTIVATION);
-    let q_rope = filled(cpu, &mut random, &[rows, heads, ROPE], ACTIVATION);
-    let out = cpu.alloc(&[rows, heads, LATENT], ACTIVATION).expect("memory");
+    let q_latent = filled(cpu, &mut random, &[rows, heads, LATENT], machine.activation);
+    let q_rope = filled(cpu, &mut random, &[rows, heads, ROPE], machine.activation);
+    let out = cpu.alloc(&[rows, heads, LATENT], machine.activation).expect("memory");
     let blocks = context.div_ceil(BLOCK_SIZE);
     let cache = LatentCache::alloc(cpu, dtype, [blocks, BLOCK_SIZE], LATENT, ROPE).expect("memory");
     let mut fill = |part: &Tensor<Cpu>| {
@@ -271,11 +269,11 @@ fn absorbed(
 fn expanded(c: &mut Criterion, machine: &Machine, heads: usize, batch: &Batch<Cpu>, name: &str) {
     let (cpu, mut random) = (&machine.cpu, Random::new(6));
     let (rows, context) = (batch.num_tokens, batch.max_context_len);
-    let q = filled(cpu, &mut random, &[rows, heads, NOPE + ROPE], ACTIVATION);
-    let kv = filled(cpu, &mut random, &[context, heads, NOPE + VALUE], ACTIVATION);
-    let k_rope = filled(cpu, &mut random, &[context, ROPE], ACTIVATION);
-    let out = cpu.alloc(&[rows, heads, VALUE], ACTIVATION).expect("memory");
-    let size = ACTIVATION.size_bytes();
+    let q = filled(cpu, &mut random, &[rows, heads, NOPE + ROPE], machine.activation);
+    let kv = filled(cpu, &mut random, &[context, heads, NOPE + VALUE], machine.activation);
+    let k_rope = filled(cpu, &mut random, &[context, ROPE], machine.activation);
+    let out = cpu.alloc(&[rows, heads, VALUE], machine.activation).expect("memory");
+    let size = machine.activation.size_bytes();
     let work = Work {
         bytes: size * (q.num_elements() + kv.num_elements() + k_rope.num_elements() + out.num_elements()),
         flops: 2 * seen(batch) * heads * (NOPE + ROPE + VALUE),
@@ -288,10 +286,10 @@ fn expanded(c: &mut Criterion, machine: &Machine, heads: usize, batch: &Batch<Cp
 fn small(c: &mut Criterion, machine: &Machine) {
     let (cpu, mut random) = (&machine.cpu, Random::new(4));
     let (rows, hidden, vocab) = (64, 7168, 129_280);
-    let x = filled(cpu, &mut random, &[rows, hidden], ACTIVATION);
-    let out = cpu.alloc(&[rows, hidden], ACTIVATION).expect("memory");
+    let x = filled(cpu, &mut random, &[rows, hidden], machine.activation);
+    let out = cpu.alloc(&[rows, hidden], machine.activation).expect("memory");
     let (norm, out) = (random.tensor(cpu, &[hidden], DType::BF16), Activation::dense(out));
-    let work = Work { bytes: 2 * rows * hidden * ACTIVATION.size_bytes(), flops: 0 };
+    let work = Work { bytes: 2 * rows * hidden * machine.activation.size_bytes(), flops: 0 };
     machine
         .bench(c, "rms_norm", "64 rows of 7168, in the caches", work, || cpu.rms_norm(&x, &norm, 1e-6, &out));
 

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput};
 use r1_backend::{Backend, HostTensor, Tensor};
 use r1_core::DType;
-use r1_cpu::{Cpu, CpuOptions, Pages, ReadCeiling, ReadFrom};
+use r1_cpu::{BarrierCost, Cpu, CpuOptions, Pages, ReadCeiling, ReadFrom};
 
 pub use model::{INPUT_TOKENS, MAX_MODEL_LEN, MAX_NUM_SEQS, bundled, load, options};
 pub use synthetic::Synthetic;
@@ -29,6 +29,8 @@ pub struct Machine {
     pub read_bytes_per_s: f64,
     /// Multiplications and additions per second of all threads together, by the instruction that does most.
     pub flops_per_s: f64,
+    /// The element type that `--dtype auto` takes for activations here.
+    pub activation: DType,
 }
 
 /// What one run of an operation takes at least.
@@ -72,9 +74,16 @@ impl Machine {
             println!("{}: {:.0} GFLOP/s", ceiling.instruction, ceiling.flops_per_s / 1e9);
         }
         let flops_per_s = compute.iter().map(|ceiling| ceiling.flops_per_s).fold(0.0, f64::max);
-        println!("ceilings: {:.2} GB/s, {:.0} GFLOP/s\n", read_bytes_per_s / 1e9, flops_per_s / 1e9);
+        let BarrierCost { spinning, parked } = cpu.barrier_cost();
+        println!("an empty job on all threads: {spinning:.2?} while they spin, {parked:.1?} once they sleep");
+        let activation = if cpu.multiplies_bf16() { DType::BF16 } else { DType::F32 };
+        println!(
+            "ceilings: {:.2} GB/s, {:.0} GFLOP/s; activations {activation}\n",
+            read_bytes_per_s / 1e9,
+            flops_per_s / 1e9
+        );
         assert!(read_bytes_per_s > 0.0, "no memory for a bench");
-        Self { cpu, read_bytes_per_s, flops_per_s }
+        Self { cpu, read_bytes_per_s, flops_per_s, activation }
     }
 
     /// Runs one criterion bench of an operation, and prints achieved against ceilings. Returns the best time of one run.

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::Cpu;
 #[cfg(target_arch = "x86_64")]
@@ -24,6 +24,10 @@ const CHAINS: usize = 12;
 const COMPUTE_ROUNDS: u32 = 1 << 17;
 /// Tasks per thread and pass.
 const COMPUTE_TASKS: usize = 16;
+/// Empty jobs per pass.
+const EMPTY_JOBS: u32 = 10_000;
+/// Longer than threads spin for.
+const PAUSE: Duration = Duration::from_millis(3);
 /// Passes, of which the best counts.
 const PASSES: usize = 7;
 
@@ -55,7 +59,37 @@ pub struct ComputeCeiling {
     pub flops_per_s: f64,
 }
 
+/// What an operation pays for running on all threads: handing the job out and waiting until every thread is done.
+#[derive(Clone, Copy, Debug)]
+pub struct BarrierCost {
+    /// Right after another operation, while the threads still spin.
+    pub spinning: Duration,
+    /// After a pause, when they sleep: the median.
+    pub parked: Duration,
+}
+
 impl Cpu {
+    /// Times jobs of one empty task per thread.
+    pub fn barrier_cost(&self) -> BarrierCost {
+        let mut engine = self.engine();
+        let mut jobs = |count: u32| {
+            let start = Instant::now();
+            for _ in 0..count {
+                engine.pool.run(self.threads(), &|_, _| {});
+            }
+            start.elapsed() / count
+        };
+        let spinning = (0..PASSES).map(|_| jobs(EMPTY_JOBS)).min().unwrap_or_default();
+        let mut parked: Vec<_> = (0..PASSES * PASSES)
+            .map(|_| {
+                std::thread::sleep(PAUSE);
+                jobs(1)
+            })
+            .collect();
+        parked.sort();
+        BarrierCost { spinning, parked: parked[parked.len() / 2] }
+    }
+
     /// Reads `size_bytes` from there several times with all threads; the best pass counts. An error where there is no such
     /// memory, or where the file is shorter than that.
     ///
@@ -340,6 +374,8 @@ mod tests {
                 .read_ceiling(ReadFrom::File(&file, Pages::Any), 2 * READ_TASK_BYTES)
                 .expect_err("too short");
             assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+            let BarrierCost { spinning, parked } = cpu.barrier_cost();
+            assert!(spinning > Duration::ZERO && parked > Duration::ZERO);
             let ceilings = cpu.compute_ceilings();
             assert!(
                 ceilings.iter().all(|c| c.flops_per_s > 0.0 && c.flops_per_s.is_finite()),

@@ -36,7 +36,7 @@ use r1_backend::{
 use r1_core::DType;
 
 pub use buffer::{Buffer, Pages};
-pub use ceiling::{ComputeCeiling, ReadCeiling, ReadFrom};
+pub use ceiling::{BarrierCost, ComputeCeiling, ReadCeiling, ReadFrom};
 pub use isa::Isa;
 
 use buffer::{Meter, Slabs};
