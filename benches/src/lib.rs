@@ -75,7 +75,9 @@ impl Machine {
         }
         let flops_per_s = compute.iter().map(|ceiling| ceiling.flops_per_s).fold(0.0, f64::max);
         let BarrierCost { spinning, parked } = cpu.barrier_cost();
-        println!("an empty job on all threads: {spinning:.2?} while they spin, {parked:.1?} once they sleep");
+        println!(
+            "a job that all threads come to: {spinning:.2?} while they spin, {parked:.1?} once they sleep"
+        );
         let activation = if cpu.multiplies_bf16() { DType::BF16 } else { DType::F32 };
         println!(
             "ceilings: {:.2} GB/s, {:.0} GFLOP/s; activations {activation}\n",
@@ -86,7 +88,8 @@ impl Machine {
         Self { cpu, read_bytes_per_s, flops_per_s, activation }
     }
 
-    /// Runs one criterion bench of an operation, and prints achieved against ceilings. Returns the best time of one run.
+    /// Runs one criterion bench of an operation, and prints achieved against ceilings. Returns the best time of one run,
+    /// [`Duration::MAX`] where a filter left it out.
     pub fn bench(
         &self,
         c: &mut Criterion,
@@ -111,7 +114,10 @@ impl Machine {
             });
         });
         group.finish();
-        println!("{name}: {}\n", self.beside_ceilings(work, best.get()));
+        // A filter on the command line may have left it out.
+        if best.get() < Duration::MAX {
+            println!("{name}: {}\n", self.beside_ceilings(work, best.get()));
+        }
         best.get()
     }
 

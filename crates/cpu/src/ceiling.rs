@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::Cpu;
@@ -69,13 +69,19 @@ pub struct BarrierCost {
 }
 
 impl Cpu {
-    /// Times jobs of one empty task per thread.
+    /// Times jobs of one task per thread, which ends when all threads have come.
     pub fn barrier_cost(&self) -> BarrierCost {
         let mut engine = self.engine();
         let mut jobs = |count: u32| {
             let start = Instant::now();
             for _ in 0..count {
-                engine.pool.run(self.threads(), &|_, _| {});
+                let come = AtomicUsize::new(0);
+                engine.pool.run(self.threads(), &|_, _| {
+                    come.fetch_add(1, Ordering::AcqRel);
+                    while come.load(Ordering::Acquire) < self.threads() {
+                        std::hint::spin_loop();
+                    }
+                });
             }
             start.elapsed() / count
         };
