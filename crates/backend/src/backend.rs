@@ -98,6 +98,10 @@ pub struct Capabilities {
     pub cache_dtypes: Vec<DType>,
     /// FP8 weights can be applied to FP8 activations (W8A8).
     pub fp8_activations: bool,
+    /// Activations are quantized to int8, per token and [`INT8_BLOCK`](crate::INT8_BLOCK) inputs, where a weight
+    /// [takes them so](Weight::takes_int8_activations), the hidden state of experts too: with a = max(max |x|, 1e-30) of a block, x
+    /// becomes round(x · (127 / a)) · (a / 127), ties to even.
+    pub int8_activations: bool,
     /// Work runs behind the caller's back, so that planning a step ahead pays.
     pub asynchronous: bool,
     /// A row's result depends neither on the other rows of a step nor on how a prompt is cut into steps, bit for bit, in

@@ -27,7 +27,7 @@ pub use kv_cache::KvCache;
 pub use sampling::{LogprobsOut, RowSampling, SamplingBatch, SeenToken};
 pub use tensor::{Dims, Tensor};
 pub use weight::{
-    Activation, Experts, Fp8Activation, GroupScore, Groups, HeadForm, HeadWeight, LocalExperts, MlpScratch,
-    MlpWeights, MoeScratch, MoeWeights, QkvScratch, QkvWeights, QueryProjection, Routing, ScoreFunction,
-    Weight, WeightFormat,
+    Activation, Experts, Fp8Activation, GroupScore, Groups, HeadForm, HeadWeight, INT8_BLOCK, LocalExperts,
+    MlpScratch, MlpWeights, MoeScratch, MoeWeights, QkvScratch, QkvWeights, QueryProjection, Routing,
+    ScoreFunction, Weight, WeightFormat,
 };

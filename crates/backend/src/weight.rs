@@ -9,6 +9,9 @@ use crate::{Backend, BackendError, Int4Group, Tensor};
 /// Channels per scale of FP8 activations and of the FP8 latent cache.
 pub(crate) const FP8_BLOCK: usize = 128;
 
+/// Inputs per scale of int8 activations, see [`Capabilities::int8_activations`](crate::Capabilities::int8_activations).
+pub const INT8_BLOCK: usize = 128;
+
 /// The weight of a linear layer, `y = x Wᵀ`.
 pub enum Weight<B: Backend> {
     /// `data` `[N, K]` F32, BF16 or F16.
@@ -91,6 +94,16 @@ impl<B: Backend> Weight<B> {
             (Self::Int8Group { group: a, .. }, Self::Int8Group { group: b, .. }) => a == b,
             (Self::Int4Group(a), Self::Int4Group(b)) => a.group == b.group,
             _ => false,
+        }
+    }
+
+    /// Whether a backend with [int8 activations](crate::Capabilities::int8_activations) quantizes the inputs of this weight: an int8
+    /// or int4 one whose groups are whole blocks of [`INT8_BLOCK`] inputs. A shard that begins inside a group has none such.
+    pub fn takes_int8_activations(&self) -> bool {
+        match self {
+            Self::Dense { .. } | Self::Fp8Block { .. } => false,
+            Self::Int8Group { group, offset, .. } => group.is_multiple_of(INT8_BLOCK) && *offset == 0,
+            Self::Int4Group(w) => w.group.is_multiple_of(INT8_BLOCK),
         }
     }
 

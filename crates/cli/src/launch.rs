@@ -13,7 +13,7 @@ use r1_model::{Fp8Compute, KvCacheFormat, MlaForm, ModelOptions, WeightFormat};
 use r1_reference::Reference;
 use r1_weights::QUANTIZED_GROUP;
 
-use crate::args::{Device, Dtype, ModelArgs, Quantization, WeightMemory};
+use crate::args::{Device, Dtype, Int8Activations, ModelArgs, Quantization, WeightMemory};
 use crate::log::Said;
 use crate::numa;
 use crate::source::Source;
@@ -61,7 +61,11 @@ impl AnyDevice {
 
     fn open_one(args: &ModelArgs, device: Device, said: &mut Vec<Said>) -> Result<Self> {
         let ranks = args.tp;
-        let for_cpus = [(args.weight_memory.is_some(), "--weight-memory"), (args.numa.is_some(), "--numa")];
+        let for_cpus = [
+            (args.weight_memory.is_some(), "--weight-memory"),
+            (args.numa.is_some(), "--numa"),
+            (args.int8_activations.is_some(), "--int8-activations"),
+        ];
         if let Some((_, flag)) = for_cpus.into_iter().find(|(given, _)| *given && device != Device::Cpu) {
             bail!("{flag} is for --device cpu; leave it out or take --device cpu");
         }
@@ -79,10 +83,24 @@ impl AnyDevice {
                     None | Some(WeightMemory::InPlace) => r1_cpu::WeightMemory::InPlace,
                     Some(WeightMemory::HugePages) => r1_cpu::WeightMemory::HugePages,
                 };
+                let int8 = int8_activations(args)?;
                 let (cpus, placement) =
                     numa::open_cpus(args.numa.unwrap_or_default(), ranks, threads, weights)?;
                 said.extend(placement);
-                Ok(Self::Cpu(cpus))
+                let finish = |cpu: Cpu| -> Result<_> {
+                    let cpu = cpu.sharing_memory(ranks).with_weights(weights);
+                    let quantizes = match int8 {
+                        Int8Activations::Auto => cpu.multiplies_int8(),
+                        Int8Activations::On => true,
+                        Int8Activations::Off => false,
+                    };
+                    if !quantizes {
+                        return Ok(Arc::new(cpu));
+                    }
+                    let way_out = "--int8-activations on; off leaves activations as they are";
+                    Ok(Arc::new(cpu.with_int8_activations().context(way_out)?))
+                };
+                Ok(Self::Cpu(cpus.into_iter().map(finish).collect::<Result<_>>()?))
             }
             Device::Reference if args.threads.is_some() => {
                 bail!("--threads does not bind --device reference; leave it out or take --device cpu")
@@ -136,6 +154,14 @@ impl AnyDevice {
         }
     }
 
+    /// Whether quantized weights are applied to int8 activations.
+    fn has_int8_activations(&self) -> bool {
+        match self {
+            Self::Cpu(devices) => devices[0].capabilities().int8_activations,
+            Self::Gpu(_) | Self::Reference(_) => false,
+        }
+    }
+
     /// Whether it has FP8 arithmetic; `None` for what is no GPU.
     fn gpu_fp8(&self) -> Option<bool> {
         match self {
@@ -164,6 +190,20 @@ impl AnyDevice {
     }
 }
 
+/// Whether int8 activations are wanted: what `--int8-activations` comes to beside the other flags.
+fn int8_activations(args: &ModelArgs) -> Result<Int8Activations> {
+    let quantizes = matches!(args.quantization, Some(Quantization::Int8 | Quantization::Int4));
+    Ok(match args.int8_activations.unwrap_or_default() {
+        Int8Activations::On if !quantizes => {
+            bail!(
+                "--int8-activations on is for --quantization int8 or int4; other weights are applied to activations as they are"
+            )
+        }
+        Int8Activations::Auto if !quantizes || args.dtype == Dtype::Float32 => Int8Activations::Off,
+        asked => asked,
+    })
+}
+
 /// What a GPU's process takes of its memory.
 const GPU_MEMORY_SHARE: f64 = 0.9;
 /// Of what is left of that after loading, what the KV cache takes: the rest is for a step's inputs and logits, and for sampling
@@ -177,6 +217,8 @@ const BLOCK_SIZE: usize = 64;
 
 /// The sizes and types a model runs with.
 pub(crate) struct Launch {
+    /// Quantized weights are applied to int8 activations.
+    int8_activations: bool,
     pub(crate) model: ModelOptions,
     pub(crate) engine: EngineConfig,
 }
@@ -230,6 +272,7 @@ impl Launch {
             );
         }
         Ok(Self {
+            int8_activations: device.has_int8_activations(),
             model: ModelOptions {
                 activation_dtype,
                 kv_cache,
@@ -273,11 +316,16 @@ impl Launch {
             KvCacheFormat::Fp8 => "FP8",
         };
         let arithmetic = match (&source.config.quantization, self.model.weights) {
-            (_, WeightFormat::Int8) => {
-                format!("int8 weights (groups of {QUANTIZED_GROUP}), {activations} activations")
-            }
-            (_, WeightFormat::Int4) => {
-                format!("int4 weights (groups of {QUANTIZED_GROUP}; int8 head), {activations} activations")
+            (_, format @ (WeightFormat::Int8 | WeightFormat::Int4)) => {
+                let weights = match format {
+                    WeightFormat::Int8 => format!("int8 weights (groups of {QUANTIZED_GROUP})"),
+                    _ => format!("int4 weights (groups of {QUANTIZED_GROUP}; int8 head)"),
+                };
+                if self.int8_activations {
+                    format!("{weights} and int8 activations, {activations} between")
+                } else {
+                    format!("{weights}, {activations} activations")
+                }
             }
             (Some(_), WeightFormat::AsStored) if self.model.fp8 == Fp8Compute::WeightsAndActivations => {
                 format!("FP8 weights and activations (W8A8), {activations} between")

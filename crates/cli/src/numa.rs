@@ -1,7 +1,5 @@
 //! `--numa`: which nodes the CPU backend's threads and memory are placed on, and what is said about it.
 
-use std::sync::Arc;
-
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use r1_cpu::numa::{NumaNodes, has_memory_policy};
@@ -22,13 +20,13 @@ pub(crate) enum Numa {
 
 const WAY_OUT: &str = "--numa interleave; --numa off leaves threads and memory to the system";
 
-/// A CPU for each rank, of so many threads each, and what there is to say.
+/// A CPU for each rank, of so many threads each, and what there is to say, where weights are to lie there.
 pub(crate) fn open_cpus(
     asked: Numa,
     ranks: usize,
     threads: Option<usize>,
     weights: WeightMemory,
-) -> Result<(Vec<Arc<Cpu>>, Option<Said>)> {
+) -> Result<(Vec<Cpu>, Option<Said>)> {
     let options = CpuOptions { threads, isa: None };
     let placed = |nodes: &NumaNodes| -> Result<Vec<Cpu>, CpuError> {
         let mut cpus = Vec::new();
@@ -55,8 +53,7 @@ pub(crate) fn open_cpus(
         }
         Some((Err(error), _)) => return Err(error).context(WAY_OUT),
     };
-    let finish = |cpu: Cpu| Arc::new(cpu.sharing_memory(ranks).with_weights(weights));
-    Ok((cpus.into_iter().map(finish).collect(), said))
+    Ok((cpus, said))
 }
 
 /// What auto comes to on a machine.

@@ -187,6 +187,11 @@ fn wrong_arguments_are_sentences() {
         (&["--dtype", "int32"], &["invalid value 'int32'", "float32, bfloat16"]),
         (&["--kv-cache-dtype", "int8"], &["--kv-cache-dtype is auto, float32, bfloat16 or fp8"]),
         (&["--device", "reference", "--numa", "interleave"], &["--numa is for --device cpu"]),
+        (
+            &["--device", "reference", "--int8-activations", "off"],
+            &["--int8-activations is for --device cpu"],
+        ),
+        (&["--int8-activations", "on"], &["--int8-activations on is for --quantization int8 or int4"]),
         (&["--kv-cache-dtype", "fp8_e5m2"], &["--kv-cache-dtype fp8_e5m2", "take fp8"]),
         (
             &["--dtype", "float32", "--kv-cache-dtype", "bfloat16"],

@@ -10,7 +10,8 @@ use crate::simd::{Kernel, Portable};
 /// Vector instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
-    /// AVX-512 with BF16 and VBMI (Zen 4, Sapphire Rapids): as [`Avx512`](Self::Avx512), and BF16 inputs are multiplied in pairs.
+    /// AVX-512 with BF16, VBMI and VNNI (Zen 4, Sapphire Rapids): as [`Avx512`](Self::Avx512), and BF16 inputs are multiplied in
+    /// pairs, int8 ones in fours.
     Avx512Bf16,
     /// AVX-512 F, BW, DQ and VL: 16 lanes.
     Avx512,
@@ -32,6 +33,7 @@ impl Isa {
                 Self::Avx512.is_available()
                     && is_x86_feature_detected!("avx512bf16")
                     && is_x86_feature_detected!("avx512vbmi")
+                    && is_x86_feature_detected!("avx512vnni")
             }
             #[cfg(target_arch = "x86_64")]
             Self::Avx512 => {
@@ -101,7 +103,7 @@ impl Available {
         }
     }
 
-    /// Whether inputs that are BF16 are multiplied in pairs.
+    /// Whether inputs that are BF16 are multiplied in pairs, and int8 ones in fours.
     pub(crate) fn has_pairs(self) -> bool {
         self.0 == Isa::Avx512Bf16
     }

@@ -77,6 +77,14 @@ pub enum CpuError {
         /// What was asked for.
         isa: Isa,
     },
+    /// int8 activations, where their products lack.
+    #[error(
+        "int8 activations need AVX-512 with BF16, VBMI and VNNI; the kernels use {isa} instructions here"
+    )]
+    NoInt8Products {
+        /// What is used.
+        isa: Isa,
+    },
     /// Zero threads.
     #[error("the CPU backend needs at least one thread")]
     NoThreads,
@@ -146,6 +154,7 @@ pub struct Cpu {
     threads: usize,
     engine: Mutex<Engine>,
     weight_memory: WeightMemory,
+    int8_activations: bool,
     slabs: Mutex<Slabs>,
     /// How memory is placed; `None`: as the system does.
     numa: Option<Interleave>,
@@ -201,6 +210,7 @@ impl Cpu {
             threads,
             engine: Mutex::new(Engine { pool, workspace: Workspace::default() }),
             weight_memory: WeightMemory::default(),
+            int8_activations: false,
             slabs: Mutex::default(),
             numa,
             owned_bytes: Meter::default(),
@@ -226,6 +236,17 @@ impl Cpu {
         Self { weight_memory, ..self }
     }
 
+    /// Says that inputs of int8 and int4 weights are quantized to int8: see [`Capabilities::int8_activations`].
+    ///
+    /// # Errors
+    /// [`CpuError::NoInt8Products`].
+    pub fn with_int8_activations(self) -> Result<Self, CpuError> {
+        if !self.multiplies_int8() {
+            return Err(CpuError::NoInt8Products { isa: self.isa() });
+        }
+        Ok(Self { int8_activations: true, ..self })
+    }
+
     /// The instructions in use.
     pub fn isa(&self) -> Isa {
         self.isa.isa()
@@ -233,6 +254,11 @@ impl Cpu {
 
     /// Whether BF16 numbers are multiplied as they are, not widened to F32 first.
     pub fn multiplies_bf16(&self) -> bool {
+        self.isa.has_pairs()
+    }
+
+    /// Whether int8 activations are multiplied as they are: see [`Cpu::with_int8_activations`].
+    pub fn multiplies_int8(&self) -> bool {
         self.isa.has_pairs()
     }
 
@@ -332,6 +358,7 @@ impl Backend for Cpu {
             attention: vec![AttentionKind::Mla, AttentionKind::Gqa],
             cache_dtypes: vec![DType::F32, DType::BF16, DType::F8E4M3],
             fp8_activations: false,
+            int8_activations: self.int8_activations,
             asynchronous: false,
             batch_invariant: true,
             captures: false,

@@ -1,8 +1,9 @@
-//! Bit for bit with BF16 inputs, which are multiplied in pairs where the machine can: a row alone is what it is in a batch and
+//! Bit for bit with BF16 inputs, which are multiplied in pairs where the machine can, or quantized to int8: a row alone is what it is in a batch and
 //! with other threads, over every format of weights and both forms of attention; and all of it is close to sums in F64.
 
 mod support;
 
+use half::bf16;
 use r1_backend::{
     Activation, Backend, Batch, Experts, HeadForm, HeadWeight, HostSlice, HostTensor, LatentCache,
     MlpWeights, Tensor, Weight,
@@ -19,6 +20,41 @@ fn isas() -> impl Iterator<Item = Isa> {
     Isa::ALL.into_iter().filter(|isa| isa.is_available())
 }
 
+/// Instructions, and whether activations are quantized.
+#[derive(Clone, Copy, Debug)]
+struct Arithmetic {
+    isa: Isa,
+    int8: bool,
+}
+
+impl Arithmetic {
+    fn all() -> impl Iterator<Item = Self> {
+        let plain = isas().map(|isa| Self { isa, int8: false });
+        let multiplies = isas().filter(|&isa| cpu(Some(isa), 1).multiplies_int8());
+        plain.chain(multiplies.map(|isa| Self { isa, int8: true }))
+    }
+
+    fn cpu(self, threads: usize) -> Cpu {
+        let cpu = cpu(Some(self.isa), threads);
+        if self.int8 { cpu.with_int8_activations().expect("it multiplies them") } else { cpu }
+    }
+
+    /// What rows of `k` inputs are where weights of this form meet them.
+    fn met(self, x: &[f32], k: usize, form: Form) -> Vec<f32> {
+        if self.int8 && form.takes_int8() { int8_round_trip(x, k) } else { x.to_vec() }
+    }
+}
+
+/// Rows of `k` inputs, quantized by 128 of them and back.
+fn int8_round_trip(x: &[f32], k: usize) -> Vec<f32> {
+    let block = |block: &[f32]| {
+        let most = block.iter().fold(1e-30_f32, |most, x| most.max(x.abs()));
+        let (inverse, scale) = (127.0 / most, most / 127.0);
+        block.iter().map(|x| (x * inverse).round_ties_even() * scale).collect::<Vec<_>>()
+    };
+    x.chunks(k).flat_map(|row| row.chunks(128).flat_map(block)).collect()
+}
+
 /// A format of weights `[N, K]`.
 #[derive(Clone, Copy, Debug)]
 enum Form {
@@ -26,6 +62,16 @@ enum Form {
     Fp8 { block: [usize; 2], offset: [usize; 2] },
     Int8 { group: usize, offset: usize },
     Int4 { group: usize },
+}
+
+impl Form {
+    fn takes_int8(self) -> bool {
+        match self {
+            Self::Dense(_) | Self::Fp8 { .. } => false,
+            Self::Int8 { group, offset } => group % 128 == 0 && offset == 0,
+            Self::Int4 { group } => group % 128 == 0,
+        }
+    }
 }
 
 /// A weight, and the values it stands for.
@@ -108,6 +154,9 @@ fn linear_cases() -> Vec<([usize; 2], Form)> {
         ([37, 517], int8(64, 51)),
         ([11, 2100], int8(128, 127)),
         ([10, 4096], int8(32, 0)),
+        ([10, 4096], int8(128, 0)),
+        ([11, 2100], int8(256, 0)),
+        ([35, 6200], int8(384, 0)),
         ([11, 1301], int8(33, 20)),
         ([37, 256], int4(128)),
         ([13, 8], int4(128)),
@@ -123,10 +172,10 @@ fn linear_cases() -> Vec<([usize; 2], Form)> {
 
 #[test]
 fn linear_rows_are_those_of_single_tokens() {
-    for isa in isas() {
-        let [one, three] = [1, 3].map(|threads| cpu(Some(isa), threads));
+    for arithmetic in Arithmetic::all() {
+        let [one, three] = [1, 3].map(|threads| arithmetic.cpu(threads));
         for (case, ([n, k], form)) in linear_cases().into_iter().enumerate() {
-            let what = || format!("{isa} [{n}, {k}] {form:?}");
+            let what = || format!("{arithmetic:?} [{n}, {k}] {form:?}");
             let values = std::cell::RefCell::default();
             let run = |cpu: &Cpu| {
                 let mut random = Random(case as u64);
@@ -150,6 +199,7 @@ fn linear_rows_are_those_of_single_tokens() {
             let all = run(&one);
             assert_eq!(bits(&run(&three)), bits(&all), "{}: threads", what());
             let (x, w) = values.into_inner();
+            let x = arithmetic.met(&x, k, form);
             for t in (0..TOKENS).step_by(43).chain([TOKENS - 1]) {
                 for row in 0..n {
                     let want = dot(&x[t * k..][..k], &w[row * k..][..k]);
@@ -254,6 +304,7 @@ fn experts_rows_are_those_of_single_tokens() {
         (0..5).map(|i| Form::Fp8 { block: [128, 128], offset: [31 * i, 17 * i] }).collect(),
         vec![Form::Fp8 { block: [12, 48], offset: [5, 7] }; 5],
         (0..5).map(|i| Form::Int8 { group: 64, offset: 13 * i }).collect(),
+        vec![Form::Int8 { group: 128, offset: 0 }; 5],
         vec![Form::Int4 { group: 128 }; 5],
         vec![Form::Int4 { group: 64 }; 5],
         // Of all sorts, two of which pairs are made for.
@@ -266,10 +317,10 @@ fn experts_rows_are_those_of_single_tokens() {
         ],
     ];
     let (tokens, k, i, d) = (TOKENS, 3, 200, 136);
-    for isa in isas() {
+    for arithmetic in Arithmetic::all() {
         for forms in &alike {
             let run = |threads: usize| {
-                let cpu = cpu(Some(isa), threads);
+                let cpu = arithmetic.cpu(threads);
                 let mut random = Random(3);
                 let mut values = Vec::new();
                 let mut one = |size, form| {
@@ -310,14 +361,18 @@ fn experts_rows_are_those_of_single_tokens() {
                         assert_eq!(
                             bits(&of(start..start + count)),
                             want,
-                            "{isa} {forms:?}: {count} from {start}"
+                            "{arithmetic:?} {forms:?}: {count} from {start}"
                         );
                     }
                 }
                 (all, read(&cpu, &x), values, chosen, weights, before)
             };
             let (all, x, w, chosen, weights, before) = run(1);
-            assert_eq!(bits(&run(3).0), bits(&all), "{isa} {forms:?}: threads");
+            assert_eq!(bits(&run(3).0), bits(&all), "{arithmetic:?} {forms:?}: threads");
+            // Experts of several sorts keep their inputs.
+            let same =
+                forms.iter().all(|&form| std::mem::discriminant(&form) == std::mem::discriminant(&forms[0]));
+            let met = |x: &[f32]| if same { arithmetic.met(x, x.len(), forms[0]) } else { x.to_vec() };
             for t in [0, 5, 64, TOKENS - 1] {
                 let mut want: Vec<f64> = before[t * d..][..d].iter().map(|&v| f64::from(v)).collect();
                 let mut size = 1.0;
@@ -326,14 +381,15 @@ fn experts_rows_are_those_of_single_tokens() {
                     else {
                         continue;
                     };
-                    let x = &x[t * d..][..d];
-                    let hidden: Vec<f64> = (0..i)
+                    let x = &met(&x[t * d..][..d]);
+                    let hidden: Vec<f32> = (0..i)
                         .map(|row| {
                             let [gate, up] =
                                 [0, 1].map(|part| dot(x, &w[3 * expert + part][row * d..][..d]).0);
-                            gate / (1.0 + (-gate).exp()) * up
+                            bf16::from_f64(gate / (1.0 + (-gate).exp()) * up).to_f32()
                         })
                         .collect();
+                    let hidden: Vec<f64> = met(&hidden).into_iter().map(f64::from).collect();
                     size += hidden.iter().map(|h| h.abs()).sum::<f64>();
                     for (c, want) in want.iter_mut().enumerate() {
                         let down = &w[3 * expert + 2][c * i..][..i];
@@ -346,7 +402,7 @@ fn experts_rows_are_those_of_single_tokens() {
                     let got = f64::from(all[t * d + c]);
                     assert!(
                         (got - want).abs() <= 1.5e-3 * size,
-                        "{isa} {forms:?} [{t}, {c}]: {got}, not {want}"
+                        "{arithmetic:?} {forms:?} [{t}, {c}]: {got}, not {want}"
                     );
                 }
             }

@@ -195,6 +195,7 @@ impl Backend for Gpu {
             activation_dtypes: vec![DType::F32, DType::BF16],
             cache_dtypes: vec![DType::F32, DType::BF16, DType::F8E4M3],
             fp8_activations: self.driver.info().fp8,
+            int8_activations: false,
             asynchronous: true,
             captures: true,
             batch_invariant: true,

@@ -153,6 +153,7 @@ impl Backend for Reference {
             attention: vec![AttentionKind::Mla, AttentionKind::Gqa],
             cache_dtypes: vec![r1_core::DType::F32, r1_core::DType::BF16, r1_core::DType::F8E4M3],
             fp8_activations: true,
+            int8_activations: false,
             asynchronous: false,
             // candle's matrix products choose their order of summation by shape.
             batch_invariant: false,

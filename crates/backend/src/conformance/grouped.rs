@@ -25,7 +25,7 @@ const fn int4(group: usize) -> Format {
 
 /// N, K and the format: one element, groups that end short and begin inside, one that the whole row fits in, more of them
 /// than one tile holds.
-const INT8: [([usize; 2], Format); 8] = [
+const INT8: [([usize; 2], Format); 11] = [
     ([1, 1], int8(32, 0)),
     ([5, 33], int8(32, 31)),
     ([37, 70], int8(128, 100)),
@@ -34,10 +34,14 @@ const INT8: [([usize; 2], Format); 8] = [
     ([150, 1040], int8(128, 40)),
     ([7, 2309], int8(64, 5)),
     ([33, 301], int8(10, 3)),
+    // Whole blocks of int8 activations: a cut one, groups of two, more of them than a vector of scales.
+    ([21, 300], int8(128, 0)),
+    ([10, 1100], int8(256, 0)),
+    ([13, 4200], int8(128, 0)),
 ];
 
 /// As `INT8`: one word, groups that end short, more groups than one tile holds, and AWQ's own.
-const INT4: [([usize; 2], Format); 7] = [
+const INT4: [([usize; 2], Format); 10] = [
     ([1, 8], int4(8)),
     ([5, 40], int4(16)),
     ([37, 72], int4(64)),
@@ -45,13 +49,21 @@ const INT4: [([usize; 2], Format); 7] = [
     ([64, 128], int4(256)),
     ([150, 1032], int4(128)),
     ([9, 2304], int4(24)),
+    ([21, 296], int4(128)),
+    ([10, 1096], int4(256)),
+    ([13, 4200], int4(128)),
 ];
 
 fn takes<B: Backend>(backend: &B, format: WeightFormat) -> bool {
     backend.capabilities().weight_formats.contains(&format)
 }
 
-/// [`Backend::linear`] with int8 weights, which meet the dense form of an activation. A row is what it is alone, bit for bit
+/// Whether the weight meets activations that the backend quantized to int8.
+pub(super) fn meets_int8<B: Backend>(backend: &B, w: &Weight<B>) -> bool {
+    backend.capabilities().int8_activations && w.takes_int8_activations()
+}
+
+/// [`Backend::linear`] with int8 weights, which meet the dense form of an activation, as it is or quantized to int8. A row is what it is alone, bit for bit
 /// where the backend says that it ignores the batch.
 pub fn linear_int8<B: Backend>(backend: &B) {
     linear(backend, "linear_int8", &INT8);
@@ -124,7 +136,9 @@ fn check<B: Backend>(
     let out = Slab::poison(backend, &[rows, n], output, layout);
     backend.linear(&x.activation, &w, &out.view);
     settle(backend, "linear");
-    let want = naive::linear(&x.dense.host, &values, k);
+    let met =
+        if meets_int8(backend, &w) { naive::int8_round_trip(&x.dense.host, k) } else { x.dense.host.clone() };
+    let want = naive::linear(&met, &values, k);
     let what = format!("linear [{rows}, {k}] {input} (FP8 form: {fp8:?}) × [{n}, {k}] {format:?} → {output}");
     let (found, tolerance) = (out.read(backend), Tolerance::rounded_once(output));
     assert_close(&what, &found, &want, tolerance);

@@ -2,8 +2,9 @@
 
 use r1_core::DType;
 
+use super::grouped::meets_int8;
 use super::random::{Random, seeded};
-use super::rounding::{Tolerance, assert_close};
+use super::rounding::{Tolerance, assert_close, round_to};
 use super::slab::{ActivationSlab, FORMATS, Format, LAYOUTS, Layout, Slab, weight};
 use super::{naive, settle};
 use crate::{Backend, Experts, GroupScore, Groups, MlpWeights, Routing, ScoreFunction, Weight};
@@ -215,7 +216,13 @@ pub(super) fn check_experts<B: Backend>(
     settle(backend, "experts");
 
     let quantised = fp8.filter(|_| matches!(experts.local[0].gate, Weight::Fp8Block { .. }));
-    let met = quantised.and_then(|_| x.dequantized(backend)).unwrap_or_else(|| x.dense.host.clone());
+    let MlpWeights { gate, down, .. } = &experts.local[0];
+    let int8 = [gate, down].map(|w| meets_int8(backend, w));
+    let met = match quantised.and_then(|_| x.dequantized(backend)) {
+        Some(met) => met,
+        None if int8[0] => naive::int8_round_trip(&x.dense.host, dim),
+        None => x.dense.host.clone(),
+    };
     let mut want = out.host.clone();
     for (pick, (&id, &weight)) in ids.iter().zip(&weights).enumerate() {
         let token = pick / TOP_K;
@@ -226,11 +233,21 @@ pub(super) fn check_experts<B: Backend>(
         if let Some(power_of_two) = quantised {
             hidden = naive::fp8_round_trip(&hidden, power_of_two);
         }
+        if int8[1] {
+            let rounded: Vec<_> = hidden.iter().map(|&value| round_to(dtype, value)).collect();
+            hidden = naive::int8_round_trip(&rounded, hidden.len());
+        }
         let y = naive::linear(&hidden, &expert.down, hidden.len());
         want[token * dim..][..dim].iter_mut().zip(y).for_each(|(want, y)| *want += weight * y);
     }
-    let tolerance =
-        if quantised.is_some() { Tolerance::fp8_between() } else { Tolerance::rounded_between(dtype) };
+    let tolerance = if quantised.is_some() {
+        Tolerance::fp8_between()
+    } else if int8[1] {
+        // A hidden value may be rounded to the neighbouring code.
+        Tolerance::rounded_between(DType::BF16)
+    } else {
+        Tolerance::rounded_between(dtype)
+    };
     let what = format!("experts {dtype} {format:?} T={tokens} {sizes:?} fp8 {fp8:?}");
     assert_close(&what, &out.read(backend), &want, tolerance);
     x.dense.assert_unchanged(backend);

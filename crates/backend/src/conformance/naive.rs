@@ -5,7 +5,7 @@ use std::ops::Range;
 use r1_core::DType;
 
 use super::rounding::round_to;
-use crate::{GroupScore, Groups, HeadForm, Routing, ScoreFunction};
+use crate::{GroupScore, Groups, HeadForm, INT8_BLOCK, Routing, ScoreFunction};
 
 pub(super) fn embed(ids: &[u32], table: &[f64], dim: usize, first_row: usize) -> Vec<f64> {
     let held = first_row..first_row + table.len() / dim;
@@ -57,6 +57,17 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 /// `x` `[T, K]`, `w` `[N, K]`.
 pub(super) fn linear(x: &[f64], w: &[f64], k: usize) -> Vec<f64> {
     x.chunks(k).flat_map(|row| w.chunks(k).map(move |w| dot(row, w))).collect()
+}
+
+/// Rows of `k` inputs, quantized to int8 and back as a backend with int8 activations does it, where a weight takes them so.
+pub(super) fn int8_round_trip(x: &[f64], k: usize) -> Vec<f64> {
+    let block = |block: &[f64]| {
+        let most = block.iter().fold(1e-30_f32, |most, &x| most.max((x as f32).abs()));
+        let (inverse, scale) = (127.0 / most, most / 127.0);
+        let value = move |x: f64| f64::from((x as f32 * inverse).round_ties_even()) * f64::from(scale);
+        block.iter().map(|&x| value(x)).collect::<Vec<_>>()
+    };
+    x.chunks(k).flat_map(|row| row.chunks(INT8_BLOCK).flat_map(block)).collect()
 }
 
 /// `x` `[T, H, a]`, `w` `[H * rows_per_head, K]`.

@@ -25,7 +25,7 @@ const TOKEN_BLOCK: usize = 60;
 /// Columns of K per pass: four widened rows of it fill half of a 32 KiB L1.
 const SPAN: usize = 1024;
 
-/// Input rows: every row, or chosen ones, of an F32 matrix, or of a BF16 one where pairs are multiplied.
+/// Input rows: every row, or chosen ones, of an F32 matrix, or of a BF16 or quantized one where their products are there.
 #[derive(Clone, Copy)]
 pub(crate) struct XRows<'a> {
     mat: Mat<'a>,
@@ -34,7 +34,10 @@ pub(crate) struct XRows<'a> {
 
 impl<'a> XRows<'a> {
     pub(crate) fn all(mat: Mat<'a>) -> Self {
-        assert!(matches!(mat.dtype, DType::F32 | DType::BF16), "inputs are widened before the product");
+        assert!(
+            matches!(mat.dtype, DType::F32 | DType::BF16 | DType::I8),
+            "inputs are widened before the product"
+        );
         Self { mat, index: None }
     }
 

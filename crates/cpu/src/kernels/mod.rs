@@ -3,6 +3,7 @@
 
 mod combine;
 mod dot;
+mod int8_dot;
 mod pair_combine;
 mod pair_dot;
 mod pair_int4;
@@ -17,6 +18,7 @@ use crate::view::{In, Mat};
 
 pub(crate) use combine::Combine;
 pub(crate) use dot::{MatMul, TileSize, XRows};
+pub(crate) use int8_dot::{Quantize, quantized_bytes};
 pub(crate) use pair_combine::{InColumns, PairCombine};
 pub(crate) use pair_int4::{DIFFERENCES, by_chunks, padded};
 pub(crate) use pair_rows::PairRows;

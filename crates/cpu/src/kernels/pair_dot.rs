@@ -397,7 +397,7 @@ impl<const R: usize, const SCALED: bool> Block<'_, R, SCALED> {
 /// # Safety
 /// `R` floats can be written at `y + t * ldy` for every `t`.
 #[inline(always)]
-unsafe fn finish<S: Pairs, const R: usize, const T: usize>(
+pub(super) unsafe fn finish<S: Pairs, const R: usize, const T: usize>(
     s: S,
     total: &[[S::V; T]; R],
     y: *mut f32,
@@ -482,8 +482,8 @@ pub(super) fn write_rows<S: Pairs, const T: usize>(
 ) {
     for t in 0..T {
         let y = &mut y[t * ldy..][..count];
-        if count == 4 {
-            y.copy_from_slice(&s.sum4([totals[0][t], totals[1][t], totals[2][t], totals[3][t]]));
+        if let Ok(y) = <&mut [f32; 4]>::try_from(&mut *y) {
+            *y = s.sum4([totals[0][t], totals[1][t], totals[2][t], totals[3][t]]);
         } else {
             for r in 0..count {
                 y[r] = s.sum(totals[r][t]);

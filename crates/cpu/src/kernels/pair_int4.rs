@@ -14,10 +14,8 @@ use super::pair_dot::{
     AHEAD, Block, Columns, PADDING, ROWS, SCALED_ROWS, STREAMED_TOKENS, TOKEN_BLOCK, TOKENS, write_rows,
 };
 use super::product::Packed;
-use crate::simd::{MAX_LANES, PairKernel, Pairs};
+use crate::simd::{CHUNK, MAX_LANES, PairKernel, Pairs};
 
-/// Columns of a chunk.
-pub(crate) const CHUNK: usize = 128;
 /// Bytes of its codes.
 const CHUNK_BYTES: usize = 64;
 /// Numbers of a vector of pairs.
@@ -83,7 +81,7 @@ impl PairKernel for Int4Mul<'_> {
         if tokens == 0 || rows == 0 {
             return;
         }
-        assert!(self.w.has_pairs() && self.rows.end <= self.w.rows(), "product of unlike shapes");
+        assert!(self.w.has_chunks() && self.rows.end <= self.w.rows(), "product of unlike shapes");
         self.x.check(DType::BF16, padded(self.w.cols()));
         assert!((tokens - 1) * self.ldy + rows <= self.y.len(), "outputs past their slice");
         assert!(scratch_floats(&self.w, rows, tokens) <= self.tile.len(), "scratch too small");

@@ -8,10 +8,11 @@ use std::ops::Range;
 use r1_backend::Weight;
 use r1_core::DType;
 
-use super::pair_int4::{self, CHUNK, Int4Mul};
+use super::int8_dot::{self, ColumnOrder, Int8Mul};
+use super::pair_int4::{self, Int4Mul};
 use super::{MatMul, TileSize, WeightIn, WeightRows, XRows};
 use crate::Cpu;
-use crate::simd::{Kernel, Simd};
+use crate::simd::{CHUNK, Kernel, Simd};
 use crate::view::{In, Mat};
 
 /// Codes per word.
@@ -30,9 +31,22 @@ pub(crate) enum InputForm {
     Pairs,
     /// BF16 in the order of an int4 weight's chunks, multiplied in pairs.
     Chunks,
+    /// Quantized to int8 and multiplied in fours.
+    Int8(ColumnOrder),
 }
 
 impl InputForm {
+    /// For inputs of a weight that are quantized where it takes them so; `None`: not this one's.
+    pub(crate) fn quantized(w: &Weight<Cpu>) -> Option<Self> {
+        let order = match w {
+            Weight::Int4Group(_) => ColumnOrder::EvenThenOdd,
+            Weight::Int8Group { .. } | Weight::Fp8Block { .. } | Weight::Dense { .. } => {
+                ColumnOrder::AsStored
+            }
+        };
+        w.takes_int8_activations().then_some(Self::Int8(order))
+    }
+
     /// For BF16 inputs of a weight, where the machine multiplies pairs.
     pub(crate) fn of(w: &Weight<Cpu>) -> Self {
         match w {
@@ -105,12 +119,13 @@ impl AnyRows<'_> {
 
     /// Floats of a [`Product`]'s scratch for so many rows of the weight and of the input.
     pub(crate) fn scratch_floats(&self, rows: usize, tokens: usize) -> usize {
-        match self {
+        let floats = match self {
             Self::Plain(w) => TileSize::floats(w, rows, tokens),
             Self::Int4(w) => {
                 w.parts(rows, tokens).iter().sum::<usize>().max(pair_int4::scratch_floats(w, rows, tokens))
             }
-        }
+        };
+        floats.max(int8_dot::scratch_floats(self.cols(), rows, tokens))
     }
 }
 
@@ -136,7 +151,7 @@ impl Packed<'_> {
     }
 
     /// Whether a chunk of codes has one scale.
-    pub(super) fn has_pairs(&self) -> bool {
+    pub(super) fn has_chunks(&self) -> bool {
         self.group.is_multiple_of(CHUNK)
     }
 
@@ -188,6 +203,7 @@ impl Kernel for Product<'_> {
     fn run<S: Simd>(self, s: S) {
         let Self { w, rows, x, y, ldy, scratch } = self;
         let w = match w {
+            w if x.dtype() == DType::I8 => return s.pairs(Int8Mul { w, rows, x, y, ldy, tile: scratch }),
             AnyRows::Plain(w) => return s.call(MatMul { w, rows, x, y, ldy, tile: scratch }),
             AnyRows::Int4(w) if x.dtype() == DType::BF16 => {
                 return s.pairs(Int4Mul { w, rows, x, y, ldy, tile: scratch });

@@ -6,7 +6,7 @@ use r1_backend::{Activation, Experts, Tensor, shape};
 use r1_core::DType;
 
 use super::linear::{Linear, weight_chunks};
-use super::{Chunks, input_form, inputs, refuse_fp8};
+use super::{Chunks, TASKS_PER_THREAD, input_form, inputs, refuse_fp8};
 use crate::Cpu;
 use crate::kernels::{AnyRows, AnyWeight, InputForm, Product, XRows};
 use crate::pool::Pool;
@@ -98,8 +98,8 @@ pub(crate) fn experts(
     let crate::Engine { pool, workspace } = &mut *engine;
     let Workspace { x: x_room, y: hidden_room, z: ordered_room, results: results_room, pairs } = workspace;
     let [x_form, hidden_form] = forms(cpu, x.mat().dtype, experts);
+    let hidden_dtype = if hidden_form == InputForm::F32 { DType::F32 } else { x.mat().dtype };
     let x = inputs(cpu.isa, pool, x.mat(), x_form, x_room);
-    let hidden_dtype = if hidden_form == InputForm::F32 { DType::F32 } else { DType::BF16 };
     let batches = Chunks::new(x.rows, TOKENS);
     for tokens in (0..batches.count()).map(|batch| batches.range(batch)) {
         pairs.group(&ids, tokens.clone(), experts.first, experts.local.len());
@@ -120,7 +120,7 @@ pub(crate) fn experts(
 fn forms(cpu: &Cpu, x: DType, experts: &Experts<Cpu>) -> [InputForm; 2] {
     match experts.local.first() {
         Some(first) if experts.are_alike() => {
-            let forms = [&first.gate, &first.down].map(|w| input_form(cpu.isa, x, w));
+            let forms = [&first.gate, &first.down].map(|w| input_form(cpu, x, w));
             if forms.contains(&InputForm::F32) { [InputForm::F32; 2] } else { forms }
         }
         _ => [InputForm::F32; 2],
@@ -140,7 +140,7 @@ fn gate_up(
     let active = pairs.active.len();
     let chunks = {
         let mean_pairs = pairs.token.len().div_ceil(active);
-        weight_chunks(x.cols, width, mean_pairs, cpu.threads.div_ceil(active))
+        weight_chunks(x.cols, width, mean_pairs, (cpu.threads * TASKS_PER_THREAD).div_ceil(active))
     };
     pool.run(active * chunks.count(), &|task, scratch| {
         let expert = pairs.active[task / chunks.count()];
@@ -202,7 +202,12 @@ fn down(
         let active = pairs.active.len();
         let results = MatMut::scratch(room.get(hidden.rows * out_cols), DType::F32, hidden.rows, out_cols);
         let mean_pairs = hidden.rows.div_ceil(active);
-        let chunks = weight_chunks(hidden.cols, out_cols, mean_pairs, cpu.threads.div_ceil(active));
+        let chunks = weight_chunks(
+            hidden.cols,
+            out_cols,
+            mean_pairs,
+            (cpu.threads * TASKS_PER_THREAD).div_ceil(active),
+        );
         pool.run(active * chunks.count(), &|task, scratch| {
             let expert = pairs.active[task / chunks.count()];
             let (w, range, rows) = (of(expert), pairs.of(expert), chunks.range(task % chunks.count()));

@@ -19,14 +19,14 @@ pub(crate) fn linear(cpu: &Cpu, x: &Activation<Cpu>, w: &Weight<Cpu>, out: &Tens
     const OP: &str = "linear";
     shape::linear(x, w, out);
     refuse_fp8(OP, "x", x);
-    let form = input_form(cpu.isa, x.dense.dtype(), w);
+    let form = input_form(cpu, x.dense.dtype(), w);
     let (x, w) = (In::new(OP, "x", &x.dense), AnyWeight::new(OP, "w", w));
     let mut out = Out::new(OP, "out", out);
     let (w, out) = (w.rows(), out.mat());
     let mut engine = cpu.engine();
     let crate::Engine { pool, workspace } = &mut *engine;
     let x = XRows::all(inputs(cpu.isa, pool, x.mat(), form, &mut workspace.x));
-    let chunks = weight_chunks(w.cols(), w.rows(), x.len(), cpu.threads);
+    let chunks = weight_chunks(w.cols(), w.rows(), x.len(), cpu.threads * TASKS_PER_THREAD);
     pool.run(chunks.count(), &|task, scratch| {
         let rows = chunks.range(task);
         let sizes = [w.scratch_floats(rows.len(), x.len()), rows.len() * x.len()];
@@ -36,9 +36,9 @@ pub(crate) fn linear(cpu: &Cpu, x: &Activation<Cpu>, w: &Weight<Cpu>, out: &Tens
 }
 
 /// How `rows` rows of a weight of `cols` columns are cut for `tokens` inputs. Any cut gives the same bits.
-pub(crate) fn weight_chunks(cols: usize, rows: usize, tokens: usize, threads: usize) -> Chunks {
+pub(crate) fn weight_chunks(cols: usize, rows: usize, tokens: usize, tasks: usize) -> Chunks {
     let worth = TASK_WORK.div_ceil((cols * tokens).max(1));
-    let even = rows.div_ceil(threads * TASKS_PER_THREAD);
+    let even = rows.div_ceil(tasks);
     let per_task = if tokens > BLOCK_ROWS { even.min(BLOCK_ROWS) } else { even };
     Chunks::new(rows, per_task.max(worth).next_multiple_of(4))
 }

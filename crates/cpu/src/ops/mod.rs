@@ -24,7 +24,7 @@ use r1_core::DType;
 
 use crate::Cpu;
 use crate::isa::Available;
-use crate::kernels::{InputForm, by_chunks, padded};
+use crate::kernels::{InputForm, Quantize, by_chunks, padded, quantized_bytes};
 use crate::pool::Pool;
 use crate::scratch::Floats;
 use crate::simd::{Kernel, Simd};
@@ -72,8 +72,11 @@ impl Chunks {
 }
 
 /// What products with a weight want of inputs of this type.
-fn input_form(isa: Available, x: DType, w: &Weight<Cpu>) -> InputForm {
-    if x == DType::BF16 && isa.has_pairs() { InputForm::of(w) } else { InputForm::F32 }
+fn input_form(cpu: &Cpu, x: DType, w: &Weight<Cpu>) -> InputForm {
+    let quantized = if cpu.int8_activations { InputForm::quantized(w) } else { None };
+    quantized.unwrap_or_else(|| {
+        if x == DType::BF16 && cpu.isa.has_pairs() { InputForm::of(w) } else { InputForm::F32 }
+    })
 }
 
 /// `x` in that form: in place where it has it, else in `room`.
@@ -90,6 +93,17 @@ fn inputs<'a>(isa: Available, pool: &mut Pool, x: Mat<'a>, form: InputForm, room
                     // SAFETY: every row belongs to one task.
                     by_chunks(x.bf16_row(row), unsafe { out.row_mut::<u16>(row) });
                 }
+            });
+            out.readable()
+        }
+        InputForm::Int8(order) => {
+            let bytes = quantized_bytes(x.cols);
+            let room = room.get((x.rows * bytes).div_ceil(size_of::<f32>()));
+            let out = MatMut::scratch(room, DType::I8, x.rows, bytes);
+            let chunks = Chunks::rows(x.rows, x.cols, pool.threads());
+            pool.run(chunks.count(), &|task, scratch| {
+                let wide = scratch.floats.get(padded(x.cols));
+                isa.run(Quantize { x, rows: chunks.range(task), order, out, wide });
             });
             out.readable()
         }

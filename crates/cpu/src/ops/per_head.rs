@@ -30,7 +30,8 @@ pub(crate) fn per_head(cpu: &Cpu, x: &Tensor<Cpu>, w: &HeadWeight<Cpu>, out: &Te
 /// `out[t, h, r] = W_h[r, :] · x[t, h, :]`.
 fn rows_out(cpu: &Cpu, x: Cube<'_>, weight: WeightRows<'_>, w: &HeadWeight<Cpu>, out: CubeMut<'_>) {
     let [tokens, heads, k] = x.shape;
-    let chunks = weight_chunks(k, w.rows.len(), tokens, cpu.threads.div_ceil(heads.max(1)));
+    let chunks =
+        weight_chunks(k, w.rows.len(), tokens, (cpu.threads * TASKS_PER_THREAD).div_ceil(heads.max(1)));
     cpu.engine().pool.run(heads * chunks.count(), &|task, scratch| {
         let (head, rows) = (task / chunks.count(), chunks.range(task % chunks.count()));
         let first = head * w.rows_per_head + w.rows.start;

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use super::{Kernel, PairKernel, Pairs, Simd};
 
-/// Proof that the machine has AVX-512 F, BW, DQ and VL, AVX2, FMA and F16C; with `PAIRS` also AVX-512 BF16 and VBMI.
+/// Proof that the machine has AVX-512 F, BW, DQ and VL, AVX2, FMA and F16C; with `PAIRS` also AVX-512 BF16, VBMI and VNNI.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512<const PAIRS: bool>(());
 
@@ -50,7 +50,9 @@ impl<const PAIRS: bool> Simd for Avx512<PAIRS> {
         fn go<K: Kernel>(kernel: K, s: Avx512<false>) {
             kernel.run(s);
         }
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c")]
+        #[target_feature(
+            enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx512vnni,avx2,fma,f16c"
+        )]
         #[inline(never)]
         fn go_pairs<K: Kernel>(kernel: K, s: Avx512<true>) {
             kernel.run(s);

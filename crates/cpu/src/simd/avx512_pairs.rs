@@ -55,7 +55,9 @@ impl Pairs for Avx512<true> {
 
     #[inline(always)]
     fn call_pairs<K: PairKernel>(self, kernel: K) {
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx2,fma,f16c")]
+        #[target_feature(
+            enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vbmi,avx512vnni,avx2,fma,f16c"
+        )]
         #[inline(never)]
         fn go<K: PairKernel>(kernel: K, s: Avx512<true>) {
             kernel.run(s);
@@ -162,7 +164,10 @@ impl Pairs for Avx512<true> {
     #[inline(always)]
     unsafe fn load_f16_n(self, p: *const u16, n: usize) -> __m512 {
         // SAFETY: the caller allows `n` reads, the mask hides the rest, `self` has the instructions.
-        unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(((1_u32 << n) - 1) as u16, p.cast())) }
+        unsafe {
+            let mask = 1_u32.wrapping_shl(n as u32).wrapping_sub(1) as u16;
+            _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p.cast()))
+        }
     }
 
     #[inline(always)]

@@ -9,7 +9,10 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
+mod avx512_bytes;
+#[cfg(target_arch = "x86_64")]
 mod avx512_pairs;
+mod bytes;
 mod elem;
 #[cfg(test)]
 mod pair_tests;
@@ -23,6 +26,7 @@ mod tests;
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
+pub(crate) use bytes::{Bytes, CHUNK};
 pub(crate) use elem::{Elem, F8, e4m3_to_f32, f32_to_e4m3};
 pub(crate) use pairs::{Codes, PairKernel, Pairs};
 pub(crate) use portable::Portable;

@@ -1,11 +1,11 @@
-//! Dot products of BF16 pairs: what [`Simd`] is for F32, for inputs that are BF16 already.
+//! Dot products of BF16 pairs: what [`Simd`](super::Simd) is for F32, for inputs that are BF16 already.
 //!
 //! A product of two BF16 numbers is exact in F32, and so is widening FP8 or int8 to BF16, so nothing is rounded that the F32 kernels
 //! do not round; only the order of the sums is another. Instruction sets without such products widen to F32 instead.
 
 use half::bf16;
 
-use super::{F8, Simd, e4m3_to_f32};
+use super::{Bytes, F8, e4m3_to_f32};
 
 /// What is compiled for instruction sets that have [`Pairs`]. Implementations are `#[inline(always)]`.
 pub(crate) trait PairKernel {
@@ -16,7 +16,7 @@ pub(crate) trait PairKernel {
 /// Vectors of BF16 pairs. A vector holds `2 * LANES` numbers; lane `i` of a sum takes numbers `2 i` and `2 i + 1`.
 ///
 /// Subnormal BF16 numbers count as zero.
-pub(crate) trait Pairs: Simd {
+pub(crate) trait Pairs: Bytes {
     /// `2 * LANES` BF16 numbers.
     type P: Copy;
     /// A [`ByteTable`] in registers.
