@@ -10,8 +10,8 @@ use crate::simd::{Elem, Kernel, MAX_LANES, Simd, slice};
 
 /// Vectors of columns per register tile.
 const TILE_VECTORS: usize = 4;
-/// Rows with scales of their own that are read together.
-const SCALED_ROWS: usize = 16;
+/// Rows with scales of their own that are read together: more would be asked for faster than memory gives them.
+const SCALED_ROWS: usize = 8;
 /// From how many outputs on a strip of rows is widened first.
 const WIDEN_FROM: usize = 5;
 
@@ -40,9 +40,8 @@ impl Combine<'_> {
 
     /// As [`tile_floats`](Self::tile_floats) for `m` outputs of any weight.
     pub(crate) fn scaled_floats(w: &WeightRows<'_>, rows: usize, m: usize) -> usize {
-        let coef =
-            if w.scales.is_some_and(|scales| scales.block[0] == 1) { m * rows.min(SCALED_ROWS) } else { 0 };
-        Self::tile_floats(rows) + coef
+        let by_row = w.scales.filter(|scales| scales.block[0] == 1);
+        Self::tile_floats(rows) + by_row.map_or(0, |scales| m * rows.min(SCALED_ROWS) * scales.values.cols)
     }
 }
 
@@ -98,25 +97,31 @@ impl Combine<'_> {
         let Some(scales) = w.scales else { return };
         let (tile, scaled) = tile.split_at_mut(Self::tile_floats(rows.len()));
         let ld = SCALED_ROWS.min(rows.len());
-        let scaled = &mut scaled[..m * ld];
+        let groups = scales.column(cols.start)..scales.column(cols.end - 1) + 1;
         let row_bytes = w.data.stride * size_of::<E>();
+        let line_bytes = cols.len() * size_of::<E>();
         let mut r0 = rows.start;
         while r0 < rows.end {
             let r1 = (r0 + SCALED_ROWS).min(rows.end);
-            let next = w.data.row(r0).wrapping_add(SCALED_ROWS * row_bytes);
-            let mut c0 = cols.start;
-            while c0 < cols.end {
-                let c1 = scales.block_end(1, c0).min(cols.end);
-                let group = scales.column(c0);
-                for r in 0..r1 - r0 {
-                    let scale = scales.values.f32_row(r0 + r + scales.offset[0])[group] * E::FACTOR;
-                    for j in 0..m {
-                        scaled[j * ld + r] = coef[j * ld_coef + r0 - rows.start + r] * scale;
-                    }
-                    for line in (c0 * size_of::<E>()..c1 * size_of::<E>()).step_by(64) {
-                        s.prefetch(next.wrapping_add(r * row_bytes + line));
+            let next = w.data.row(r0).wrapping_add(SCALED_ROWS * row_bytes + cols.start * size_of::<E>());
+            for (i, r) in (r0..r1).enumerate() {
+                let of_row = &scales.values.f32_row(r + scales.offset[0])[groups.clone()];
+                for j in 0..m {
+                    let coef = coef[j * ld_coef + r - rows.start];
+                    for (scaled, scale) in scaled[j * ld + i..].iter_mut().step_by(m * ld).zip(of_row) {
+                        *scaled = coef * (scale * E::FACTOR);
                     }
                 }
+                let (mut ask, mut left) = (next.wrapping_add(i * row_bytes), line_bytes);
+                while left > 0 {
+                    s.prefetch(ask);
+                    ask = ask.wrapping_add(64);
+                    left = left.saturating_sub(64);
+                }
+            }
+            let mut c0 = cols.start;
+            for scaled in scaled.chunks(m * ld).take(groups.len()) {
+                let c1 = scales.block_end(1, c0).min(cols.end);
                 let y = &mut y[c0 - cols.start..];
                 let (rows, cols) = (r0..r1, c0..c1);
                 let mut part = Combine { w, rows, cols, coef: scaled, ld_coef: ld, m, y, ldy, tile };
